@@ -1,0 +1,1 @@
+"""Making transcripts: steered-then-corrected, contrast and normal rows."""

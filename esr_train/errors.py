@@ -1,0 +1,20 @@
+"""The two ways a command can end badly."""
+
+
+class InputError(Exception):
+    """Bad input: one readable paragraph that says what is wrong, where, and what to change (exit code 2).
+
+    Args:
+        what: what is wrong, as a sentence without its full stop.
+        where: `file:line`, a recipe key, or None.
+        fix: what to change, as a sentence.
+    """
+
+    def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        text = f"{where}: {what}." if where else f"{what}."
+        super().__init__(f"{text} {fix}" if fix else text)
+
+
+class RunError(Exception):
+    """A run that failed for reasons other than its input, such as an unsteered trial (exit code 1)."""

@@ -1,0 +1,91 @@
+"""Files written aside and renamed, so that a killed run leaves nothing half-written behind."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from esr_train.errors import InputError
+
+Row = TypeVar("Row")
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[IO[str]]:
+    """Open a text file for writing that takes `path`'s place only when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with replacing(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; a missing or malformed one is an `InputError` naming file and line."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not valid JSON ({error.msg})", f"{path}:{error.lineno}") from error
+
+
+def read_text(path: Path | str) -> str:
+    """Read a UTF-8 text file; an unreadable one is an `InputError`."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError("the file does not exist", str(path), "Check the path.") from None
+    except IsADirectoryError:
+        raise InputError("this is a folder, not a file", str(path), "Name a file.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text ({error.reason} at byte {error.start})", str(path)) from None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", str(path)) from None
+
+
+def read_jsonl(path: Path | str, parse: Callable[[Any], Row]) -> list[Row]:
+    """Read one JSON value a line and `parse` each; blank lines are skipped.
+
+    Raises:
+        InputError: naming `file:line`, for malformed JSON and for whatever `parse` refuses
+            (`ValueError`, `KeyError`, `TypeError`).
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            rows.append(parse(json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise InputError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
+        except KeyError as error:
+            raise InputError(f"the key {error} is missing", where) from error
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error).rstrip("."), where) from error
+    return rows
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
+    """Write one JSON value a line, whole or not at all; returns the number of rows."""
+    count = 0
+    with replacing(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count

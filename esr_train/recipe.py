@@ -1,0 +1,306 @@
+"""One experiment from model to report, as a YAML file: every command reads the same recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from esr_train.errors import InputError
+from esr_train.files import read_text
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+Range = Annotated[tuple[float, float], Field(description="low and high end, both included")]
+CONDITIONS = ("steered", "unsteered", "steered_recalibrated")
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The model under test: a hub id or a local folder."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
+    device: str | None = Field(None, description="such as cuda:0 or cpu; None takes the first accelerator")
+
+
+class SaeSection(Section):
+    """The SAE whose latents steer: sae-lens release and id, or a local folder and sub-folder."""
+
+    release: str
+    id: str
+    labels: str | None = Field(None, description="file of latent labels: json, jsonl(.gz) or csv")
+
+
+class JudgeSection(Section):
+    """Who scores responses. `lexical` counts topic words; `model` asks a language model."""
+
+    kind: Literal["lexical", "model"] = "lexical"
+    vocabulary: str | None = Field(None, description="lexical: JSON file, topic -> words")
+    model: str | None = Field(None, description="model: a name for inspect_ai's model API")
+
+
+class SplitSection(Section):
+    """Topics (and with them prompts and latents) are dealt to splits by a seeded hash."""
+
+    validation: Fraction = 0.1
+    test: Fraction = 0.3
+    seed: int = 0
+
+
+class PromptsSection(Section):
+    """Prompts: a JSONL file of {"prompt", "topic"}."""
+
+    path: str
+    splits: SplitSection = SplitSection()
+
+
+class SamplingSection(Section):
+    """How tokens are drawn; one setting for every arm and for data generation."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: AtLeastOne = 512
+    repetition_penalty: Positive = 1.0
+
+
+class EngineSection(Section):
+    """What generates, and how many rows at once."""
+
+    kind: Literal["transformers", "vllm"] = "transformers"
+    batch_rows: AtLeastOne = 32
+    positions: Literal["all", "generated"] = "all"
+
+
+class CalibrationSection(Section):
+    """Probabilistic bisection for each latent's threshold on the base model (strengths in `norm` units)."""
+
+    target: Annotated[float, Field(gt=0, lt=100)] = 30.0
+    rounds: AtLeastOne = 10
+    prompts: AtLeastOne = Field(4, description="responses per latent and round")
+    bounds: Range = (0.1, 2.0)
+    max_new_tokens: AtLeastOne = 256
+    verify: Count = Field(4, description="validation prompts per latent on which the threshold is checked")
+    latents_per_topic: AtLeastOne = 1
+
+
+class SteeredSection(Section):
+    """On-policy detours: steer, cut, cue, correct."""
+
+    rows: Count = 0
+    strength: Range = Field((0.9, 1.3), description="multiples of the latent's threshold")
+    cut: Range = Field((1, 4), description="sentences of the detour")
+    second_detour: Fraction = Field(0.0, description="share of rows with two detours before the answer")
+    max_detour_score: float = 50.0
+    min_answer_score: float = 80.0
+    cues: str | None = Field(None, description="text file, one cue a line; None takes the shipped set")
+
+
+class ContrastSection(Section):
+    """Steered rows that stay on topic: nothing to turn back from, so no cue."""
+
+    rows: Count = 0
+    strength: Range = (0.3, 0.8)
+    min_answer_score: float = 90.0
+
+
+class PromptedSection(Section):
+    """Off-policy detours: text about another topic, written by somebody else (the paper's way)."""
+
+    rows: Count = 0
+    cut: Range = (1, 4)
+    writer: str | None = Field(
+        None, description="a name for inspect_ai's model API; None: the model itself answers another question"
+    )
+
+
+class NormalSection(Section):
+    """Unsteered answers by the model itself."""
+
+    rows: Count = 0
+    min_answer_score: float = 80.0
+
+
+class DataSection(Section):
+    """What the training file is made of."""
+
+    steered: SteeredSection = SteeredSection()
+    prompted: PromptedSection = PromptedSection()
+    contrast: ContrastSection = ContrastSection()
+    normal: NormalSection = NormalSection()
+    self_correction: Fraction | None = Field(
+        None, description="share of self-correction rows in the mixture; None keeps every row"
+    )
+
+
+class LiveSection(Section):
+    """Live injection: a row's own steering is active in its forward pass."""
+
+    strength: Range = Field((0.8, 1.3), description="multiples of the latent's threshold, drawn per row and epoch")
+    positions: Literal["all", "assistant"] = "all"
+    share: Fraction = Field(1.0, description="share of the steered rows that are injected")
+
+
+class ProbeSection(Section):
+    """A small steered and unsteered evaluation while training."""
+
+    every: AtLeastOne = 100
+    trials: AtLeastOne = 32
+
+
+class TrainSection(Section):
+    """SFT with LoRA. `args` takes any trl.SFTConfig field, `lora` any peft.LoraConfig field."""
+
+    data: str | None = Field(None, description="transcript or segments file; None: what `data` generated")
+    format: Literal["transcripts", "segments"] = "transcripts"
+    loss: Literal["masked", "unmasked", "answer_only"] = "masked"
+    max_length: AtLeastOne = 4096
+    quantization: Literal["nf4"] | None = None
+    lora: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict)
+    live: LiveSection | None = None
+    probe: ProbeSection | None = None
+
+
+class EvalSection(Section):
+    """Held-out cells: test latents x test prompts, the same for every arm."""
+
+    trials: AtLeastOne = Field(256, description="trials per arm and condition")
+    conditions: tuple[Literal["steered", "unsteered", "steered_recalibrated"], ...] = ("steered", "unsteered")
+    bootstrap: AtLeastOne = 2000
+
+
+class ArmSection(Section):
+    """An arm that is trained: overrides of `data` and `train`. The base model is an arm by itself."""
+
+    data: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
+class Recipe(Section):
+    """One experiment. See the recipes that are shipped for commented examples."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    runs: str = "runs"
+    seed: int = 0
+    seeds: tuple[int, ...] | None = Field(None, description="several runs with one combined metrics.json")
+    model: ModelSection
+    sae: SaeSection | None = None
+    judge: JudgeSection = JudgeSection()
+    prompts: PromptsSection | None = None
+    engine: EngineSection = EngineSection()
+    sampling: SamplingSection = SamplingSection()
+    calibration: CalibrationSection = CalibrationSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    arms: dict[str, ArmSection] = Field(default_factory=lambda: {"tuned": ArmSection()})
+
+    @model_validator(mode="after")
+    def _arms_are_valid(self) -> "Recipe":
+        if "base" in self.arms:
+            raise ValueError("arms: 'base' is always there and is not trained; remove it")
+        for name in self.arms:
+            self.for_arm(name)
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's files lie."""
+        return Path(self.runs) / self.name
+
+    def for_arm(self, arm: str) -> "Recipe":
+        """The recipe as this arm sees it: its overrides of `data` and `train` merged in.
+
+        Raises:
+            KeyError: if there is no such arm.
+            pydantic.ValidationError: if an override is not valid where it goes.
+        """
+        section = self.arms[arm]
+        values = self.model_dump(exclude={"arms"})
+        values["data"] = _merged(values["data"], section.data)
+        values["train"] = _merged(values["train"], section.train)
+        return Recipe.model_validate({**values, "arms": {}})
+
+
+def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        InputError: naming every mistake at once, each with its key.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        mistakes = [f"{_key(item['loc'])}: {_message(item)}" for item in error.errors()]
+        raise InputError(
+            f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)} in the recipe: " + "; ".join(mistakes), str(path)
+        ) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path | str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"not valid YAML ({getattr(error, 'problem', error)})", where) from error
+    if not isinstance(values, dict):
+        raise InputError("a recipe is a mapping of keys to values", str(path), "See `esr recipes show`.")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"the override {override!r} is not of the form key.sub=value")
+    *parents, last = key.split(".")
+    here = values
+    for parent in parents:
+        found = here.get(parent)
+        if found is None:
+            found = here[parent] = {}
+        if not isinstance(found, dict):
+            raise InputError(f"the override {override!r} goes through {parent!r}, which is not a section")
+        here = found
+    try:
+        here[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        here[last] = text
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "recipe"
+
+
+def _message(item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        return "unknown key"
+    if item["type"] == "missing":
+        return "required"
+    return f"{item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"[:300]

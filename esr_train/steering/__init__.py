@@ -1,0 +1,1 @@
+"""Directions, interventions and the engines that generate under them."""

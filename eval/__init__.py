@@ -1,0 +1,1 @@
+"""Measuring: cells, calibration, judging, statistics, the report."""

@@ -1,0 +1,1 @@
+"""Where attempts begin and how good each one is."""

@@ -1,0 +1,1 @@
+"""Whole experiments, and the `esr` command."""
