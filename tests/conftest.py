@@ -1,0 +1,64 @@
+"""Small models of both families with random weights; everything runs on the CPU without a network."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from recipes.tiny.architecture import build_model
+from recipes.tiny.tokenizer import build_tokenizer
+
+ROOT = Path(__file__).parent.parent
+PAPER = ROOT.parent / "shared" / "data" / "paper"
+TEXTS = [
+    "First, knead the dough and dust the flour over the board. Then shape the loaf near the oven.",
+    "Wait, that's not right. The question was about sailing. Raise the mast and trim the jib before the gale.",
+    "How do I fold a fitted sheet? Start by tucking one corner into the other, because it holds.\n\n1. Smooth it.",
+] * 4
+
+
+@dataclass
+class Family:
+    """A model of one family with random weights (float32, four layers) and its tokenizer."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+def make_family(name: str) -> Family:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(TEXTS, name, vocab_size=400)
+    model = build_model(name, tokenizer, width=64, layers=4).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    return Family(name, model, tokenizer)
+
+
+@pytest.fixture(scope="session", params=["llama", "gemma"])
+def family(request: pytest.FixtureRequest) -> Family:
+    """Both families in turn. Do not change the model's weights."""
+    return make_family(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Family:
+    return make_family("llama")
+
+
+@pytest.fixture(scope="session")
+def paper() -> Path:
+    """The folder with the paper's released data; the test is skipped where it is absent."""
+    if not PAPER.is_dir():
+        pytest.skip("the paper's released data are not here")
+    return PAPER
