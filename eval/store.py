@@ -16,8 +16,8 @@ class TrialStore:
     """The trials of one arm, in the order in which they were finished.
 
     A batch is on disk before `append` returns. A kill in mid-write leaves at most one torn last line: it is
-    ignored when the file is read and cut off by the next `append`, so the trial is simply run again. Sorted by
-    key, the content is the same however often the run was interrupted. One writer at a time.
+    ignored when the file is read and cut off by the next `append`, so the trial is simply run again. Sorted
+    by key, the content is the same however often the run was interrupted. One writer at a time.
 
     Args:
         path: the file, usually `trials/<arm>.jsonl`; it need not exist yet.
@@ -97,7 +97,7 @@ def _key(row: Any) -> str:
 
 
 def _line(row: Trial) -> bytes:
-    # A lone surrogate cannot be UTF-8; backslashreplace turns it into the JSON escape that reads back the same.
+    # A lone surrogate is not UTF-8; backslashreplace turns it into the JSON escape that reads back the same.
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
 

@@ -1,0 +1,260 @@
+"""What is reported, one function per metric: a trial's value, or why it has none."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from eval import statistics
+from eval.statistics import Estimate, cluster_of
+from eval.store import Trial
+
+OFF_TOPIC_BELOW = 50.0
+"""An attempt that scores less is off-topic."""
+
+
+class Gap(Enum):
+    """Why a trial has no value: the judge failed on it, or the metric does not apply to it."""
+
+    UNSCORED = "unscored"
+    UNDEFINED = "undefined"
+
+
+Value = float | Gap
+
+
+def multi_attempt_rate(trial: Trial) -> Value:
+    """Whether the response has two attempts or more."""
+    return Gap.UNSCORED if _failed(trial) else float(len(trial["attempts"]) >= 2)
+
+
+def esr_rate(trial: Trial) -> Value:
+    """Whether the last of several attempts scores more than the first (the paper's ESR)."""
+    return _gain_is(trial, lambda gain: gain > 0)
+
+
+def esr10_rate(trial: Trial) -> Value:
+    """Whether the last of several attempts scores at least 10 points more than the first."""
+    return _gain_is(trial, lambda gain: gain >= 10)
+
+
+def worsening_rate(trial: Trial) -> Value:
+    """Whether the last of several attempts scores less than the first."""
+    return _gain_is(trial, lambda gain: gain < 0)
+
+
+def success_rate(trial: Trial) -> Value:
+    """Among responses with several attempts: whether the last scores more than the first."""
+    value = esr_rate(trial)
+    return value if isinstance(value, Gap) or len(trial["attempts"]) >= 2 else Gap.UNDEFINED
+
+
+def restart_rate(trial: Trial) -> Value:
+    """Whether an explicit restart phrase is present; known even where the judge failed."""
+    return float(trial["cue"])
+
+
+def first_score(trial: Trial) -> Value:
+    """The first attempt's score, 0-100."""
+    return _score(trial, 0)
+
+
+def last_score(trial: Trial) -> Value:
+    """The last attempt's score, 0-100; the first attempt's where there is only one."""
+    return _score(trial, -1)
+
+
+def improvement(trial: Trial) -> Value:
+    """Last minus first score, among responses with several attempts."""
+    gain = _gain(trial)
+    return gain if isinstance(gain, Gap) or len(trial["attempts"]) >= 2 else Gap.UNDEFINED
+
+
+def parroting_rate(trial: Trial) -> Value:
+    """Whether the attempt after the first restart is off-topic again and no better than the first."""
+    if _failed(trial):
+        return Gap.UNSCORED
+    if len(trial["attempts"]) < 2:
+        return 0.0
+    first, second = _score(trial, 0), _score(trial, 1)
+    if isinstance(first, Gap) or isinstance(second, Gap):
+        return Gap.UNSCORED
+    return float(second < OFF_TOPIC_BELOW and second <= first)
+
+
+def silent_recovery_rate(trial: Trial) -> Value:
+    """Whether the response drifts off topic and comes back without a restart."""
+    return _flag(trial, "silent_recovery")
+
+
+def degenerate_rate(trial: Trial) -> Value:
+    """Whether the response is word salad or repetition."""
+    return _flag(trial, "degenerate")
+
+
+def hijack_rate(trial: Trial) -> Value:
+    """Whether the last attempt is mainly about the latent's topic."""
+    return _flag(trial, "hijacked")
+
+
+def restart_position(trial: Trial) -> Value:
+    """Tokens before the second attempt, from its place in the response's characters."""
+    if _failed(trial):
+        return Gap.UNSCORED
+    if len(trial["attempts"]) < 2 or not trial["response"]:
+        return Gap.UNDEFINED
+    return float(trial["attempts"][1]["start"]) / len(trial["response"]) * float(trial["tokens"])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's function and whether its values are events (0/1)."""
+
+    of: Callable[[Trial], Value]
+    is_rate: bool
+
+
+RATES = (
+    multi_attempt_rate,
+    esr_rate,
+    esr10_rate,
+    worsening_rate,
+    success_rate,
+    restart_rate,
+    silent_recovery_rate,
+    degenerate_rate,
+    parroting_rate,
+    hijack_rate,
+)
+MEANS = (first_score, last_score, improvement, restart_position)
+METRICS = {function.__name__: Metric(function, True) for function in RATES} | {
+    function.__name__: Metric(function, False) for function in MEANS
+}
+
+
+def attempts_histogram(trials: Sequence[Trial]) -> dict[int, int]:
+    """How many scored responses have 1, 2, … attempts."""
+    return dict(sorted(Counter(len(trial["attempts"]) for trial in trials if not _failed(trial)).items()))
+
+
+def summarise(
+    rows_by_arm: Mapping[str, Sequence[Trial]], bootstrap: int = statistics.RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Everything metrics.json holds: every arm, condition and metric, and every arm paired with `base`.
+
+    Args:
+        rows_by_arm: the trials of each arm.
+        bootstrap: resamples.
+        seed: of the resampling; the same trials in any order give the same numbers.
+    """
+    groups = {arm: _by_condition(rows) for arm, rows in rows_by_arm.items()}
+    arms = {
+        arm: {
+            condition: {name: estimate(rows, name, bootstrap, seed).to_json() for name in METRICS}
+            for condition, rows in conditions.items()
+        }
+        for arm, conditions in groups.items()
+    }
+    base = groups.get("base", {})
+    paired = {
+        f"{arm}-base": {
+            condition: {
+                name: difference(rows, base[condition], name, bootstrap, seed).to_json() for name in METRICS
+            }
+            for condition, rows in conditions.items()
+            if condition in base
+        }
+        for arm, conditions in groups.items()
+        if arm != "base" and base
+    }
+    return {"schema": 1, "arms": arms, "paired": paired}
+
+
+def estimate(
+    trials: Sequence[Trial], name: str, bootstrap: int = statistics.RESAMPLES, seed: int = 0
+) -> Estimate:
+    """One metric over trials, clustered by `cluster_of`; value None and n 0 where it is undefined."""
+    metric = METRICS[name]
+    found = [(metric.of(trial), cluster_of(trial)) for trial in trials]
+    unscored = sum(value is Gap.UNSCORED for value, _ in found)
+    values = [value for value, _ in found if not isinstance(value, Gap)]
+    clusters = [cluster for value, cluster in found if not isinstance(value, Gap)]
+    summary = statistics.rate if metric.is_rate else statistics.mean
+    return summary(values, clusters, unscored, bootstrap, seed)
+
+
+def difference(
+    trials: Sequence[Trial],
+    base: Sequence[Trial],
+    name: str,
+    bootstrap: int = statistics.RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """One metric, trials minus base on the cells both have; a cell unscored in either arm is unscored."""
+    values, clusters, unscored = differences(trials, base, name)
+    return statistics.paired(values, clusters, unscored, bootstrap, seed, of_rates=METRICS[name].is_rate)
+
+
+def differences(
+    trials: Sequence[Trial], base: Sequence[Trial], name: str
+) -> tuple[list[float], list[Any], int]:
+    """Per shared cell: the difference and its cluster; and how many shared cells are unscored."""
+    of, theirs = METRICS[name].of, {pair_key(trial): trial for trial in base}
+    values, clusters, unscored = [], [], 0
+    for trial in trials:
+        partner = theirs.get(pair_key(trial))
+        if partner is None:
+            continue
+        ours, their = of(trial), of(partner)
+        if not isinstance(ours, Gap) and not isinstance(their, Gap):
+            values.append(ours - their)
+            clusters.append(cluster_of(trial))
+        elif Gap.UNSCORED in (ours, their):
+            unscored += 1
+    return values, clusters, unscored
+
+
+def pair_key(trial: Trial) -> tuple[Any, ...]:
+    """What two arms' trials must share to be compared: condition, the whole cell, and the seed."""
+    cell, strength = trial["cell"], trial["cell"].get("strength")
+    along = None if strength is None else round(float(strength["raw"]), 6)
+    return trial["condition"], cell["prompt"], cell.get("latent"), along, cell["seed"], trial["seed"]
+
+
+def _by_condition(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """Trials of each condition, sorted by what they are, so that file order cannot change a number."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in sorted(trials, key=lambda trial: repr(pair_key(trial))):
+        groups.setdefault(trial["condition"], []).append(trial)
+    return groups
+
+
+def _failed(trial: Trial) -> bool:
+    return trial["error"] is not None or not trial["attempts"]
+
+
+def _score(trial: Trial, index: int) -> Value:
+    if _failed(trial):
+        return Gap.UNSCORED
+    score = trial["attempts"][index]["score"]
+    return Gap.UNSCORED if score is None or math.isnan(score) else float(score)
+
+
+def _gain(trial: Trial) -> Value:
+    first, last = _score(trial, 0), _score(trial, -1)
+    return Gap.UNSCORED if isinstance(first, Gap) or isinstance(last, Gap) else last - first
+
+
+def _gain_is(trial: Trial, wanted: Callable[[float], bool]) -> Value:
+    gain = _gain(trial)
+    if isinstance(gain, Gap):
+        return gain
+    return float(len(trial["attempts"]) >= 2 and wanted(gain))
+
+
+def _flag(trial: Trial, name: str) -> Value:
+    if name in trial["flags"]:
+        return float(trial["flags"][name])
+    return Gap.UNSCORED if _failed(trial) else Gap.UNDEFINED
