@@ -1,0 +1,164 @@
+"""What is measured while training: speed, use of the hardware, memory; and the behavioural probe."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+Probe = Callable[[int], dict[str, float]]
+"""Called with the step; returns what to log, such as the restart rate with and without steering."""
+
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "L4": 121e12,
+}
+"""Dense bf16 operations a second, from the makers' data sheets, by a part of the device's name."""
+
+
+def flops_per_token(parameters: int) -> float:
+    """Operations to train LoRA on one token: 4 for every parameter of the model.
+
+    Two in the forward pass and two to carry the gradient through the frozen weights in the backward pass; the
+    frozen weights' own gradients (two more in full training) are not computed. Attention scores and what
+    gradient checkpointing computes twice are left out, as is usual for MFU.
+    """
+    return 4.0 * parameters
+
+
+def peak_flops() -> float | None:
+    """Peak bf16 operations a second of the first accelerator; None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name(0)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(on_cpu: bool) -> float:
+    """The most memory this process has held: on the accelerator, or resident in RAM when training on the CPU."""
+    if not on_cpu:
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Meter:
+    """Counts this process's tokens and turns them into figures for the log.
+
+    Args:
+        parameters: of the whole model.
+        world_size: processes, which are taken to be equally fast.
+        on_cpu: whether training runs on the CPU.
+    """
+
+    def __init__(self, parameters: int, world_size: int, on_cpu: bool) -> None:
+        self._parameters, self._world_size, self._on_cpu = parameters, world_size, on_cpu
+        self._peak = None if on_cpu else peak_flops()
+        self._tokens = self._trained = 0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Begin to count anew."""
+        self._tokens = self._trained = 0
+        self._since = time.perf_counter()
+
+    def count(self, tokens: int, trained: int) -> None:
+        """A micro-batch of `tokens` real (not padding) tokens, of which `trained` carry a label."""
+        if self._since is None:
+            self.start()
+        self._tokens += tokens
+        self._trained += trained
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last reading: real tokens a second over all processes, MFU where the peak is known."""
+        if self._since is None or not self._tokens:
+            return {}
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        figures = {
+            "tokens_per_second": round(self._tokens * self._world_size / seconds, 1),
+            "trained_token_share": round(self._trained / self._tokens, 4),
+            "peak_memory_gib": round(peak_memory_gib(self._on_cpu), 3),
+        }
+        if self._peak:
+            figures["mfu"] = round(self._tokens * flops_per_token(self._parameters) / seconds / self._peak, 4)
+        self.start()
+        return figures
+
+
+class Progress(TrainerCallback):
+    """One line with loss, speed and ETA, rewritten in place on a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        shown = ("loss", "eval_loss", "tokens_per_second")
+        if self._bar is not None and logs:
+            self._bar.set_postfix({key: f"{logs[key]:.4g}" for key in shown if key in logs}, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class BehaviourProbe(TrainerCallback):
+    """Calls the probe every so many steps and hands what it found to the log.
+
+    Args:
+        probe: generates under steering with the model as it is now and judges; it runs on every process.
+        every: steps between two calls.
+        log: the trainer's.
+    """
+
+    def __init__(self, probe: Probe, every: int, log: Callable[[dict[str, float]], None]) -> None:
+        self._probe, self._every, self._log = probe, every, log
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        if state.global_step % self._every:
+            return
+        training, random_state = model.training, torch.get_rng_state()
+        model.eval()
+        try:
+            found = self._probe(state.global_step)
+        finally:
+            # Watching must not change what is watched: dropout goes on as if nothing had happened.
+            model.train(training)
+            torch.set_rng_state(random_state)
+        self._log({f"probe_{key}": value for key, value in found.items()})

@@ -1,0 +1,202 @@
+"""Transcripts become rows of token ids, labels and steering; figures and tokens for a person to check."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from esr_train.errors import InputError
+from esr_train.files import write_jsonl
+from esr_train.masking import IGNORED, Labelled, label
+from esr_train.recipe import Recipe
+from esr_train.transcript import SaeRef, Transcript, read_transcripts
+
+HELD_OUT = 0.05
+"""Share of the rows whose loss is watched where `train.args.eval_strategy` asks for it (the paper's)."""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One entry of the table of steering vectors."""
+
+    sae: SaeRef
+    layer: int
+    index: int
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One transcript as the trainer gets it.
+
+    Args:
+        labelled: its tokens and labels.
+        source: the transcript's.
+        latent: what steered it; None for an unsteered row.
+        reach: strength, in decoder rows, that counts as one times the threshold.
+        reply_start: index of the first token that holds some of the reply.
+    """
+
+    labelled: Labelled
+    source: str
+    latent: Latent | None
+    reach: float
+    reply_start: int
+
+    @property
+    def trained(self) -> int:
+        """How many tokens carry a label."""
+        return sum(value != IGNORED for value in self.labelled.labels)
+
+
+def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) -> list[TrainingRow]:
+    """Read the training file and label its rows.
+
+    Raises:
+        InputError: an empty file, two rows of one id, rows steered at different layers under live injection,
+            or a row that cannot be labelled (see `masking.label`).
+    """
+    transcripts = _read(recipe, data)
+    if not transcripts:
+        raise InputError(
+            "there are no training rows", str(data), "Generate data first, or name another file."
+        )
+    repeated = [
+        key for key, count in Counter(transcript.id for transcript in transcripts).items() if count > 1
+    ]
+    if repeated:
+        raise InputError(f"{len(repeated)} ids occur more than once, such as {repeated[0]!r}", str(data))
+    rows = [_row(recipe, tokenizer, transcript) for transcript in transcripts]
+    if recipe.train.live:
+        _check_steering(rows, data)
+    return rows
+
+
+def _read(recipe: Recipe, data: Path) -> list[Transcript]:
+    if recipe.train.format == "transcripts":
+        return read_transcripts(data)
+    from esr_train.interchange import read_segments
+
+    return read_segments(data)
+
+
+def _row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> TrainingRow:
+    labelled = label(tokenizer, transcript, recipe.train.loss, recipe.train.max_length)
+    steering = transcript.steering
+    latent = Latent(steering.sae, steering.layer, steering.latent) if steering else None
+    return TrainingRow(
+        labelled, transcript.source, latent, _reach(transcript), _reply_start(labelled, transcript)
+    )
+
+
+def _reach(transcript: Transcript) -> float:
+    if transcript.steering is None:
+        return 0.0
+    threshold = transcript.meta.get("threshold")
+    return float(threshold["raw"]) if threshold else transcript.steering.strength.raw
+
+
+def _reply_start(labelled: Labelled, transcript: Transcript) -> int:
+    character = labelled.text.rindex(transcript.content.strip())
+    return next(index for index, (_, end) in enumerate(labelled.offsets) if end > character)
+
+
+def _check_steering(rows: Sequence[TrainingRow], data: Path) -> None:
+    layers = {row.latent.layer for row in rows if row.latent}
+    if not layers:
+        raise InputError(
+            "no row was steered, so there is nothing to inject",
+            str(data),
+            "Leave out train.live, or train on rows with `steering`.",
+        )
+    if len(layers) > 1:
+        raise InputError(f"rows are steered at different layers ({sorted(layers)})", str(data))
+    zero = next((row.labelled.id for row in rows if row.latent and row.reach <= 0), None)
+    if zero is not None:
+        raise InputError(f"row {zero!r} has a steering strength that is not positive", str(data))
+
+
+def table(rows: Sequence[TrainingRow]) -> list[Latent]:
+    """The latents that occur, each once, in a stable order."""
+    found = {row.latent for row in rows if row.latent}
+    return sorted(found, key=lambda latent: (latent.sae.release, latent.sae.id, latent.index))
+
+
+def to_dataset(rows: Sequence[TrainingRow], latents: Sequence[Latent]) -> Dataset:
+    """Rows as columns: `input_ids`, `labels`, `length`, and the steering as plain numbers.
+
+    `vector` is the row's place in `latents` (-1: unsteered), `reach` its strength at one times the threshold in
+    decoder rows, `reply_start` its first reply token, `key` a number that stands for its id in random draws.
+    """
+    place = {latent: index for index, latent in enumerate(latents)}
+    return Dataset.from_dict(
+        {
+            "input_ids": [list(row.labelled.input_ids) for row in rows],
+            "labels": [list(row.labelled.labels) for row in rows],
+            "length": [len(row.labelled.input_ids) for row in rows],
+            "vector": [place[row.latent] if row.latent else -1 for row in rows],
+            "reach": [row.reach for row in rows],
+            "reply_start": [row.reply_start for row in rows],
+            "key": [row_key(row.labelled.id) for row in rows],
+        }
+    )
+
+
+def row_key(name: str) -> int:
+    """A whole number below 2**63 that stands for a row's id on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+
+
+def hold_out(
+    rows: Sequence[TrainingRow], share: float = HELD_OUT
+) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    """Training rows and held-out rows (at least one), dealt by their ids' hashes.
+
+    Raises:
+        InputError: if there are not enough rows for both.
+    """
+    if len(rows) < 2:
+        raise InputError("one row cannot be both trained on and held out", "train.args.eval_strategy")
+    order = sorted(rows, key=lambda row: row_key(row.labelled.id))
+    chosen = {row.labelled.id for row in order[: max(1, round(share * len(rows)))]}
+    kept = [row for row in rows if row.labelled.id not in chosen]
+    return kept, [row for row in rows if row.labelled.id in chosen]
+
+
+def statistics(rows: Sequence[TrainingRow]) -> dict[str, Any]:
+    """Figures for a person to check before training."""
+    longest = max(rows, key=lambda row: len(row.labelled.input_ids))
+    tokens = sum(len(row.labelled.input_ids) for row in rows)
+    return {
+        "rows": len(rows),
+        "rows per source": dict(sorted(Counter(row.source for row in rows).items())),
+        "steered rows": sum(row.latent is not None for row in rows),
+        "tokens": tokens,
+        "trained tokens": round(sum(row.trained for row in rows) / tokens, 4),
+        "longest row": {"id": longest.labelled.id, "tokens": len(longest.labelled.input_ids)},
+        "straddling tokens": sum(_straddling(row.labelled) for row in rows),
+    }
+
+
+def _straddling(labelled: Labelled) -> int:
+    found = labelled.straddling
+    return found if isinstance(found, int) else len(found)
+
+
+def dump_tokens(rows: Sequence[TrainingRow], path: Path) -> int:
+    """Write what the trainer gets, one JSON object a row: `id`, `input_ids`, `labels`; returns their number."""
+    return write_jsonl(
+        path,
+        (
+            {
+                "id": row.labelled.id,
+                "input_ids": list(row.labelled.input_ids),
+                "labels": list(row.labelled.labels),
+            }
+            for row in rows
+        ),
+    )

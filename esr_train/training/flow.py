@@ -1,0 +1,149 @@
+"""Before the first step: the injection reaches the layer exactly, and gradients reach the adapters below it."""
+
+import re
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from esr_train.errors import RunError
+from esr_train.models import decoder_layers
+from esr_train.steering.hook import SteeringHook
+from esr_train.steering.intervention import Add
+from esr_train.training.live import COLUMNS, LiveInjection
+
+
+class Watch:
+    """Records a steered layer's output before and after the injection, and which adapter weights got gradient.
+
+    Enter it inside the steering, so that its second hook runs after the steering's.
+
+    Args:
+        model: with LoRA, in any wrapper.
+        layer: the steered decoder layer.
+    """
+
+    def __init__(self, model: Any, layer: int) -> None:
+        self._module = decoder_layers(model)[layer]
+        adapters = [(name, weight) for name, weight in model.named_parameters() if "lora_B" in name]
+        self._adapters = [weight for name, weight in adapters if _layer_of(name) <= layer]
+        self._handles: list[RemovableHandle] = []
+        self.before: torch.Tensor | None = None
+        self.after: torch.Tensor | None = None
+        self.reached = 0
+        self.expected = len(self._adapters)
+
+    def __enter__(self) -> "Watch":
+        self._handles = [
+            self._module.register_forward_hook(self._keep_before, prepend=True),
+            self._module.register_forward_hook(self._keep_after),
+            *(parameter.register_hook(self._count) for parameter in self._adapters),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep_before(self, _: nn.Module, __: Any, output: Any) -> None:
+        # Only the first pass: under gradient checkpointing there is a second in the backward pass.
+        if self.before is None:
+            self.before = _hidden(output).detach().clone()
+
+    def _keep_after(self, _: nn.Module, __: Any, output: Any) -> None:
+        if self.after is None:
+            self.after = _hidden(output).detach().clone()
+
+    def _count(self, gradient: torch.Tensor) -> None:
+        self.reached += bool(gradient.ne(0).any())
+
+    def verify(self, delta: torch.Tensor) -> None:
+        """Compare with what was asked for.
+
+        Args:
+            delta: [rows, positions, d_model], what each token was to get.
+
+        Raises:
+            RunError: if a token got something else, or an adapter at or below the layer got no gradient.
+        """
+        if self.before is None or self.after is None:
+            raise RunError("live injection: the steered layer was never run.")
+        wanted = self.before + delta.to(device=self.before.device, dtype=self.before.dtype)
+        wrong = (wanted != self.after).any(dim=-1).sum().item()
+        if wrong:
+            raise RunError(f"live injection: {wrong} tokens did not get the steering they were to get.")
+        if self.reached < self.expected:
+            raise RunError(
+                f"live injection: {self.reached} of {self.expected} adapter matrices up to the steered layer "
+                "received gradient, so the model cannot learn from what it is given there."
+            )
+
+
+def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) -> None:
+    """Run one small batch forward and backward and check it; weights and random state stay as they were.
+
+    Args:
+        model: with LoRA and TRL's fused loss, not yet wrapped for distributed training.
+        batch: collated rows, at least one of them steered, on the model's device.
+        live: the injection.
+
+    Raises:
+        RunError: naming what does not hold: Δh exact, gradient below the layer, strength 0 changes nothing.
+    """
+    training, states = model.training, _random_states()
+    columns = {name: batch[name] for name in COLUMNS}
+    inputs = {name: value for name, value in batch.items() if name not in COLUMNS}
+    programs = live.programs(columns, epoch=0)
+    owner, reply = live.placement(columns, inputs["attention_mask"])
+    model.eval()
+    try:
+        with SteeringHook(model, programs) as hook, Watch(model, live.layer) as watch:
+            hook.place(owner, reply)
+            _loss(model, inputs).backward()
+        watch.verify(live.delta(programs, owner))
+        _check_strength_zero(model, inputs, programs, owner)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        _restore(states)
+
+
+def _check_strength_zero(
+    model: Any, inputs: dict[str, torch.Tensor], programs: Sequence[Sequence[Add]], owner: torch.Tensor
+) -> None:
+    nothing = [tuple(Add(add.layer, add.vector * 0.0) for add in program) for program in programs]
+    with torch.no_grad():
+        plain = _loss(model, inputs)
+        with SteeringHook(model, nothing) as hook:
+            hook.place(owner)
+            steered = _loss(model, inputs)
+    if not torch.equal(plain, steered):
+        raise RunError(f"live injection: strength 0 changes the loss ({plain.item()} -> {steered.item()}).")
+
+
+def _loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs, use_cache=False, fused_lm_head=True).loss
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _layer_of(name: str) -> int:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _restore(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])

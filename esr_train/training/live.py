@@ -1,0 +1,107 @@
+"""Live injection: a row's own steering is active in its forward pass, and still there in the backward pass."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from esr_train.recipe import LiveSection
+from esr_train.steering.hook import SteeringHook
+from esr_train.steering.intervention import Add
+from esr_train.steering.sae import check_fits, load_sae
+from esr_train.training.dataset import Latent
+from esr_train.transcript import SaeRef
+
+COLUMNS = ("vector", "reach", "reply_start", "key")
+"""The steering columns of a batch; the model never sees them."""
+
+
+def load_vectors(model: Any, latents: Sequence[Latent]) -> torch.Tensor:
+    """The latents' decoder rows, [latents, d_model] float32 on the CPU.
+
+    Raises:
+        InputError: an SAE that cannot be loaded or does not fit the model, or a latent it does not have.
+    """
+    loaded: dict[SaeRef, Any] = {}
+    rows = []
+    for latent in latents:
+        if latent.sae not in loaded:
+            loaded[latent.sae] = load_sae(latent.sae)
+            check_fits(loaded[latent.sae], model)
+        rows.append(loaded[latent.sae].row(latent.index).cpu())
+    return torch.stack(rows)
+
+
+def draw(seed: int, key: int, epoch: int) -> tuple[float, float]:
+    """Two uniform numbers in [0, 1) that belong to this seed, row and epoch, whatever was drawn before.
+
+    Counter-based (Philox), so that a resumed run, another batch size and another number of processes draw the same.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, key], counter=[0, 0, 0, epoch]))
+    first, second = generator.random(2)
+    return float(first), float(second)
+
+
+class LiveInjection:
+    """Steers every steered row of a batch with its own vector.
+
+    Args:
+        settings: the recipe's `train.live`.
+        vectors: decoder rows, [latents, d_model].
+        layer: the decoder layer whose output is steered.
+        seed: of the strengths.
+    """
+
+    def __init__(self, settings: LiveSection, vectors: torch.Tensor, layer: int, seed: int) -> None:
+        self.settings, self.vectors, self.layer, self.seed = settings, vectors, layer, seed
+
+    def strength(self, key: int, reach: float, epoch: int) -> float:
+        """A row's strength in this epoch, in decoder rows; 0 where the row is not in the injected share."""
+        chosen, place = draw(self.seed, key, epoch)
+        low, high = self.settings.strength
+        return reach * (low + place * (high - low)) if chosen < self.settings.share else 0.0
+
+    def programs(self, columns: dict[str, torch.Tensor], epoch: int) -> list[tuple[Add, ...]]:
+        """One program for each row of a batch; empty for an unsteered row."""
+        programs: list[tuple[Add, ...]] = []
+        rows = zip(*(columns[name].tolist() for name in ("vector", "reach", "key")), strict=True)
+        for vector, reach, key in rows:
+            strength = self.strength(key, reach, epoch) if vector >= 0 else 0.0
+            programs.append((Add(self.layer, self.vectors[vector] * strength),) if strength else ())
+        return programs
+
+    @contextmanager
+    def steering(self, model: Any, inputs: dict[str, Any], epoch: int) -> Iterator[None]:
+        """Steer the batch `inputs` in every forward pass until the block ends; takes its steering columns out.
+
+        The block must enclose the backward pass: gradient checkpointing runs the steered layer again in it.
+        """
+        columns = {name: inputs.pop(name) for name in COLUMNS}
+        programs = self.programs(columns, epoch)
+        if not any(programs):
+            yield
+            return
+        owner, reply = self.placement(columns, inputs["attention_mask"])
+        with SteeringHook(model, programs) as hook:
+            hook.place(owner, reply)
+            yield
+
+    def placement(
+        self, columns: dict[str, torch.Tensor], attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Owner (-1: nobody) and reply mask of every token, both [rows, positions]."""
+        rows, positions = attention_mask.shape
+        device = attention_mask.device
+        place = torch.arange(positions, device=device).expand(rows, positions)
+        reply = (place >= columns["reply_start"][:, None].to(device)) & attention_mask.bool()
+        steered = reply if self.settings.positions == "assistant" else attention_mask.bool()
+        owner = torch.arange(rows, device=device)[:, None].expand(rows, positions)
+        return torch.where(steered, owner, -1), reply
+
+    def delta(self, programs: Sequence[Sequence[Add]], owner: torch.Tensor) -> torch.Tensor:
+        """What every token gets under these programs, [rows, positions, d_model] float32 on the CPU."""
+        nothing = torch.zeros(self.vectors.shape[1])
+        rows = [program[0].vector if program else nothing for program in programs]
+        return torch.stack([*rows, nothing])[owner.cpu()]

@@ -1,0 +1,251 @@
+"""Training one arm: TRL's SFTTrainer on labelled rows, with live injection, continued from the last checkpoint."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import EarlyStoppingCallback, PrinterCallback, PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from esr_train.errors import InputError, RunError
+from esr_train.files import read_json, write_json
+from esr_train.masking import IGNORED
+from esr_train.models import load_model, load_tokenizer
+from esr_train.provenance import provenance, refuse_changes
+from esr_train.recipe import Recipe
+from esr_train.training.adapter import finish, is_complete
+from esr_train.training.batches import Collator, LengthGrouped
+from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress, flops_per_token
+from esr_train.training.checkpoints import last_checkpoint, remove_checkpoints
+from esr_train.training.dataset import TrainingRow, hold_out, read_rows, table, to_dataset
+from esr_train.training.flow import check_flow
+from esr_train.training.live import COLUMNS, LiveInjection, load_vectors
+from esr_train.training.settings import lora_config, sft_config, trains_on_cpu
+
+ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
+"""Given the model in training and its tokenizer, makes the behavioural probe."""
+
+PATIENCE = 3
+"""Evaluations without improvement after which training stops, where `load_best_model_at_end` is set."""
+
+
+class EsrTrainer(SFTTrainer):
+    """SFTTrainer on collated rows with steering columns.
+
+    Args:
+        live: steers the rows in their forward and backward pass; None for plain training.
+        meter: counts tokens for the log.
+    """
+
+    def __init__(self, *, live: LiveInjection | None, meter: Meter, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._live, self._meter = live, meter
+        self._parameters = count_parameters(self.model)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch, both under the rows' steering."""
+        self._meter.count(int(inputs["attention_mask"].sum()), int((inputs["labels"] != IGNORED).sum()))
+        with self._steering(model, inputs, int(self.state.epoch or 0)):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The held-out rows' loss; their strengths are drawn once, so that it can be compared between epochs."""
+        with self._steering(model, inputs, 0):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add speed, memory and the share of trained tokens to a training log."""
+        if "loss" in logs:
+            logs.update(self._meter.read())
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations spent on a batch, by the formula of `flops_per_token`."""
+        return int(flops_per_token(self._parameters) * inputs["input_ids"].numel())
+
+    def _steering(self, model: Any, inputs: dict[str, Any], epoch: int) -> AbstractContextManager[None]:
+        if self._live is not None:
+            return self._live.steering(model, inputs, epoch)
+        for name in COLUMNS:
+            inputs.pop(name, None)
+        return nullcontext()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        args = self.args
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGrouped(rows["length"], batch, args.seed, lambda: int(self.state.epoch or 0))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # SFTTrainer would write a model card of its own into every checkpoint.
+        Trainer._save_checkpoint(self, model, trial)
+
+
+def count_parameters(model: Any) -> int:
+    """Parameters of the whole model, also where ZeRO-3 keeps only a part of them here or NF4 packs two in one."""
+    total = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        total += 2 * count if type(parameter).__name__ == "Params4bit" else count
+    return total
+
+
+def data_file(recipe: Recipe, arm: str, directory: Path) -> Path:
+    """The arm's training file: the recipe's `train.data`, or what the run has generated."""
+    named = recipe.for_arm(arm).train.data
+    return Path(named) if named else directory / "data" / f"{arm}.jsonl"
+
+
+def adapter_folder(arm: str, directory: Path) -> Path:
+    """Where an arm's adapter lies in a run directory."""
+    return directory / "adapter" / arm
+
+
+def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None = None) -> Path:
+    """Train an arm's adapter, or go on where an earlier call stopped; a finished adapter is left as it is.
+
+    Args:
+        recipe: the experiment's.
+        arm: one of `recipe.arms`.
+        directory: of the run; the data are `data/<arm>.jsonl` in it unless the recipe names a file.
+        probe: makes the behavioural probe; called only if the recipe has `train.probe`.
+
+    Returns:
+        the adapter's folder, `adapter/<arm>` in the run directory.
+
+    Raises:
+        InputError: bad settings or data, or a continuation of a run that was begun with others.
+        RunError: an injection that does not do what it should, or an adapter that has learned nothing.
+    """
+    section, folder = recipe.for_arm(arm), adapter_folder(arm, directory)
+    data = data_file(recipe, arm, directory)
+    # Before the model is loaded: under ZeRO-3 this is what shards it while it loads.
+    args = sft_config(section, folder / "checkpoints")
+    _refuse_combinations(section, args)
+    tokenizer = load_tokenizer(section.model)
+    rows = read_rows(section, data, tokenizer)
+    record = provenance(section, arm, data, len(rows), args.world_size)
+    if is_complete(folder):
+        refuse_changes(read_json(folder / "provenance.json"), record, folder)
+        return folder
+    _begin(folder, record, args)
+    model = load_model(section.model, quantization=section.train.quantization, for_training=True)
+    trainer = build_trainer(section, args, model, tokenizer, rows, probe)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints", args.world_size))
+    finish(trainer, folder, record)
+    _close(trainer, folder, keep="save_total_limit" in section.train.args)
+    return folder
+
+
+def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
+    begun = folder / "checkpoints" / "provenance.json"
+    if begun.is_file():
+        refuse_changes(read_json(begun), record, folder)
+    elif args.process_index == 0:
+        write_json(begun, record)
+
+
+def _refuse_combinations(recipe: Recipe, args: SFTConfig) -> None:
+    plugin = args.deepspeed_plugin
+    if plugin is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise InputError(
+            "accelerate was told to use DeepSpeed, yet it is not active", None, "Unset ACCELERATE_USE_CPU."
+        )
+    if recipe.train.quantization and plugin is not None and plugin.zero_stage == 3:
+        raise InputError(
+            "NF4 weights cannot be sharded by ZeRO-3",
+            "train.quantization",
+            "Launch with recipes/accelerate/zero2.yaml or ddp.yaml.",
+        )
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: SFTConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TrainingRow],
+    probe: ProbeFactory | None = None,
+) -> EsrTrainer:
+    """Wire up the trainer and check the injection on one steered and one other row.
+
+    Args:
+        recipe: as the arm sees it.
+        args: from `sft_config`.
+        model: as loaded; the adapter is added here.
+        tokenizer: the model's.
+        rows: from `read_rows`.
+        probe: makes the behavioural probe.
+    """
+    training, watched = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
+    latents = table(rows)
+    live = None
+    if recipe.train.live:
+        live = LiveInjection(recipe.train.live, load_vectors(model, latents), latents[0].layer, recipe.seed)
+    on_cpu = trains_on_cpu(recipe)
+    trainer = EsrTrainer(
+        live=live,
+        meter=Meter(count_parameters(model), args.world_size, on_cpu),
+        model=model,
+        args=args,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=to_dataset(training, latents),
+        eval_dataset=to_dataset(watched, latents) if watched else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe),
+        callbacks=[Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    _assert_deepspeed(trainer)
+    if args.load_best_model_at_end:
+        trainer.add_callback(EarlyStoppingCallback(PATIENCE))
+    if probe and recipe.train.probe:
+        every = recipe.train.probe.every
+        log = functools.partial(Trainer.log, trainer)
+        trainer.add_callback(BehaviourProbe(probe(trainer.model, tokenizer), every, log))
+    if live and trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        _check_injection(trainer, training, latents, live)
+    return trainer
+
+
+def _assert_deepspeed(trainer: EsrTrainer) -> None:
+    # ACCELERATE_USE_CPU makes accelerate leave DeepSpeed out without a word.
+    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    found = trainer.accelerator.distributed_type
+    if wanted and found != DistributedType.DEEPSPEED:
+        raise RunError(f"DeepSpeed was asked for, but accelerate runs {found}.")
+
+
+def _check_injection(
+    trainer: EsrTrainer, rows: Sequence[TrainingRow], latents: Sequence[Any], live: LiveInjection
+) -> None:
+    by_length = sorted(rows, key=lambda row: len(row.labelled.input_ids))
+    steered = next(row for row in by_length if row.latent)
+    other = next((row for row in by_length if row is not steered), steered)
+    batch = trainer.data_collator(list(to_dataset([steered, other], latents)))
+    check_flow(trainer.model, {name: value.to(trainer.args.device) for name, value in batch.items()}, live)
+
+
+def _close(trainer: EsrTrainer, folder: Path, keep: bool) -> None:
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero() and not keep:
+        remove_checkpoints(folder / "checkpoints")
+    if trainer.args.world_size > 1 or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        trainer.accelerator.end_training()

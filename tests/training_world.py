@@ -1,0 +1,70 @@
+"""A tiny experiment on disk for the training tests: model, SAE, transcripts, recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+
+from esr_train.recipe import Recipe
+from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
+
+LAYER = 1
+LATENTS = 12
+DETOURS = ("First, knead the dough and dust the flour.", "Raise the mast and trim the jib before the gale.")
+ANSWERS = (
+    "Start by tucking one corner into the other.",
+    "Smooth it.",
+    "Shape the loaf near the oven, because it holds.",
+)
+
+
+def transcripts(steered: int = 8, normal: int = 4) -> list[Transcript]:
+    """Self-correction rows, each steered by a latent of its own, and normal rows."""
+    made = []
+    for i in range(steered):
+        spans = (
+            Span(SpanKind.OFF_TOPIC, DETOURS[i % 2] * (1 + i % 3)),
+            Span(SpanKind.CUE, " Wait, that's not right."),
+            Span(SpanKind.ANSWER, " " + ANSWERS[i % 3]),
+        )
+        steering = Steering(
+            SaeRef("saes", "first"), LAYER, i % LATENTS, None, Strength(raw=4.0 + i, norm=1.0)
+        )
+        made.append(Transcript(f"s{i}", "How do I fold a fitted sheet?", spans, "steered", steering=steering))
+    for i in range(normal):
+        spans = (Span(SpanKind.ANSWER, ANSWERS[i % 3] * (1 + i % 2)),)
+        made.append(Transcript(f"n{i}", f"How do I trim the jib? ({i})", spans, "normal"))
+    return made
+
+
+def write_world(folder: Path, family: Any, rows: list[Transcript] | None = None) -> None:
+    """Write model, tokenizer, SAE and data under `folder`; run with it as the current directory."""
+    family.model.save_pretrained(folder / "model")
+    family.tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(1)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=family.model.config.hidden_size, d_sae=LATENTS))
+    sae.W_dec.data = torch.randn_like(sae.W_dec)
+    sae.cfg.metadata.hook_name = f"blocks.{LAYER}.hook_resid_post"
+    sae.save_model(folder / "saes" / "first")
+    write_transcripts(folder / "runs" / "t" / "data" / "tuned.jsonl", transcripts() if rows is None else rows)
+
+
+def recipe(
+    family: str = "llama", live: bool = True, args: dict[str, Any] | None = None, **train: Any
+) -> Recipe:
+    """A recipe for the world: fp32 on the CPU, no warm-up, so that every step changes the adapter."""
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 2,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        **(args or {}),
+    }
+    section: dict[str, Any] = {"args": settings, "lora": {"r": 4}, "max_length": 512, **train}
+    if live:
+        section.setdefault("live", {"strength": [0.8, 1.3]})
+    attention = "sdpa" if family == "llama" else "eager"
+    model = {"path": "model", "dtype": "float32", "attn_implementation": attention, "device": "cpu"}
+    return Recipe.model_validate({"name": "t", "model": model, "train": section})
