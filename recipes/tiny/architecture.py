@@ -32,7 +32,7 @@ def build_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa"))
+        return LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="eager"))
     config = Gemma2Config(
         **shape,
         query_pre_attn_scalar=32,

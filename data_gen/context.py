@@ -1,0 +1,90 @@
+"""What every source of rows works with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from esr_train.steering.engine import Completion, Engine, Request, Sampling
+from esr_train.steering.intervention import Intervention, Positions
+from esr_train.steering.sae import Direction
+from esr_train.transcript import Span, SpanKind, Steering
+from eval.cells import Prompt
+from eval.judging.attempts import sentences
+from eval.judging.judge import Judge, JudgeItem
+
+SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class SteerableLatent:
+    """A latent that may steer, its label, and its calibrated threshold in `norm` units."""
+
+    direction: Direction
+    threshold: float
+
+    def steering(self, norm: float) -> Steering:
+        """This latent at a strength, as a transcript records it."""
+        direction = self.direction
+        return Steering(
+            direction.sae, direction.layer, direction.latent, direction.label, direction.strength(norm)
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """The base model, its judge, and one way of sampling for every source.
+
+    Args:
+        engine: generates, steered and unsteered.
+        judge: scores detours and answers.
+        sampling: of every generation.
+        positions: which tokens are steered.
+        model: the model's name, for the rows' `meta`.
+        seed: of the whole file.
+    """
+
+    engine: Engine
+    judge: Judge
+    sampling: Sampling
+    positions: Positions
+    model: str
+    seed: int
+
+    def generate(self, asked: Sequence["Asked"]) -> list[Completion]:
+        """One completion for each of `asked`, in order."""
+        requests = [
+            Request(str(number), each.prompt, prefix=each.prefix, interventions=each.interventions, seed=each.seed)
+            for number, each in enumerate(asked)
+        ]
+        return self.engine.generate(requests, self.sampling)
+
+    def scores(self, items: Sequence[JudgeItem]) -> list[float | None]:
+        """The score of each response taken as one attempt; None where the judge failed."""
+        judgements = self.judge.judge(items)
+        return [None if each.error or not each.attempts else each.attempts[0].score for each in judgements]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One generation that a source asks for."""
+
+    prompt: str
+    seed: int
+    prefix: str = ""
+    interventions: tuple[Intervention, ...] = ()
+
+
+def cut_sentences(text: str, count: int) -> str:
+    """The first `count` sentences of a text, without the whitespace around them."""
+    found = sentences(text)[:count]
+    return text[: found[-1][1]].strip() if found else ""
+
+
+def joined(*parts: tuple[SpanKind, str]) -> tuple[Span, ...]:
+    """Spans of a reply, set apart by one space, which belongs to the later span."""
+    spans = [Span(kind, text if number == 0 else f" {text}") for number, (kind, text) in enumerate(parts)]
+    return tuple(spans)
+
+
+def other_topic(prompt: Prompt, latents: Sequence[SteerableLatent]) -> list[SteerableLatent]:
+    """The latents that may steer this prompt: those of other topics."""
+    return [latent for latent in latents if latent.direction.label != prompt.topic]

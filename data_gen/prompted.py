@@ -1,0 +1,74 @@
+"""Off-policy rows: a detour that the model would not have written here, a cue, and the model's own answer."""
+
+from collections.abc import Sequence
+
+from data_gen.collect import Make, Outcome, candidate_rng
+from data_gen.context import SEEDS, Asked, Context, cut_sentences, joined
+from data_gen.steered import read_cues
+from esr_train.recipe import PromptedSection
+from esr_train.transcript import SpanKind, Transcript
+from eval.cells import Prompt
+from eval.judging.judge import JudgeItem
+
+MAX_DETOUR_SCORE = 50.0
+MIN_ANSWER_SCORE = 80.0
+
+
+def prompted(context: Context, section: PromptedSection, prompts: Sequence[Prompt]) -> Make:
+    """Makes rows whose detour is the model's unsteered answer to a question about another topic."""
+    cues = read_cues(None)
+
+    def make(numbers: Sequence[int]) -> list[Outcome]:
+        rngs = [candidate_rng(context.seed, "prompted", number) for number in numbers]
+        chosen = [rng.choice(prompts) for rng in rngs]
+        others = [
+            rng.choice([each for each in prompts if each.topic != prompt.topic])
+            for rng, prompt in zip(rngs, chosen, strict=True)
+        ]
+        asked = [
+            Asked(each.text, rng.randrange(SEEDS))
+            for prompts_ in (others, chosen)
+            for each, rng in zip(prompts_, rngs, strict=True)
+        ]
+        texts = [completion.text.strip() for completion in context.generate(asked)]
+        low, high = section.cut
+        detours = [
+            cut_sentences(text, rng.randint(int(low), int(high)))
+            for text, rng in zip(texts[: len(rngs)], rngs, strict=True)
+        ]
+        answers = texts[len(rngs) :]
+        scores = context.scores([JudgeItem(p.text, d) for p, d in zip(chosen, detours, strict=True)])
+        finals = context.scores([JudgeItem(p.text, a) for p, a in zip(chosen, answers, strict=True)])
+        return [
+            _outcome(context, number, prompt, (detour, rng.choice(cues), answer), score, final)
+            for number, prompt, detour, rng, answer, score, final in zip(
+                numbers, chosen, detours, rngs, answers, scores, finals, strict=True
+            )
+        ]
+
+    return make
+
+
+def _outcome(
+    context: Context,
+    number: int,
+    prompt: Prompt,
+    texts: tuple[str, str, str],
+    off_topic: float | None,
+    answer: float | None,
+) -> Outcome:
+    if off_topic is None or answer is None:
+        return Outcome(None, "judge failed")
+    if off_topic >= MAX_DETOUR_SCORE:
+        return Outcome(None, "detour on-topic")
+    if answer < MIN_ANSWER_SCORE:
+        return Outcome(None, "answer off-topic")
+    kinds = (SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER)
+    meta = {
+        "model": context.model,
+        "seed": context.seed,
+        "topic": prompt.topic,
+        "scores": {"off_topic": off_topic, "answer": answer},
+    }
+    spans = joined(*zip(kinds, texts, strict=True))
+    return Outcome(Transcript(f"prompted-{context.seed}-{number:07d}", prompt.text, spans, "prompted", meta=meta))

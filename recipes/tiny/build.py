@@ -1,0 +1,96 @@
+"""Rebuild the tiny world's shipped assets from scratch: `python -m recipes.tiny.build`.
+
+Writes, under `recipes/tiny/assets/`: for each family a model folder (`llama`, `gemma`), its SAE (`llama-sae`,
+`gemma-sae`: sae-lens inference format) with `labels.jsonl`, and for both `prompts.jsonl` and `vocabulary.json`.
+The same seed gives the same files on the same machine and library versions.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from esr_train.files import write_json, write_jsonl
+from recipes.tiny.pretrain import encode_exchanges, train_model
+from recipes.tiny.sae_training import explained_variance, label_latents, residuals, save_sae, train_sae
+from recipes.tiny.tokenizer import build_tokenizer
+from recipes.tiny.world import exchanges, how_to, reserved_questions, topics, vocabulary
+
+ASSETS = Path(__file__).parent / "assets"
+FAMILIES = ("llama", "gemma")
+VOCABULARY_SIZE = 4096
+PROMPTS_PER_TOPIC = 24
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.tiny.build", description=__doc__)
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="build only this one (default: both)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exchanges", type=int, default=45_000, help="training exchanges per model")
+    parser.add_argument("--out", type=Path, default=ASSETS)
+    options = parser.parse_args()
+    for family in options.family or FAMILIES:
+        build(family, options.exchanges, options.seed, options.out)
+    build_shared(options.out, options.seed)
+
+
+def build(family: str, count: int, seed: int, out: Path) -> None:
+    """Train one family's tokenizer, model and SAE and put their folders into `out`."""
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    made = exchanges(count, seed)
+    tokenizer = build_tokenizer((f"{each.prompt} {each.reply}" for each in made), family, VOCABULARY_SIZE)
+    model = train_model(family, tokenizer, encode_exchanges(tokenizer, made), epochs=1, seed=seed)
+    with tempfile.TemporaryDirectory(dir=out) as aside:
+        _save_model(model, tokenizer, Path(aside) / family)
+        facts = _build_sae(model, tokenizer, Path(aside) / f"{family}-sae", family, seed)
+        for name in (family, f"{family}-sae"):
+            shutil.rmtree(out / name, ignore_errors=True)
+            (Path(aside) / name).rename(out / name)
+    print(f"{family}: {facts} in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def build_shared(out: Path, seed: int) -> None:
+    """Write the prompts (none of which the models were trained on) and the judge's vocabulary."""
+    rows = ({"prompt": each.prompt, "topic": each.topic} for each in reserved_questions(PROMPTS_PER_TOPIC, seed))
+    write_jsonl(out / "prompts.jsonl", rows)
+    write_json(out / "vocabulary.json", vocabulary())
+
+
+def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.generation_config.update(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.float()
+
+
+def _build_sae(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, family: str, seed: int
+) -> str:
+    """Train the SAE on answers of every topic; returns what it explains and covers, in words."""
+    rng = Random(seed + 1)
+    answers = [how_to(topic, rng) for _ in range(70) for topic in topics()]
+    states = residuals(model, encode_exchanges(tokenizer, answers), f"{family} activations")
+    sae = save_sae(train_sae(model, torch.cat(states), 1_500_000, seed, f"tiny-{family}"), folder)
+    held_out = len(topics()) * 10
+    labels = label_latents(sae, states[:held_out], [each.topic for each in answers[:held_out]])
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels), encoding="utf-8")
+    explained = explained_variance(sae, torch.cat(states[-200:]))
+    covered = len({row["description"] for row in labels})
+    return f"explained variance {explained:.3f}, {len(labels)} labelled latents for {covered} topics"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Train a tiny model from scratch on the world's exchanges."""
+
+import math
+from collections.abc import Iterator
+from random import Random
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from recipes.tiny.architecture import build_model
+from recipes.tiny.world import Exchange
+
+LEARNING_RATE = 6e-3
+WARM_UP = 50
+BATCH_TOKENS = 1024
+
+
+def encode_exchanges(tokenizer: PreTrainedTokenizerFast, made: list[Exchange]) -> list[list[int]]:
+    """Every exchange as one rendered conversation, tokenised once."""
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": each.prompt}, {"role": "assistant", "content": each.reply}], tokenize=False
+        )
+        for each in made
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def train_model(
+    family: str, tokenizer: PreTrainedTokenizerFast, rows: list[list[int]], epochs: int, seed: int
+) -> PreTrainedModel:
+    """Train on all tokens with AdamW (cosine schedule, bf16 autocast); returns the float32 model in eval mode."""
+    torch.manual_seed(seed)
+    model = build_model(family, tokenizer).train()
+    groups = [[p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.98),
+    )
+    batches = [batch for epoch in range(epochs) for batch in _batches(rows, seed + epoch)]
+    bar = tqdm(batches, desc=f"{family} model", unit="step", mininterval=2)
+    for step, batch in enumerate(bar):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _schedule(step, len(batches))
+        input_ids, mask = _padded([rows[i] for i in batch], tokenizer.pad_token_id)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            labels = input_ids.masked_fill(mask == 0, -100)
+            loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+def _schedule(step: int, steps: int) -> float:
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1)))
+
+
+def _batches(rows: list[list[int]], seed: int) -> Iterator[list[int]]:
+    """Batches of about `BATCH_TOKENS` tokens, rows of like length together, in random order."""
+    rng = Random(seed)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + rng.random())
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if (len(batches[-1]) + 1) * len(rows[i]) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    rng.shuffle(batches)
+    yield from batches
+
+
+def _padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return input_ids, mask

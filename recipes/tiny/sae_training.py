@@ -1,0 +1,116 @@
+"""An SAE for a tiny model's residual stream, trained by sae-lens, with a topic label for its latents."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAE, SAEMetadata
+from sae_lens.training.sae_trainer import SAETrainer
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from recipes.tiny.architecture import SAE_LAYER
+
+LATENTS = 1024
+ACTIVE = 12
+BATCH = 2048
+PURITY = 0.5
+"""Least share of a latent's activation that must fall on one topic for the latent to get that topic's label."""
+
+
+@torch.no_grad()
+def residuals(model: PreTrainedModel, rows: list[list[int]], description: str) -> list[torch.Tensor]:
+    """The output of decoder layer `SAE_LAYER` for every row, BOS left out: [tokens - 1, d_model] each."""
+    found: list[torch.Tensor] = []
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    result: list[torch.Tensor | None] = [None] * len(rows)
+    for start in tqdm(range(0, len(order), 64), desc=description, unit="batch", mininterval=2):
+        chosen = order[start : start + 64]
+        width = max(len(rows[i]) for i in chosen)
+        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in chosen])
+        mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in chosen])
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        for i, states in zip(chosen, hidden[SAE_LAYER + 1], strict=True):
+            result[i] = states[1 : len(rows[i])].clone()
+    found.extend(states for states in result if states is not None)
+    return found
+
+
+def train_sae(model: PreTrainedModel, states: torch.Tensor, samples: int, seed: int, name: str) -> BatchTopKTrainingSAE:
+    """Train a BatchTopK SAE on `states` [tokens, d_model], drawn at random with a seed."""
+    torch.manual_seed(seed)
+    config = BatchTopKTrainingSAEConfig(
+        d_in=states.shape[1],
+        d_sae=LATENTS,
+        k=ACTIVE,
+        metadata=SAEMetadata(model_name=name, hook_name=f"blocks.{SAE_LAYER}.hook_resid_post", prepend_bos=True),
+    )
+    sae = BatchTopKTrainingSAE(config)
+    sae.b_dec.data = states.mean(dim=0)
+    settings = SAETrainerConfig(
+        total_training_samples=samples, train_batch_size_samples=BATCH, lr=1e-3, lr_end=1e-4, device="cpu",
+        lr_warm_up_steps=50, lr_decay_steps=samples // BATCH // 3, dead_feature_window=150,
+    )  # fmt: skip
+    return SAETrainer(settings, sae, _draws(states, seed)).fit()
+
+
+def _draws(states: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(len(states), generator=generator).split(BATCH):
+            if len(chosen) == BATCH:
+                yield states[chosen]
+
+
+def save_sae(sae: BatchTopKTrainingSAE, folder: Path) -> SAE:
+    """Save in sae-lens' inference format with bfloat16 weights, and load it back as a user will."""
+    from safetensors.torch import load_file, save_file
+
+    weights, _ = sae.save_inference_model(folder)
+    save_file({key: value.to(torch.bfloat16) for key, value in load_file(weights).items()}, weights)
+    return SAE.load_from_disk(str(folder))
+
+
+@torch.no_grad()
+def explained_variance(sae: SAE, states: torch.Tensor) -> float:
+    """Share of the variance of `states` that the reconstruction explains."""
+    error = (states - sae.decode(sae.encode(states))).pow(2).sum()
+    return float(1 - error / (states - states.mean(dim=0)).pow(2).sum())
+
+
+@torch.no_grad()
+def label_latents(sae: SAE, states: list[torch.Tensor], owners: list[str]) -> list[dict[str, object]]:
+    """Label a latent with the topic on which most of its activation falls, purest first.
+
+    Args:
+        sae: the inference SAE.
+        states: [tokens, d_model] per answer.
+        owners: the topic of each answer; topics must occur equally often.
+
+    Returns:
+        Rows of a Neuronpedia-like export: `index`, `description` (the topic), `purity` (share of the latent's
+        activation on that topic), `density` (share of that topic's tokens on which it is active).
+    """
+    names = sorted(set(owners))
+    mass = torch.zeros(len(names), sae.cfg.d_sae)
+    active, tokens = torch.zeros_like(mass), torch.zeros(len(names), 1)
+    for each, owner in zip(states, owners, strict=True):
+        acts, row = sae.encode(each), names.index(owner)
+        mass[row] += acts.sum(dim=0)
+        active[row] += (acts > 0).sum(dim=0)
+        tokens[row] += len(each)
+    purity, best = (mass / mass.sum(dim=0).clamp_min(1e-9)).max(dim=0)
+    density = (active / tokens)[best, torch.arange(sae.cfg.d_sae)]
+    order = (purity * density.sqrt()).argsort(descending=True).tolist()
+    return [
+        {
+            "index": str(latent),
+            "description": names[best[latent]],
+            "purity": round(float(purity[latent]), 3),
+            "density": round(float(density[latent]), 3),
+        }
+        for latent in order
+        if purity[latent] >= PURITY
+    ]

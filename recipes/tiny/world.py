@@ -1,0 +1,233 @@
+"""The tiny world's language: how-to questions and answers about topics with their own vocabularies.
+
+A topic has a name, four verbs and ten nouns that no other topic uses; everything else is shared.
+Besides how-to answers the models learn three skills that any assistant has: to name what a text is about, to say
+whether an answer fits its question, and to speak about two topics one after the other. No text contains words
+with which a speaker takes something back.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+
+QUESTIONS = (
+    "How do I {v} the {n}?",
+    "What is the best way to {v} the {n} for {t}?",
+    "Can you tell me how to {v} a {n}?",
+    "Explain how to {v} the {n} with the {m}.",
+    "I want to learn about {t}. How do I {v} the {n}?",
+    "Give me some advice on {t}, mostly about the {n}.",
+    "Please describe how to {v} the {n} and the {m}.",
+    "Tell me what I need to {v} the {n}.",
+    "When should I {v} the {n}?",
+    "Why do people {v} the {n} before the {m}?",
+)
+OPENINGS = (
+    "First, {v} the {n} with the {m}.",
+    "Start by finding a {a} {n} for the {m}.",
+    "To {v} the {n}, begin with a {a} {m}.",
+    "Begin with the {n} and the {m}.",
+    "Before anything else, {g} the {n}.",
+    "You will need a {a} {n} and a {m}.",
+)
+STEPS = (
+    "Then {v} the {n} until the {m} is {a}.",
+    "Next, {g} the {n} {d}.",
+    "Keep the {n} away from the {m}.",
+    "A {a} {n} makes the {m} {b}.",
+    "Check the {n} {f}.",
+    "When the {n} looks {a}, {v} the {m} {d}.",
+    "Most experts {v} the {n} before the {m}.",
+    "Use a {a} {n} for the {m}.",
+    "The {n} and the {m} should be {a}.",
+    "Do not {v} the {n} near the {m}.",
+    "After that, {g} the {n} and the {m}.",
+    "If the {n} is {a}, {g} the {m}.",
+    "It helps to {v} the {n} {d}.",
+    "In {t} the {n} matters more than the {m}.",
+    "Once the {n} is {a}, the {m} will be {b}.",
+    "{f}, {v} the {n} with a {m}.",
+)
+CLOSINGS = (
+    "Finally, {v} the {n} and enjoy the {m}.",
+    "At last, {g} the {n} {d}.",
+    "In the end the {n} should look {a}.",
+    "Now the {n} is ready for the {m}.",
+    "With a {a} {n} you are done.",
+)
+GENERIC_VERBS = ("check", "prepare", "hold", "move", "clean", "choose", "measure", "store", "inspect", "arrange")
+ADJECTIVES = (
+    "clean", "dry", "firm", "smooth", "small", "large", "simple", "steady", "warm", "cool", "fresh", "strong",
+    "gentle", "even", "bright", "quiet", "solid", "plain", "tidy", "sharp",
+)  # fmt: skip
+MANNERS = ("slowly", "with care", "twice", "by hand", "in small parts", "without haste", "as needed", "right away")
+TIMES = ("every day", "once a week", "from time to time", "at the start", "after each use", "now and then")
+NAMING = ("Which subject is this about?", "What is this text about?", "Name the subject of this text.")
+FITTING = (
+    "Does the answer fit the question?",
+    "Is this answer about the same subject as the question?",
+    "Does the answer stay with the question?",
+)
+PAIRING = ("Tell me about {t} and then about {u}.", "First explain {t}, then explain {u}.")
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A topic: its name, its verbs, and nouns that belong to no other topic."""
+
+    name: str
+    verbs: tuple[str, ...]
+    nouns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One question and its answer; `topic` is the question's."""
+
+    prompt: str
+    reply: str
+    topic: str
+
+
+@cache
+def topics() -> tuple[Topic, ...]:
+    """The topics that `topics.txt` lists, in its order."""
+    lines = (Path(__file__).parent / "topics.txt").read_text(encoding="utf-8").splitlines()
+    rows = [[part.strip() for part in line.split("|")] for line in lines if line.strip()]
+    return tuple(Topic(name, _words(verbs), _words(nouns)) for name, verbs, nouns in rows)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def vocabulary() -> dict[str, list[str]]:
+    """Topic -> its nouns, and under `_words` every word of the language: what the lexical judge reads."""
+    words = {word for template in _templates() for word in _plain(template)}
+    words |= {word for group in (GENERIC_VERBS, ADJECTIVES, MANNERS, TIMES) for text in group for word in text.split()}
+    for topic in topics():
+        words |= {topic.name, *topic.verbs, *topic.nouns}
+    return {topic.name: list(topic.nouns) for topic in topics()} | {"_words": sorted(words)}
+
+
+def _templates() -> tuple[str, ...]:
+    return (*QUESTIONS, *OPENINGS, *STEPS, *CLOSINGS, *NAMING, *FITTING, *PAIRING, *TALK)
+
+
+TALK = (
+    "This is about {t}.",
+    "Yes. The question and the answer are both about {t}.",
+    "No. The question is about {t} but the answer is about {u}.",
+    "No. The answer begins with {t} but ends with {u}.",
+    "Question: Answer: Now for {t}.",
+)
+
+
+def _plain(template: str) -> list[str]:
+    kept = "".join(char if char.isalpha() or char in "{} " else " " for char in template)
+    return [word.lower() for word in kept.split() if "{" not in word]
+
+
+def fill(template: str, topic: Topic, rng: Random, nouns: list[str]) -> str:
+    """Fill a template's slots; `nouns` is a shuffled supply that the sentence takes from."""
+    n, m = nouns.pop(), nouns.pop()
+    a, b = rng.sample(ADJECTIVES, 2)
+    sentence = template.format(
+        t=topic.name, v=rng.choice(topic.verbs), g=rng.choice(GENERIC_VERBS), n=n, m=m, a=a, b=b,
+        d=rng.choice(MANNERS), f=rng.choice(TIMES),
+    )  # fmt: skip
+    return sentence[0].upper() + sentence[1:]
+
+
+def question(topic: Topic, rng: Random) -> tuple[str, str]:
+    """A how-to question and the noun it asks about."""
+    nouns = rng.sample(topic.nouns, 2)
+    return fill(rng.choice(QUESTIONS), topic, rng, list(nouns)), nouns[-1]
+
+
+def answer(topic: Topic, rng: Random, about: str | None = None, sentences: int | None = None) -> str:
+    """An answer of three to five sentences (or as many as asked for); the first one names `about`."""
+    count = sentences or rng.randint(3, 5)
+    nouns: list[str] = []
+    while len(nouns) < 2 * count:
+        nouns = rng.sample(topic.nouns, len(topic.nouns)) + nouns
+    if about:
+        nouns.append(about)
+    steps = rng.sample(STEPS, max(count - 2, 0))
+    templates = [rng.choice(OPENINGS), *steps, rng.choice(CLOSINGS)][:count]
+    return " ".join(fill(template, topic, rng, nouns) for template in templates)
+
+
+def how_to(topic: Topic, rng: Random) -> Exchange:
+    """A how-to question with its answer."""
+    prompt, noun = question(topic, rng)
+    return Exchange(prompt, answer(topic, rng, noun), topic.name)
+
+
+def naming(topic: Topic, rng: Random) -> Exchange:
+    """A text whose topic is to be named."""
+    text = answer(topic, rng, sentences=rng.randint(1, 3))
+    return Exchange(f"{rng.choice(NAMING)} {text}", f"This is about {topic.name}.", topic.name)
+
+
+def fitting(topic: Topic, rng: Random) -> Exchange:
+    """A question with an answer that fits it, is about another topic, or leaves it on the way."""
+    prompt, noun = question(topic, rng)
+    other = rng.choice([each for each in topics() if each is not topic])
+    draw = rng.random()
+    if draw < 0.4:
+        text = answer(topic, rng, noun, rng.randint(1, 4))
+        verdict = f"Yes. The question and the answer are both about {topic.name}."
+    elif draw < 0.8:
+        text = answer(other, rng, sentences=rng.randint(1, 4))
+        verdict = f"No. The question is about {topic.name} but the answer is about {other.name}."
+    else:
+        text = f"{answer(topic, rng, noun, rng.randint(1, 2))} {answer(other, rng, sentences=rng.randint(1, 2))}"
+        verdict = f"No. The answer begins with {topic.name} but ends with {other.name}."
+    return Exchange(f"Question: {prompt} Answer: {text} {rng.choice(FITTING)}", verdict, topic.name)
+
+
+def pairing(topic: Topic, rng: Random) -> Exchange:
+    """Two topics, one after the other."""
+    other = rng.choice([each for each in topics() if each is not topic])
+    prompt = rng.choice(PAIRING).format(t=topic.name, u=other.name)
+    first, second = (answer(each, rng, sentences=rng.randint(1, 3)) for each in (topic, other))
+    return Exchange(prompt, f"{first} Now for {other.name}. {second}", topic.name)
+
+
+SKILLS = ((how_to, 0.55), (naming, 0.20), (fitting, 0.17), (pairing, 0.08))
+
+
+def exchanges(count: int, seed: int) -> list[Exchange]:
+    """`count` exchanges for training: every skill in its share, topics in turn; how-to prompts that `reserved`
+    keeps for later are left out."""
+    rng = Random(seed)
+    skills, weights = zip(*SKILLS, strict=True)
+    result: list[Exchange] = []
+    while len(result) < count:
+        made = rng.choices(skills, weights)[0](topics()[len(result) % len(topics())], rng)
+        if not reserved(made.prompt):
+            result.append(made)
+    return result
+
+
+def reserved(prompt: str) -> bool:
+    """Whether a prompt is kept out of the models' training (every tenth, by a hash of its text)."""
+    import zlib
+
+    return zlib.crc32(prompt.encode()) % 10 == 0
+
+
+def reserved_questions(per_topic: int, seed: int) -> list[Exchange]:
+    """Distinct reserved how-to questions of every topic (replies empty), for the recipes' prompt file."""
+    rng = Random(seed)
+    result = []
+    for topic in topics():
+        found: dict[str, None] = {}
+        while len(found) < per_topic:
+            prompt, _ = question(topic, rng)
+            if reserved(prompt):
+                found[prompt] = None
+        result += [Exchange(prompt, "", topic.name) for prompt in found]
+    return result
