@@ -1,0 +1,174 @@
+"""Loading models, tokenizers and adapters."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from esr_train.errors import InputError, RunError
+from esr_train.models import (
+    bare_model,
+    check_adapter,
+    decoder_layers,
+    end_of_turn_id,
+    hidden_size,
+    load_model,
+    load_tokenizer,
+    stop_ids,
+)
+from esr_train.recipe import ModelSection
+from tests.conftest import Family, make_family
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """Both families, saved as checkpoints are."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("llama", "gemma"):
+        family = make_family(name)
+        family.model.save_pretrained(root / name)
+        family.tokenizer.save_pretrained(root / name)
+    return {name: str(root / name) for name in ("llama", "gemma")}
+
+
+def section(path: str, **options) -> ModelSection:
+    return ModelSection(**{"path": path, "dtype": "float32", "device": "cpu", **options})
+
+
+@pytest.fixture
+def adapter(folders, tmp_path):
+    model = get_peft_model(load_model(section(folders["llama"])), LoraConfig(target_modules="all-linear"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_model_comes_back_with_its_weights_dtype_and_mode(folders, name):
+    original = make_family(name).model
+    model = load_model(section(folders[name]))
+    assert not model.training
+    assert model.config._attn_implementation == "eager"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+    half = load_model(section(folders[name], dtype="bfloat16"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_sdpa_is_refused_for_gemma_and_taken_for_llama(folders):
+    with pytest.raises(InputError, match=r"model\.attn_implementation.*soft-capping.*eager"):
+        load_model(section(folders["gemma"], attn_implementation="sdpa"))
+    llama = load_model(section(folders["llama"], attn_implementation="sdpa"))
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_relative_paths_are_taken_from_the_current_directory(folders, monkeypatch):
+    monkeypatch.chdir(folders["llama"] + "/..")
+    assert load_tokenizer(section("llama")).eos_token == "<|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    "path", ["./nowhere", "/nowhere/at/all", "recipes/tiny/assets/nothing", "not-a-hub-id"]
+)
+def test_a_model_that_is_not_there_is_bad_input(path):
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(InputError, match=r"model\.path"):
+            load(section(path))
+
+
+def test_a_device_that_is_not_there_is_bad_input(folders):
+    with pytest.raises(InputError, match=r"model\.device.*'cuda:0' cannot be used"):
+        load_model(section(folders["llama"], device="cuda:0"))
+
+
+@pytest.mark.parametrize(("name", "end"), [("llama", "<|eot_id|>"), ("gemma", "<end_of_turn>")])
+def test_generation_stops_at_the_end_of_the_turn(folders, name, end):
+    tokenizer, model = load_tokenizer(section(folders[name])), load_model(section(folders[name]))
+    expected = tokenizer.convert_tokens_to_ids(end)
+    assert end_of_turn_id(tokenizer) == expected
+    assert expected in model.generation_config.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id != expected
+
+
+def test_the_end_of_turn_is_found_where_eos_is_another_token():
+    """As in Gemma's released tokenizer; the model may list further tokens of its own."""
+    family = make_family("gemma")
+    family.tokenizer.eos_token = "<eos>"
+    family.model.generation_config.eos_token_id = [1, 7]
+    ids = {family.tokenizer.convert_tokens_to_ids(token) for token in ("<eos>", "<end_of_turn>")}
+    assert stop_ids(family.model, family.tokenizer) == ids | {1, 7}
+
+
+def test_padding_is_never_the_end_of_the_turn(tmp_path):
+    tokenizer = make_family("llama").tokenizer
+    tokenizer.pad_token = "<|eot_id|>"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(section(str(tmp_path))).pad_token == "<|finetune_right_pad_id|>"
+
+
+def test_layers_are_found_in_every_wrapper(family: Family):
+    class Wrapper(torch.nn.Module):
+        """As DDP and DeepSpeed wrap."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    layers = family.model.model.layers
+    peft = get_peft_model(make_family(family.name).model, LoraConfig(target_modules="all-linear"))
+    assert decoder_layers(family.model) is layers
+    assert decoder_layers(Wrapper(family.model)) is layers
+    assert decoder_layers(Wrapper(peft)) is peft.base_model.model.model.layers
+    assert (hidden_size(Wrapper(peft)), bare_model(Wrapper(family.model))) == (64, family.model)
+    with pytest.raises(InputError, match="no decoder layers"):
+        decoder_layers(torch.nn.Linear(2, 2))
+
+
+def test_an_adapter_is_loaded_onto_the_model(folders, adapter):
+    path, trained = adapter
+    loaded = load_model(section(folders["llama"]), path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trained.eval()(ids).logits)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    trainable = load_model(section(folders["llama"]), path, for_training=True)
+    assert any(parameter.requires_grad for parameter in trainable.parameters())
+
+
+def test_an_adapter_that_does_nothing_or_is_empty_is_an_error(folders, adapter):
+    path, model = adapter
+    ups = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    for weight in ups:
+        weight.data.zero_()
+    model.save_pretrained(path)
+    with pytest.raises(RunError, match="every B matrix of the adapter is zero"):
+        load_model(section(folders["llama"]), path)
+    ups[0].data = torch.empty(0)
+    with pytest.raises(RunError, match=r"lora_B.* is empty"):
+        check_adapter(model, "here")
+
+
+def test_an_adapter_for_another_model_or_none_at_all_is_bad_input(folders, adapter, tmp_path):
+    other = section(str(narrow(tmp_path)))
+    with pytest.raises(InputError, match="does not fit the model"):
+        load_model(other, adapter[0])
+    with pytest.raises(InputError, match="there is no adapter here"):
+        load_model(section(folders["llama"]), tmp_path / "none")
+
+
+def narrow(folder):
+    """A Llama of another width."""
+    from recipes.tiny.architecture import build_model
+
+    tokenizer = make_family("llama").tokenizer
+    build_model("llama", tokenizer, width=32, layers=4).save_pretrained(folder / "narrow")
+    tokenizer.save_pretrained(folder / "narrow")
+    return folder / "narrow"
+
+
+def test_nf4_quantises_the_linear_layers(folders):
+    import bitsandbytes
+
+    model = load_model(section(folders["llama"]), quantization="nf4")
+    assert isinstance(decoder_layers(model)[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
+    assert decoder_layers(model)[0].mlp.up_proj.weight.quant_state.quant_type == "nf4"
