@@ -1,0 +1,170 @@
+"""What every metric counts, what it leaves out, and the shape of metrics.json."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from eval.metrics import METRICS, Gap, attempts_histogram, estimate, summarise
+
+RESPONSE = "Knead the dough. Wait, that's wrong. Fold the sheet in half."
+
+
+def trial(*scores: float | None, **changes: Any) -> dict[str, Any]:
+    """A trial with one attempt a score; `latent`, `prompt` and `cell_seed` change the cell."""
+    cell = {
+        "prompt": changes.pop("prompt", "How do you fold a sheet?"),
+        "topic": "linen",
+        "latent": changes.pop("latent", 7),
+        "label": "baking",
+        "strength": changes.pop("strength", {"raw": 200.0, "norm": 0.6}),
+        "seed": changes.pop("cell_seed", 0),
+    }
+    row = {
+        "key": repr(sorted(cell.items(), key=str)),
+        "arm": "base",
+        "condition": "steered",
+        "seed": 0,
+        "cell": cell,
+        "response": RESPONSE,
+        "finish_reason": "stop",
+        "tokens": 20,
+        "steered_tokens": 40,
+        "attempts": [{"start": 30 * i, "end": 30 * i + 30, "score": s} for i, s in enumerate(scores)],
+        "cue": len(scores) > 1,
+        "judge": "lexical",
+        "judge_raw": "",
+        "flags": {"degenerate": False, "hijacked": False, "silent_recovery": False},
+        "error": None,
+    }
+    return row | changes
+
+
+U, N = Gap.UNSCORED, Gap.UNDEFINED
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        (
+            (30,),
+            {
+                "multi_attempt_rate": 0,
+                "esr_rate": 0,
+                "worsening_rate": 0,
+                "success_rate": N,
+                "improvement": N,
+            },
+        ),
+        (
+            (10, 90),
+            {"multi_attempt_rate": 1, "esr_rate": 1, "esr10_rate": 1, "success_rate": 1, "improvement": 80},
+        ),
+        ((10, 19), {"esr_rate": 1, "esr10_rate": 0, "worsening_rate": 0}),
+        ((10, 20), {"esr_rate": 1, "esr10_rate": 1}),
+        ((50, 50), {"multi_attempt_rate": 1, "esr_rate": 0, "worsening_rate": 0, "success_rate": 0}),
+        ((90, 10), {"esr_rate": 0, "worsening_rate": 1, "success_rate": 0, "improvement": -80}),
+        ((10, 5, 95), {"esr_rate": 1, "first_score": 10, "last_score": 95, "parroting_rate": 1}),
+        ((10, 10), {"parroting_rate": 1}),
+        ((10, 11), {"parroting_rate": 0}),
+        ((60, 55), {"parroting_rate": 0, "worsening_rate": 1}),
+        ((30,), {"parroting_rate": 0, "first_score": 30, "last_score": 30, "restart_position": N}),
+        ((10, 90), {"restart_position": 30 / len(RESPONSE) * 20, "restart_rate": 1}),
+        ((None, 90), {"multi_attempt_rate": 1, "esr_rate": U, "first_score": U, "last_score": 90}),
+        ((10, None), {"multi_attempt_rate": 1, "improvement": U, "success_rate": U, "parroting_rate": U}),
+    ],
+)
+def test_each_metric_counts_what_it_says(scores: tuple[float | None, ...], expected: dict[str, Any]) -> None:
+    row = trial(*scores)
+    assert {name: METRICS[name].of(row) for name in expected} == expected
+
+
+def test_flags_are_read_and_an_absent_finding_is_undefined_not_no() -> None:
+    flagged = trial(30, flags={"degenerate": True, "hijacked": True, "silent_recovery": True})
+    bare = trial(30, flags={})
+    for name in ("degenerate_rate", "hijack_rate", "silent_recovery_rate"):
+        assert METRICS[name].of(flagged) == 1
+        assert METRICS[name].of(trial(30)) == 0
+        assert METRICS[name].of(bare) is Gap.UNDEFINED
+
+
+def test_a_judge_failure_is_unscored_never_zero_and_the_cue_still_counts() -> None:
+    failed = trial(error="the judge timed out", cue=True, flags={})
+    rows = [failed, *(trial(10, 90, latent=i) for i in range(3))]
+    for name in METRICS:
+        found = estimate(rows, name)
+        expected = (4, 0) if name == "restart_rate" else (3, 1)
+        assert (found.n, found.unscored) == expected, name
+    assert estimate(rows, "esr_rate").value == 1
+    assert estimate(rows, "restart_rate").value == 1
+
+
+def test_success_has_the_multi_attempt_responses_as_its_denominator() -> None:
+    rows = [trial(30, latent=i) for i in range(8)] + [trial(10, 90), trial(90, 10)]
+    found = estimate(rows, "success_rate")
+    assert (found.value, found.n) == (0.5, 2)
+
+
+def test_the_histogram_counts_scored_responses_by_attempts() -> None:
+    rows = [trial(1), trial(2), trial(1, 2, 3), trial(error="no answer")]
+    assert attempts_histogram(rows) == {1: 2, 3: 1}
+
+
+def test_metrics_json_has_the_documented_shape() -> None:
+    rows = {
+        "base": [trial(30, latent=i, arm="base") for i in range(10)],
+        "tuned": [trial(10, 90, latent=i, arm="tuned") for i in range(10)],
+    }
+    rows["tuned"] += [trial(99, latent=None, strength=None, condition="unsteered", arm="tuned")]
+    metrics = summarise(rows, bootstrap=200)
+    assert list(metrics) == ["schema", "arms", "paired"]
+    assert metrics["schema"] == 1
+    assert {arm: set(found) for arm, found in metrics["arms"].items()} == {
+        "base": {"steered"},
+        "tuned": {"steered", "unsteered"},
+    }
+    assert {pair: set(found) for pair, found in metrics["paired"].items()} == {"tuned-base": {"steered"}}
+    names = {
+        "multi_attempt_rate", "esr_rate", "esr10_rate", "worsening_rate", "restart_rate", "first_score",
+        "last_score", "improvement", "silent_recovery_rate", "degenerate_rate", "parroting_rate",
+        "hijack_rate",
+    }  # fmt: skip
+    for found in (metrics["arms"]["base"]["steered"], metrics["paired"]["tuned-base"]["steered"]):
+        assert names <= set(found)
+        assert all(set(value) == {"value", "low", "high", "n", "unscored"} for value in found.values())
+    undefined = {"value": None, "low": None, "high": None, "n": 0, "unscored": 0}
+    assert metrics["arms"]["base"]["steered"]["improvement"] == undefined
+    assert metrics["paired"]["tuned-base"]["steered"]["last_score"]["value"] == 60
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_arms_pair_only_on_the_cells_they_share() -> None:
+    base = [trial(30, latent=i) for i in range(10)]
+    other = [
+        trial(100, latent=0),
+        trial(100, latent=99),
+        trial(100, latent=1, strength={"raw": 300.0, "norm": 0.9}),
+        trial(100, latent=2, cell_seed=5),
+        trial(100, latent=3, prompt="How do you sail?"),
+        trial(100, latent=4, condition="steered_recalibrated"),
+        trial(100, latent=5, seed=1),
+        trial(error="no answer", latent=6),
+    ]
+    found = summarise({"base": base, "tuned": other})["paired"]["tuned-base"]
+    assert set(found) == {"steered"}
+    assert found["steered"]["last_score"] == {"value": 70.0, "low": None, "high": None, "n": 1, "unscored": 1}
+
+
+def test_without_a_base_arm_nothing_is_paired() -> None:
+    assert summarise({"tuned": [trial(30)]})["paired"] == {}
+
+
+def test_the_order_of_the_trial_file_changes_no_number() -> None:
+    rng = random.Random(0)
+    base = [trial(rng.uniform(0, 60), latent=i % 12, cell_seed=i) for i in range(60)]
+    tuned = [trial(rng.uniform(0, 60), rng.uniform(0, 100), latent=i % 12, cell_seed=i) for i in range(60)]
+    shuffled = rng.sample(base, len(base)), rng.sample(tuned, len(tuned))
+    once = summarise({"base": base, "tuned": tuned}, bootstrap=100)
+    again = summarise(dict(zip(("base", "tuned"), shuffled, strict=True)), bootstrap=100)
+    assert json.dumps(once) == json.dumps(again)
