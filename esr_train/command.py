@@ -1,0 +1,29 @@
+"""How every command ends: one readable paragraph instead of a traceback, and an exit code."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from esr_train.errors import InputError, RunError
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the `--debug` flag that `guarded` wants."""
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def guarded(run: Callable[[], None], debug: bool) -> int:
+    """Run a command; returns 0, 2 for bad input, 1 for a failed run, 130 when interrupted."""
+    try:
+        run()
+    except (InputError, RunError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0

@@ -1,0 +1,129 @@
+"""The `esr` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from esr_train.command import add_debug, guarded
+from esr_train.errors import InputError
+
+FOLDER = Path(__file__).parent
+USAGE = """\
+usage: esr COMMAND ...
+
+  run RECIPE [key=value ...]      a whole experiment: calibrate, data, train, evaluate, report; resumable
+  data COMMAND ...                make, mix, import, export and look at transcripts
+  train RECIPE [key=value ...]    train one arm (= accelerate launch -m esr_train RECIPE on one process)
+  eval COMMAND ...                calibrate, run trials, compare, report
+  recipes list|show|copy|validate the shipped recipes
+
+`esr COMMAND --help` says more."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Hand the command line to the room it is for; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    if name == "run":
+        return _run(rest)
+    if name == "recipes":
+        return _recipes(rest)
+    if name == "data":
+        from data_gen.__main__ import main as door
+    elif name == "train":
+        from esr_train.__main__ import main as door
+    elif name == "eval":
+        from eval.__main__ import main as door
+    else:
+        print(f"error: there is no command {name!r}.\n{USAGE}", file=sys.stderr)
+        return 2
+    return door(rest)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr run", description="Run a whole experiment, or go on with it.")
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.trials=512")
+    add_debug(parser)
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        from esr_train.recipe import load_recipe
+
+        recipe = load_recipe(options.recipe, options.overrides)
+        from recipes.pipeline import run
+
+        run(recipe)
+
+    return guarded(work, options.debug)
+
+
+def _recipes(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr recipes", description="The shipped recipes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names and first comment line of every recipe")
+    show = commands.add_parser("show", help="print a recipe")
+    show.add_argument("name", help="such as tiny/quickstart")
+    copy = commands.add_parser("copy", help="copy a recipe to edit it")
+    copy.add_argument("name")
+    copy.add_argument("target", type=Path)
+    validate = commands.add_parser("validate", help="check recipe files")
+    validate.add_argument("files", nargs="*", type=Path, help="the shipped ones unless given")
+    options = parser.parse_args(arguments)
+    actions = {"list": _list, "show": lambda: _show(options.name), "copy": lambda: _copy(options.name, options.target)}
+    return guarded(actions.get(options.command, lambda: _validate(options.files)), debug=False)
+
+
+def shipped() -> list[Path]:
+    """Every recipe file that the package ships, at any depth."""
+    settings = {"accelerate", "deepspeed", "assets"}
+    return sorted(path for path in FOLDER.rglob("*.yaml") if not settings & set(path.relative_to(FOLDER).parts))
+
+
+def find_recipe(name: str) -> Path:
+    """The shipped recipe with that name, such as `tiny/quickstart`.
+
+    Raises:
+        InputError: naming the recipes there are.
+    """
+    for path in shipped():
+        if name in (_name(path), f"{_name(path)}.yaml"):
+            return path
+    raise InputError(f"there is no shipped recipe {name!r}", None, f"There are {', '.join(map(_name, shipped()))}.")
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(FOLDER).with_suffix(""))
+
+
+def _list() -> None:
+    for path in shipped():
+        print(f"{_name(path):40} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+def _show(name: str) -> None:
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+def _copy(name: str, target: Path) -> None:
+    if target.exists():
+        raise InputError("the file exists", str(target), "Name another one; nothing was overwritten.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(find_recipe(name).read_text(encoding="utf-8"), encoding="utf-8")
+    print(target)
+
+
+def _validate(files: Sequence[Path]) -> None:
+    from esr_train.recipe import load_recipe
+
+    for path in files or shipped():
+        load_recipe(path)
+        print(f"{path}: valid")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
