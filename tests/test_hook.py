@@ -190,17 +190,20 @@ def test_clamp_and_ablate_equal_decoding_with_the_reconstruction_error_kept(fami
 
 
 def test_interventions_of_a_row_follow_one_another(family, sae):
-    ids = ids_of(family, 2, 5)
+    ids = ids_of(family, 3, 5)
     before = outputs(family.model, LAYER, ids)
     add, clamp, ablate = Add(LAYER, vector(4)), Clamp(LAYER, sae, 5, 4.0), Ablate(LAYER, sae, (5, 6))
-    with SteeringHook(family.model, [[add, clamp], [clamp, add, ablate]]) as hook:
-        hook.place(owners(2, 5))
+    again = Clamp(LAYER, sae, 7, 2.0)
+    with SteeringHook(family.model, [[add, clamp], [clamp, add, ablate], [clamp, again]]) as hook:
+        hook.place(owners(3, 5))
         after = outputs(family.model, LAYER, ids)
     torch.testing.assert_close(
         after[0], reference(sae, before[0] + vector(4), [5], 4.0), atol=1e-4, rtol=1e-4
     )
     moved = reference(sae, before[1], [5], 4.0) + vector(4)
     torch.testing.assert_close(after[1], reference(sae, moved, [5, 6], 0.0), atol=1e-4, rtol=1e-4)
+    twice = reference(sae, reference(sae, before[2], [5], 4.0), [7], 2.0)
+    torch.testing.assert_close(after[2], twice, atol=1e-4, rtol=1e-4)
 
 
 def test_clamping_generated_positions_leaves_the_prompt_alone(family, sae):
@@ -257,8 +260,9 @@ def test_a_placement_of_another_shape_is_refused_rather_than_applied_to_wrong_to
 def test_hooks_are_gone_after_an_error(family):
     hooks = decoder_layers(family.model)[LAYER]._forward_hooks
     before = len(hooks)
-    with pytest.raises(KeyError), SteeringHook(family.model, [[Add(LAYER, vector(0))]]):
+    with SteeringHook(family.model, [[Add(LAYER, vector(0))]]):
         assert len(hooks) == before + 1
+    with pytest.raises(KeyError), SteeringHook(family.model, [[Add(LAYER, vector(0))]]):
         raise KeyError
     assert len(hooks) == before
 

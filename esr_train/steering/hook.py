@@ -1,8 +1,8 @@
 """The transformers hook: every token of a batch under its own interventions, and a count of what it steered.
 
-Vocabulary: a **program** is one tuple of interventions (of a request, or of a training document); the **owner**
-of a token is the index of the program it is under. `place` says which token belongs to whom; one forward pass
-(and its recomputation under gradient checkpointing) then runs with that placement.
+A **program** is one tuple of interventions (of a request, or of a training document); the **owner** of a
+token is the index of the program it is under. `place` says which token belongs to whom; one forward pass (and
+its recomputation under gradient checkpointing) then runs with that placement.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,189 @@
+"""The transformers engine against a decoder written naively: one row, no cache, one hook."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+import esr_train.steering.transformers_engine as module
+from esr_train.errors import RunError
+from esr_train.models import decoder_layers
+from esr_train.steering.engine import Request, Sampling
+from esr_train.steering.hook import SteeringHook
+from esr_train.steering.intervention import Add
+from esr_train.steering.transformers_engine import TransformersEngine
+from tests.conftest import Family
+
+WIDTH, LAYER = 64, 1
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+PROMPTS = [
+    "How do I fold a fitted sheet?",
+    "Wait.",
+    "First, knead the dough and dust the flour over the board. Smooth it. " * 4,
+    "Raise the mast",
+    "Trim the jib before the gale?",
+]
+
+
+def vector(seed: int, size: float = 1.0) -> torch.Tensor:
+    return size * torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def family(family: Family) -> Family:
+    """The family made livelier: with tied and small random weights it would only ever repeat one token."""
+    model = deepcopy(family.model)
+    torch.manual_seed(1)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name or "mlp" in name:
+            parameter.data.mul_(2.5)
+    return Family(family.name, model, family.tokenizer)
+
+
+def steered_requests() -> list[Request]:
+    """Every kind in one batch: none, all, generated, a prefix, two vectors at two layers."""
+    programs = [
+        (Add(LAYER, vector(0)),),
+        (),
+        (Add(LAYER, vector(1), "generated"),),
+        (Add(LAYER, vector(2)), Add(3, vector(3), "generated")),
+        (Add(LAYER, vector(4)), Add(LAYER, vector(5))),
+    ]
+    prefixes = ["", "", "Start by", "", "Then"]
+    return [
+        Request(f"r{number}", prompt, prefix=prefix, interventions=program, seed=number)
+        for number, (prompt, prefix, program) in enumerate(zip(PROMPTS, prefixes, programs, strict=True))
+    ]
+
+
+def naive(family, request: Request, stops: frozenset[int], new_tokens: int) -> list[int]:
+    """Greedy decoding that recomputes the whole sequence at every step."""
+    ids, start = module.encode_prompt(family.tokenizer, request.prompt, request.system, request.prefix)
+
+    def hooked(add: Add):
+        def hook(_, __, output):
+            first = 0 if add.positions == "all" else start
+            output = output.clone()
+            output[:, first:] += add.vector
+            return output
+
+        return decoder_layers(family.model)[add.layer].register_forward_hook(hook)
+
+    handles = [hooked(add) for add in request.interventions]
+    generated: list[int] = []
+    with torch.no_grad():
+        while len(generated) < new_tokens and not (generated and generated[-1] in stops):
+            generated.append(int(family.model(torch.tensor([ids + generated])).logits[0, -1].argmax()))
+    for handle in handles:
+        handle.remove()
+    return generated
+
+
+@pytest.fixture
+def early_stops(family, monkeypatch):
+    """Stop tokens that end the replies of `steered_requests` at different steps."""
+    completions = TransformersEngine(family.model, family.tokenizer).generate(steered_requests(), GREEDY)
+    stops = [completions[row].token_ids[step] for row, step in ((0, 2), (2, 5), (4, 9))]
+    monkeypatch.setattr(family.model.generation_config, "eos_token_id", stops)
+    return frozenset([*stops, family.tokenizer.eos_token_id])
+
+
+def test_batched_rows_equal_naive_decoding_token_for_token(family):
+    requests = steered_requests()
+    completions = TransformersEngine(family.model, family.tokenizer).generate(requests, GREEDY)
+    stops = frozenset([family.tokenizer.eos_token_id])
+    assert [c.id for c in completions] == [r.id for r in requests]
+    found = [list(c.token_ids) for c in completions]
+    assert found == [naive(family, request, stops, 12) for request in requests]
+    unsteered = [naive(family, Request("", r.prompt, prefix=r.prefix), stops, 12) for r in requests]
+    assert [a == b for a, b in zip(found, unsteered, strict=True)] == [False, True, False, False, False]
+
+
+def test_rows_that_end_early_leave_the_others_alone_and_are_counted_exactly(family, early_stops):
+    requests = steered_requests()
+    sampling = Sampling(temperature=0, max_new_tokens=40)
+    completions = TransformersEngine(family.model, family.tokenizer).generate(requests, sampling)
+    lengths = [len(c.token_ids) for c in completions]
+    assert len(set(lengths)) > 1, "the rows must end at different steps for this test to say anything"
+    for request, completion in zip(requests, completions, strict=True):
+        assert list(completion.token_ids) == naive(family, request, early_stops, 40)
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] in early_stops else "length")
+    fed = [c.prompt_tokens + len(c.token_ids) - 1 for c in completions]
+    ids, start = module.encode_prompt(family.tokenizer, PROMPTS[2], None, "Start by")
+    assert start < len(ids)
+    assert [c.steered_tokens for c in completions] == [fed[0], 0, fed[2] - start, fed[3], fed[4]]
+
+
+def test_the_text_has_no_end_of_turn_and_a_stop_is_told_from_the_length(family, early_stops):
+    requests = [Request("a", PROMPTS[0]), Request("b", PROMPTS[2])]
+    for completion in TransformersEngine(family.model, family.tokenizer).generate(requests, GREEDY):
+        ids = completion.token_ids
+        kept = ids[:-1] if completion.finish_reason == "stop" else ids
+        assert completion.text == family.tokenizer.decode(kept, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2])
+def test_small_batches_give_the_same_completions_in_the_same_order(family, batch_rows):
+    requests = steered_requests()
+    sampling = Sampling(temperature=0.8, max_new_tokens=10, repetition_penalty=1.2, top_p=0.95)
+    together = TransformersEngine(family.model, family.tokenizer).generate(requests, sampling)
+    told: list[tuple[int, int]] = []
+    apart = TransformersEngine(family.model, family.tokenizer, batch_rows=batch_rows).generate(
+        requests, sampling, lambda rows, tokens: told.append((rows, tokens))
+    )
+    assert apart == together
+    assert sum(rows for rows, _ in told) == 5
+    assert sum(tokens for _, tokens in told) == sum(len(c.token_ids) for c in together)
+
+
+def test_seeds_decide_what_is_drawn(family):
+    engine = TransformersEngine(family.model, family.tokenizer)
+    requests = [Request(str(n), PROMPTS[0], seed=seed) for n, seed in enumerate([1, 2, 1])]
+    hot = Sampling(temperature=20, max_new_tokens=8)
+    first, second, third = (c.token_ids for c in engine.generate(requests, hot))
+    assert first == third != second
+    assert [c.token_ids for c in engine.generate(requests, hot)] == [first, second, third]
+
+
+def test_strength_zero_generates_what_no_steering_generates(family):
+    engine = TransformersEngine(family.model, family.tokenizer)
+    zero = [Request("a", PROMPTS[0], interventions=(Add(LAYER, torch.zeros(WIDTH)),))]
+    (steered,), (plain,) = engine.generate(zero, GREEDY), engine.generate([Request("a", PROMPTS[0])], GREEDY)
+    assert steered.token_ids == plain.token_ids
+    assert (steered.steered_tokens, plain.steered_tokens) == (plain.prompt_tokens + 11, 0)
+
+
+def test_a_row_that_was_not_steered_is_an_error_that_names_the_request(family, monkeypatch):
+    """The hook is broken on purpose: after the prompt it no longer steers the second program."""
+    place = SteeringHook.place
+
+    def broken(self, owner, reply=None):
+        place(self, torch.where(owner == 1, -1, owner) if owner.shape[1] == 1 else owner, reply)
+
+    monkeypatch.setattr(SteeringHook, "place", broken)
+    requests = [
+        Request(f"row-{n}", prompt, interventions=(Add(LAYER, vector(n)),))
+        for n, prompt in enumerate(PROMPTS)
+    ]
+    with pytest.raises(RunError, match=r"'row-\d'.*layer 1 steered \d+ tokens where \d+ were asked for"):
+        TransformersEngine(family.model, family.tokenizer).generate(requests, GREEDY)
+
+
+def test_hooks_that_never_run_are_an_error(family, monkeypatch):
+    monkeypatch.setattr(SteeringHook, "__enter__", lambda self: self)
+    with pytest.raises(RunError, match="steered 0 tokens"):
+        TransformersEngine(family.model, family.tokenizer).generate(steered_requests(), GREEDY)
+
+
+def test_the_training_mode_is_put_back(family):
+    family.model.train()
+    try:
+        TransformersEngine(family.model, family.tokenizer).generate([Request("a", "Wait.")], GREEDY)
+        assert family.model.training
+    finally:
+        family.model.eval()
+
+
+def test_no_requests_give_no_completions(family):
+    assert TransformersEngine(family.model, family.tokenizer).generate([], GREEDY) == []
