@@ -1,9 +1,10 @@
 """Where attempts begin: a response is cut at explicit restart language, in character ranges.
 
-Sentences are sorted into four kinds. An *opener* takes something back by itself ("Oops, I drifted off."). A *weak*
-one does so only when more follows ("Wait." before "You asked about sails."), because instructions use the same
-words ("Wait. Then stir."). A *follower* goes on with a restart that has begun ("You asked about sails.") and means
-nothing alone. All else is text. Patterns are anchored where a sentence starts, or a clause after a dash or dots.
+Sentences are of four kinds. An *opener* takes something back by itself ("Oops, I drifted off."). A *weak*
+one does so only when more follows ("Wait." before "You asked about sails."), because instructions use the
+same words ("Wait. Then stir."). A *follower* goes on with a restart that has begun ("You asked about
+sails.") and means nothing alone. All else is text. Patterns are anchored where a sentence starts, or a
+clause after a dash or dots.
 """
 
 import re
@@ -12,32 +13,41 @@ Range = tuple[int, int]
 """Start and end of a stretch of text, in characters, end excluded."""
 
 _END = re.compile(r"[.!?…]+[\"')\]”*_]*(?=\s|$)|\n+")
-_BREAK = re.compile(r"\s*(?:—|–|--|\s-\s|\.\.\.|…|;)\s*")
+_BREAK = re.compile(
+    r"\s*(?:—|–|--|\s-\s|\.\.\.|…|;)\s*|,\s+(?:and |but )?(?=(?:wait|hold on|oops|scratch)\b)", re.I
+)
 _MARKUP = r"[*_#>(\s]*(?:-\s+)?"
 _FILLER = (
-    r"(?:(?:oh dear|oh no|dear me|oh|ah|um+|uh+|erm?|okay|ok|well|so|but|and|anyway|anyhow|now|right|alright"
+    r"(?:(?:oh dear|oh no|dear me|oh|ah|um+|uh+|erm?|okay|ok|well|so|but|and|anyway|anyhow|now|right"
+    r"|alright"
     r"|yikes|huh|hm+|goodness)\b[\s,.…!—–-]*)*"
 )
 _STOP = r"\s*(?:[,.!?:;…—–-]|$)"
 _MOMENT = r"(?:just )?(?:wait|hold on|hang on|hold up|one moment|one second|a moment|a second|stop)"
 _WHILE = r"(?: (?:just )?a (?:minute|moment|second|sec|bit))?"
 _OBJECT = r"(?:your|the|this|that|my|its)? ?(?:actual |real |original |first |right |main )?"
-_ASKED = rf"(?:{_OBJECT}(?:question|topic|subject|point|task|request|prompt|matter)|what you (?:asked|wanted)|track)"
+_ASKED = (
+    rf"(?:{_OBJECT}(?:question|topic|subject|point|task|request|prompt|matter)"
+    r"|what you (?:asked|wanted)|track)"
+)
 _OFF = r"off (?:the )?(?:topic|track|course|subject|point|question|rails|on a tangent|into|to)"
 _THAT = (
-    r"(?:that|this|all (?:of )?(?:that|this)|none of (?:that|this)|what i (?:just )?(?:said|wrote|described)"
+    r"(?:that|this|all (?:of )?(?:that|this)|none of (?:that|this)|what i (?:just )?(?:said|wrote"
+    r"|described)"
     r"|the (?:above|last part)|my (?:last )?(?:answer|reply|response|last sentences?))"
 )
 _IS = r"(?:'s| is| was| are| were| seems| looks)"
 _SELF = r"(?:i|we)"
 _WILL = (
-    r"(?:let me|let's|let us|allow me to|i(?:'ll| will| should| must| need to| have to| ought to| want to|'d better)"
+    r"(?:let me|let's|let us|allow me to|i(?:'ll| will| should| must| need to| have to| ought to"
+    r"| want to|'d better)"
     r"|we should|time to|please let me|may i|better)"
 )
 _AGAIN = (
     r"(?:try (?:(?:that|this|it) )?(?:again|once more|anew)(?! with| in| after| until)"
     r"|(?:start|begin)(?: (?:this|that|it))? (?:over|again|afresh|anew|from scratch)|restart\b|rewind"
-    r"|re-?do (?:that|this|my)|backtrack|back up|re-?focus|reset\b(?! the)|correct (?:that|this|myself|my|course)"
+    r"|re-?do (?:that|this|my)|backtrack|back up|re-?focus|reset\b(?! the)|correct (?:that|this|myself"
+    r"|my|course)"
     r"|fix (?:that|my)|rephrase|re-?read|reconsider|set (?:that|this) (?:right|straight)"
     r"|stop (?:there|here|myself|this|talking)|take (?:that|it) back|get on track|leave (?:that|this) aside"
     rf"|(?:go|get|come|turn|steer(?: this)?|bring (?:this|us|it)) back{_STOP}"
@@ -46,68 +56,97 @@ _AGAIN = (
     r"|answer (?:what you|(?:your|the) (?:actual|real|original|right))|(?:actually|properly|really) answer)"
 )
 _STRAYED = (
-    rf"(?:(?:got|went|gone|going|was|am|been|drifted|drifting|wandered|wandering|strayed|straying|slipped|slipping"
-    rf"|veered|veering|wound up|ended up|moved|steered|pulled) (?:completely |a bit |quite |way |totally |far )?"
+    rf"(?:(?:got|went|gone|going|was|am|been|drifted|drifting|wandered|wandering|strayed|straying"
+    rf"|slipped|slipping"
+    rf"|veered|veering|wound up|ended up|moved|steered|pulled) (?:completely |a bit |quite |way "
+    rf"|totally |far )?"
     rf"(?:{_OFF}|sidetracked|side-tracked|distracted|carried away|off{_STOP}|away(?: from|{_STOP})"
-    r"|into (?:talking|writing|another|the wrong|a different|something)|to (?:another|the wrong|a different)"
+    r"|into (?:talking|writing|another|the wrong|a different|something)|to (?:another|the wrong"
+    r"|a different)"
     r"|from (?:your|the) (?:question|topic|subject))"
-    r"|digress|rambl(?:ed|ing)|stray(?:ed|ing)|drift(?:ed|ing)\b(?! off to| to sleep)|lost (?:the thread|my way|focus|the plot|track of)"
-    r"|(?:mis(?:read|understood|took|spoke))|mixed (?:up|things)|got (?:mixed up|confused)|confused (?:the|your|two)"
-    r"|(?:was|were|am|been|started|began|kept|keep) (?:just )?(?:talking|writing|telling you|speaking|rambling|going on)"
-    r" (?:about|on)|(?:was|am) (?:describing|explaining|answering)(?: (?:the wrong|another|a different|something))"
-    r"|(?:made|gave) (?:a|an|the) (?:mistake|error|wrong|slip)|switched (?:topics?|subjects?)|changed the subject)"
+    r"|digress|rambl(?:ed|ing)|stray(?:ed|ing)|drift(?:ed|ing)\b(?! off to| to sleep)|lost (?:the thread"
+    r"|my way|focus|the plot|track of)"
+    r"|(?:mis(?:read|understood|took|spoke))|mixed (?:up|things)|got (?:mixed up|confused)"
+    r"|confused (?:the|your|two)"
+    r"|(?:was|were|am|been|started|began|kept|keep) (?:just )?(?:talking|writing|telling you|speaking"
+    r"|rambling|going on)"
+    r" (?:about|on)|(?:was|am) (?:describing|explaining|answering)(?: (?:the wrong|another|a different"
+    r"|something))"
+    r"|(?:made|gave) (?:a|an|the) (?:mistake|error|wrong|slip)|switched (?:topics?|subjects?)"
+    r"|changed the subject)"
 )
 _HEDGE = (
     r"(?:(?:seem|seemed|appear) to (?:have|be)|think(?: that)? i(?:'ve| have)?|believe i(?:'ve| have)?"
-    r"|(?:realize|realise|notice|see|fear|admit)d?(?: now)?(?: that)? i(?:'ve| have)?|must have|may have|might have|have|had"
+    r"|(?:realize|realise|notice|see|fear|admit)d?(?: now)?(?: that)? i(?:'ve| have)?|must have|may have"
+    r"|might have|have|had"
     r"|'ve|just|somehow|got|clearly|do|completely|also)"
 )
 _WRONG = (
-    r"(?:n't| not)? ?(?:quite |at all |really |entirely |completely |the )*(?:right|correct|wrong|incorrect|mistaken"
+    r"(?:n't| not)? ?(?:quite |at all |really |entirely |completely |the )*(?:right|correct|wrong"
+    r"|incorrect|mistaken"
     r"|a mistake|an error|nonsense)"
 )
 
 _OPENERS = (
-    rf"{_MOMENT}{_WHILE}(?:, | )*(?:wait)?\s*(?:[,!?…—–]|\.\.\.)(?!\s*(?:then|and|until|till|for|at|about|while|or|watch|let (?!me)|if|"
+    rf"{_MOMENT}{_WHILE}(?:, | )*(?:wait)?\s*(?:[,!?…—–]|\.\.\.)(?!\s*(?:then|and|until|till|for|at"
+    rf"|about|while|or|watch|let (?!me)|if|"
     r"but))",
-    rf"(?:wait|hold on|hang on){_WHILE},? (?:no\b|i (?:was|am|got|drift|think|have|went)|that(?:'s| is| was| isn't)"
+    rf"(?:wait|hold on|hang on){_WHILE},? (?:no\b|i (?:was|am|got|drift|think|have|went)|that(?:'s| is"
+    rf"| was| isn't)"
     r"|this (?:is|isn't)|sorry|actually|let me|what am)",
     r"(?:oops|whoops|oopsie)\b",
     rf"(?:my bad|my mistake|my error){_STOP}",
-    rf"(?:scratch|strike|ignore|disregard|forget|never mind) (?:all )?(?:that|this|the above|what i (?:just )?"
+    rf"(?:scratch|strike|ignore|disregard|forget|never mind) (?:all )?(?:that|this|the above"
+    rf"|what i (?:just )?"
     rf"(?:said|wrote)|(?:that |the )?last (?:part|sentence)s?){_STOP}",
     r"correction\s*[:,—]|on second thou?ghts?\b|i stand corrected|i take (?:that|it) back",
-    rf"(?:i(?:'m| am) )?(?:so |very |really |terribly )?sorry,? (?:about|for) (?:all )?(?:that|this|the (?:confusion"
-    r"|mix-?up|tangent|detour|digression|mistake|error|drift|ramble)|(?:getting|going|wandering|drifting|losing"
+    r"(?:i(?:'m| am) )?(?:so |very |really |terribly )?sorry,? (?:about|for) (?:all )?(?:that|this"
+    r"|the (?:confusion"
+    r"|mix-?up|tangent|detour|digression|mistake|error|drift|ramble)|(?:getting|going|wandering|drifting"
+    r"|losing"
     r"|rambling|talking|straying)|my (?:mistake|error|confusion|rambling))",
-    r"(?:i(?:'m| am) )?(?:so |very |really |terribly )?sorry\s*[,.!:;—–…-]+\s*(?:but )?(?:i\b(?! can't| cannot"
-    r"| can not| don't| do not| won't| couldn't| am (?:unable|late)|'m late)|that\b|this (?:is|was)|let me|let's|wait|no\b"
+    r"(?:i(?:'m| am) )?(?:so |very |really |terribly )?sorry\s*[,.!:;—–…-]+\s*(?:but )?(?:i\b(?! can't"
+    r"| cannot"
+    r"| can not| don't| do not| won't| couldn't| am (?:unable|late)|'m late)|that\b|this (?:is|was)"
+    r"|let me|let's|wait|no\b"
     r"|you asked|your question|back to|wrong|actually|where was|what was)",
-    rf"(?:my |sincere )*(?:apologies|i apologi[sz]e|forgive me|pardon me|excuse me)(?:{_STOP}| for | about |$)"
+    rf"(?:my |sincere )*(?:apologies|i apologi[sz]e|forgive me|pardon me|excuse me)(?:{_STOP}| for "
+    rf"| about |$)"
     r"(?![^.!?\n]*(?:inconvenience|delay|late\b|trouble caused|interrupt))",
-    rf"no\b[\s,.!…—–-]*(?:no\b|wait|sorry|(?:that|this)(?:{_IS}(?: not)?|n't|isn't| isn't| wasn't)|not that|i was|scratch)",
+    rf"no\b[\s,.!…—–-]*(?:no\b|wait|sorry|(?:that|this)(?:{_IS}(?: not)?|n't|isn't| isn't| wasn't)"
+    rf"|not that|i was|scratch)",
     rf"actually,? (?:let me|wait|no\b|sorry|hold on|scratch|{_THAT}(?:{_IS}| isn't| wasn't| doesn't)"
     r"|i (?:got|was|am|drift|should|need to|meant|mis|think i|seem|started|went)|you (?:asked|wanted)"
     r"|your question|the question|back to|going back)",
-    rf"(?:hm+|no|oh|wait|actually|yikes|huh|um+|uh+)\b[\s,.…!—–-]*{_THAT}(?:{_IS}| isn| wasn| doesn| does| can)",
+    rf"(?:hm+|no|oh|wait|actually|yikes|huh|um+|uh+)\b[\s,.…!—–-]*{_THAT}(?:{_IS}| isn| wasn| doesn"
+    rf"| does| can)",
     rf"{_WILL} (?:just |quickly |please |now |simply |try to |stop and |first )*{_AGAIN}",
-    rf"{_SELF} ?(?:{_HEDGE} ?)*{_STRAYED}",
-    r"i (?:should|was (?:supposed|meant)|ought)(?: to)? (?:be|have been) (?:talking|writing|answering|explaining|telling"
+    rf"{_SELF} ?(?:{_HEDGE} ?){{0,4}}{_STRAYED}",
+    r"i (?:should|was (?:supposed|meant)|ought)(?: to)? (?:be|have been) (?:talking|writing|answering"
+    r"|explaining|telling"
     r"|helping)",
-    rf"{_THAT}(?:{_IS}| isn| wasn)(?:n't|'t| not)? (?:\w+ ){{0,3}}?(?:what you (?:asked|wanted|were|need)|{_OFF}|off-topic"
+    rf"{_THAT}(?:{_IS}| isn| wasn)(?:n't|'t| not)? (?:\w+ ){{0,3}}?(?:what you (?:asked|wanted|were"
+    rf"|need)|{_OFF}|off-topic"
     r"|beside the point|a tangent|a digression|a detour|the wrong (?:answer|topic|subject|question|thing)"
-    r"|about (?:\w+ ){1,4}?(?:but|and not|instead|, not)|an answer to|answering|unrelated|irrelevant|relevant to your)",
-    rf"{_THAT} (?:(?:has|had|have) (?:nothing|little|no bearing)|(?:does|did|do)(?:n't| not) (?:really |actually |even "
-    r"|quite )?(?:answer|address|help with your|fit (?:your|the)|match (?:your|the)|belong here|sound right|seem right"
+    r"|about (?:\w+ ){1,4}?(?:but|and not|instead|, not)|an answer to|answering|unrelated|irrelevant"
+    r"|relevant to your)",
+    rf"{_THAT} (?:answers? your|(?:has|had|have) (?:nothing|little|no bearing)|(?:does|did|do)(?:n't"
+    rf"| not) (?:really |actually |even "
+    r"|quite )?(?:answer|address|help with your|fit (?:your|the)|match (?:your|the)|belong here"
+    r"|sound right|seem right"
     rf"|make (?:any )?sense|look right)|(?:went|got|drifted|came out|goes|ran) (?:{_OFF}|wrong|off))",
-    r"(?:you (?:had |have |'d )?(?:asked|wanted|were asking)|(?:your|the) (?:actual |original )?question (?:was|is|asks)"
+    r"(?:you (?:had |have |'d )?(?:asked|wanted|were asking)|(?:your|the) (?:actual "
+    r"|original )?question (?:was|is|asks)"
     r")[^.!?\n]*?(?:,? (?:and )?not (?:about|for|how|what|to)?\b|\brather than\b|\binstead of\b)",
-    r"(?:so |now )?(?:where|what) (?:was i|am i (?:saying|doing|talking|writing))|(?:why|how) (?:am i|did i (?:get|end))"
-    r"|something (?:is|went|seems|feels) (?:off|wrong) (?:here|with (?:my|this|that))",
-    rf"(?:(?:to |let's |let me )?(?:go|get|come|going|getting|coming|turn|turning|return|returning) )?(?:back |returning |return )"
+    r"(?:so |now )?(?:where|what) (?:was i|am i (?:saying|doing|talking|writing))|(?:why|how) (?:am i"
+    r"|did i (?:get|end))"
+    r"|something (?:is|went|seems|feels) (?:off|wrong) (?:here|there|with (?:my|this|that))",
+    rf"(?:(?:to |let's |let me )?(?:go|get|come|going|getting|coming|turn|turning|return"
+    rf"|returning) )?(?:back |returning |return )"
     rf"(?:to|on) {_ASKED}",
     rf"(?:enough|no more) (?:about|of) [\w' -]{{1,40}}{_STOP}",
-    r"(?:now )?to (?:actually|properly|really) answer|as for (?:your|the) (?:actual|original|real) question",
+    r"(?:now )?to (?:actually|properly|really) answer|as for (?:your|the) (?:actual|original"
+    r"|real) question",
     r"(?:now )?(?:on )?to (?:your|the) (?:actual|original|real) question",
     r"that was (?:the wrong|a wrong)|wrong (?:topic|subject|question|answer|track)\b",
 )
@@ -121,12 +160,15 @@ _WEAK = (
 _FOLLOWERS = (
     r"you (?:had |have |'d |did )?(?:asked?|wanted|were asking|want(?:ed)? to know)",
     r"(?:your|the) (?:actual |original |real )?(?:question|topic|subject) (?:was|is|asks|asked|concerns)",
-    r"(?:let me|let's|i(?:'ll| will| should)|allow me to|here(?:'s| is| are)|this is) (?:now |please |try to |give you |then "
-    r"|instead |just |go |the |a |an |my )*(?:answer|reply|focus|talk|explain|return|address|tell|stick|stay|continue"
+    r"(?:let me|let's|i(?:'ll| will| should)|allow me to|here(?:'s| is| are)|this is) (?:now |please "
+    r"|try to |give you |then "
+    r"|instead |just |go |the |a |an |my )*(?:answer|reply|focus|talk|explain|return|address|tell|stick"
+    r"|stay|continue"
     r"|proceed|help|describe|do (?:that|better|it)|begin|start|real|actual|proper|correct|right|better)",
     r"(?:back to|returning to|now for|now to|about|on to|instead,? (?:about|let)) [\w' -]{1,40}[.:!…]*$",
     r"(?:i|we) (?:should|was|am|meant|will|'ll|do not know|don't know|must|need) ",
-    r"(?:that|this) (?:was|is|has|had|does|did|should|part)(?:n't)?\b[^.!?]*(?:question|asked|topic|subject|answer|mistake|about)",
+    r"(?:that|this) (?:was|is|has|had|does|did|should|part)(?:n't)?\b[^.!?]*(?:question|asked|topic"
+    r"|subject|answer|mistake|about)",
     r"(?:here we go|once more|again|from the top|now,? (?:then|properly)|properly this time)[.:!,]*$",
 )
 
@@ -157,26 +199,23 @@ def find_cues(response: str) -> list[Range]:
     """Where a response takes something back. Cue sentences that follow each other are one range."""
     plain = response.replace("’", "'")
     cues: list[Range] = []
-    pending: Range | None = None
+    waiting: int | None = None
     for start, end in sentences(plain):
         opening = _opening(plain, start, end)
-        sentence = plain[start:end]
-        going_on = bool(cues) and not plain[cues[-1][1] : start].strip()
-        follows = bool(_FOLLOWER.match(sentence) or _WEAK_OPENER.match(sentence))
-        if opening == start and going_on or follows and going_on:
+        weak = bool(_WEAK_OPENER.match(plain[start:end]))
+        follows = bool(_FOLLOWER.match(plain[start:end]))
+        running = bool(cues) and not plain[cues[-1][1] : start].strip()
+        if running and (opening == start or weak or follows):
             cues[-1] = (cues[-1][0], end)
-        elif opening is not None or pending and _FOLLOWER.match(sentence):
-            begin = pending[0] if pending and opening in (None, start) else opening
-            cues.append((start if begin is None else begin, end))
-        pending = _pending(plain, pending, start, end) if not going_on else None
+        elif opening is not None or (follows and waiting is not None):
+            cues.append(
+                (waiting if waiting is not None and opening in (None, start) else opening or start, end)
+            )
+        elif weak and plain[:start].strip():
+            waiting = start if waiting is None else waiting
+            continue
+        waiting = None
     return cues
-
-
-def _pending(plain: str, pending: Range | None, start: int, end: int) -> Range | None:
-    """A weak opener (or a run of them) that still waits for a follower."""
-    if not _WEAK_OPENER.match(plain[start:end]):
-        return None
-    return (pending[0], end) if pending else (start, end)
 
 
 def _opening(plain: str, start: int, end: int) -> int | None:
