@@ -1,0 +1,144 @@
+"""One self-contained HTML page that tells what an experiment found."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from esr_train.files import replacing
+from eval.metrics import METRICS
+from eval.report.figures import Material, arm_colours, draw_figures, inline_svg, save_figures
+from eval.report.story import shown, story
+from eval.report.transcripts import embedded, script_json
+from eval.store import Trial
+
+HEADLINE = {
+    "multi_attempt_rate": "Second attempt",
+    "esr_rate": "ESR",
+    "esr10_rate": "ESR ≥ 10",
+    "worsening_rate": "Worse",
+    "first_score": "First score",
+    "last_score": "Last score",
+}
+CONDITIONS = {
+    "steered": "Steered at the base model's thresholds",
+    "unsteered": "Unsteered",
+    "steered_recalibrated": "Steered at the arm's own thresholds",
+}
+
+
+def write_report(
+    run_dir: Path,
+    title: str,
+    metrics: Mapping[str, Any],
+    rows_by_arm: Mapping[str, Sequence[Trial]],
+    thresholds: Mapping[str, Any] | None,
+    notes: Mapping[str, Any],
+) -> Path:
+    """Write `report.html` and `figures/*.{svg,csv}` into `run_dir`.
+
+    Args:
+        run_dir: the run's folder.
+        title: the page's heading.
+        metrics: as in metrics.json.
+        rows_by_arm: the trials of each arm.
+        thresholds: as in thresholds.json (`latents`: entries with `latent`, `label`, `strength`), or None:
+            then strengths are read from the trials.
+        notes: `held_out` says what training never saw (text, a list, or name -> text); every other entry is
+            shown as a line of "How this was measured".
+
+    Returns:
+        The path of `report.html`.
+    """
+    figures = draw_figures(Material(metrics, rows_by_arm, thresholds))
+    save_figures(run_dir / "figures", figures)
+    arms = list(metrics["arms"])
+    trials = embedded(rows_by_arm)
+    page = _template().render(
+        title=title,
+        story=story(metrics),
+        arms=list(enumerate(arms)),
+        colours=list(arm_colours(arms).values()),
+        groups=_groups(metrics["arms"]),
+        differences=_groups(metrics["paired"], signed=True),
+        headline=HEADLINE,
+        everything=_everything(metrics["arms"]),
+        figures=[(figure, inline_svg(figure.svg, arm_colours(arms))) for figure in figures],
+        held_out=_lines(notes.get("held_out")),
+        notes={name.replace("_", " "): _lines(value) for name, value in notes.items() if name != "held_out"},
+        embedded=len(trials),
+        trials=sum(len(rows) for rows in rows_by_arm.values()),
+        data=script_json({"arms": arms, "conditions": CONDITIONS, "trials": trials}),
+    )
+    with replacing(run_dir / "report.html") as file:
+        file.write(page)
+    return run_dir / "report.html"
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("eval.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html")
+
+
+def _groups(arms: Mapping[str, Any], signed: bool = False) -> list[dict[str, Any]]:
+    """Per condition, in a fixed order, a row for every arm measured under it, a cell for every column."""
+    conditions = sorted({name for found in arms.values() for name in found}, key=_condition_order)
+    return [
+        {
+            "title": CONDITIONS.get(condition, condition),
+            "rows": [
+                {
+                    "arm": arm,
+                    "n": max(found[condition][name]["n"] for name in ("first_score", "restart_rate")),
+                    "cells": [_cell(found[condition], name, signed) for name in HEADLINE],
+                }
+                for arm, found in arms.items()
+                if condition in found
+            ],
+        }
+        for condition in conditions
+    ]
+
+
+def _cell(found: Mapping[str, Any], name: str, signed: bool) -> dict[str, Any]:
+    estimate = found.get(name)
+    text = shown(estimate, METRICS[name].is_rate, signed) or {"value": "–", "interval": "", "unscored": ""}
+    clear = bool(
+        signed and estimate and estimate["low"] is not None and estimate["low"] * estimate["high"] > 0
+    )
+    return {**text, "clear": clear}
+
+
+def _everything(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every estimate there is, one row each."""
+    return [
+        {
+            "condition": condition,
+            "metric": name.replace("_", " "),
+            "arm": arm,
+            "n": estimate["n"],
+            "missing": estimate["unscored"],
+            **text,
+        }
+        for condition in sorted({name for found in arms.values() for name in found}, key=_condition_order)
+        for name in METRICS
+        for arm, found in arms.items()
+        if (estimate := found.get(condition, {}).get(name))
+        and (text := shown(estimate, METRICS[name].is_rate))
+    ]
+
+
+def _condition_order(condition: str) -> tuple[int, str]:
+    known = list(CONDITIONS)
+    return (known.index(condition) if condition in known else len(known), condition)
+
+
+def _lines(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        return [f"{name}: {text}" for name, text in value.items()]
+    return [str(line) for line in value] if isinstance(value, list | tuple) else [str(value)]

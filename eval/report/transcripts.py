@@ -1,0 +1,77 @@
+"""The trials that are embedded in the page, cut so that a browser needs no character arithmetic."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.metrics import pair_key
+from eval.store import Trial
+
+MOST_TRIALS = 400
+Arrived = tuple[str, Trial]
+
+
+def embedded(rows_by_arm: Mapping[str, Sequence[Trial]], most: int = MOST_TRIALS) -> list[dict[str, Any]]:
+    """At most `most` trials: whole cells, so that arms stand side by side, balanced over conditions.
+
+    Cells are taken in the order of a hash of what they are: the same choice whatever the file order, and
+    blind to what the responses say.
+    """
+    cells: dict[str, dict[str, list[Arrived]]] = {}
+    for arm, rows in rows_by_arm.items():
+        for row in rows:
+            place = cells.setdefault(row["condition"], {})
+            place.setdefault(_digest(pair_key(row)), []).append((arm, row))
+    queues = [[cell for _, cell in sorted(cells[condition].items())] for condition in sorted(cells)]
+    entries: list[dict[str, Any]] = []
+    for number, cell in enumerate(_in_turn(queues)):
+        if len(entries) + len(cell) > most:
+            break
+        entries += [_entry(arm, row, number) for arm, row in cell]
+    return entries
+
+
+def script_json(value: Any) -> str:
+    """JSON that is safe inside a script element: no tag can end it, no line separator can break it."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _in_turn(queues: Sequence[Sequence[list[Arrived]]]) -> list[list[Arrived]]:
+    longest = max((len(queue) for queue in queues), default=0)
+    return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]
+
+
+def _digest(key: tuple[Any, ...]) -> str:
+    return hashlib.sha256(repr(key).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _entry(arm: str, row: Trial, cell: int) -> dict[str, Any]:
+    known, strength = row["cell"], row["cell"].get("strength")
+    return {
+        "cell": cell,
+        "arm": arm,
+        "condition": row["condition"],
+        "prompt": known["prompt"],
+        "label": known.get("label"),
+        "latent": known.get("latent"),
+        "strength": strength["norm"] if strength else None,
+        "raw": strength["raw"] if strength else None,
+        "parts": _parts(row),
+        "flags": sorted(name for name, found in row["flags"].items() if found),
+        "error": row["error"],
+    }
+
+
+def _parts(row: Trial) -> list[list[Any]]:
+    """The response in order as [text, score, is_attempt]; offsets are Python's, not JavaScript's UTF-16."""
+    response, parts, at = row["response"], [], 0
+    for attempt in row["attempts"]:
+        if attempt["start"] > at:
+            parts.append([response[at : attempt["start"]], None, False])
+        parts.append([response[attempt["start"] : attempt["end"]], attempt["score"], True])
+        at = attempt["end"]
+    if at < len(response):
+        parts.append([response[at:], None, False])
+    return parts
