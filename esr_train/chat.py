@@ -94,11 +94,13 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> Render
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, controls: Sequence[Range]) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, controls: Sequence[Range], where: str | None = None
+) -> Encoded:
     """Tokenise a rendered text; what stands outside `controls` never becomes a control token.
 
     Raises:
-        InputError: if the ids do not hold exactly one BOS.
+        InputError: naming `where`, if the ids do not hold exactly one BOS.
     """
     if tuple(controls) == find_controls(tokenizer, text, ()):
         encoded = _encode_plain(tokenizer, text)
@@ -108,7 +110,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, controls: Sequence[Ran
     if tokenizer.bos_token_id is not None and found != 1:
         raise InputError(
             f"the rendered conversation has {found} BOS tokens instead of one",
-            fix="Use a chat template that writes the BOS token once.",
+            where,
+            "Use a chat template that writes the BOS token once.",
         )
     return encoded
 
