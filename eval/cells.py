@@ -181,7 +181,7 @@ def make_cells(
 ) -> list[Cell]:
     """`count` cells, spread as evenly as possible over latents and prompts; deterministic.
 
-    Latents come in turn; each takes the prompt that was used least so far and, of those, the one it met
+    Latents come in turn; each takes the prompt that it met least so far and, of those, the one that was used
     least. A latent never steers a prompt of its own topic.
 
     Raises:
@@ -218,7 +218,7 @@ def _least_used(
             "prompts.path",
             "Add prompts of other topics.",
         )
-    return min(others, key=lambda prompt: (used[prompt], met[prompt, latent.latent]))
+    return min(others, key=lambda prompt: (met[prompt, latent.latent], used[prompt]))
 
 
 def unsteered(cells: Iterable[Cell]) -> list[Cell]:

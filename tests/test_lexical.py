@@ -8,7 +8,7 @@ from eval.judging.judge import JudgeItem, Judgement
 from eval.judging.lexical import LexicalJudge
 
 VOCABULARY = {"sailing": ["mast", "jib", "gale", "rowing boat"], "baking": ["dough", "oven", "berry", "loaf"]}
-WORDS = [*"how do i the raise trim a before and near is with then for it knead".split(" ")]
+WORDS = ["how do i", "the raise trim a before", "and near is with", "then for it knead"]
 PROMPT = "How do I raise the mast?"
 
 
