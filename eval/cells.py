@@ -103,7 +103,7 @@ class Pools:
     normal: tuple[Prompt, ...]
 
 
-def split_prompts(prompts: Sequence[Prompt], section: SplitSection) -> Pools:
+def make_pools(prompts: Sequence[Prompt], section: SplitSection) -> Pools:
     """Deal prompts to pools by their topic; a held-out topic's prompts are halved by a seeded hash.
 
     Raises:

@@ -13,9 +13,9 @@ from eval.cells import (
     check_disjoint,
     fingerprint,
     make_cells,
+    make_pools,
     read_prompts,
     split_latents,
-    split_prompts,
     split_topics,
     unsteered,
 )
@@ -50,7 +50,7 @@ def test_a_split_with_a_share_gets_a_topic_and_training_must_keep_one():
 
 
 def test_evaluation_prompts_are_of_held_out_topics_and_in_no_other_pool():
-    pools = split_prompts(PROMPTS, SECTION)
+    pools = make_pools(PROMPTS, SECTION)
     for split in ("train", "validation", "test"):
         pool = getattr(pools, split)
         assert {pools.topics[prompt.topic] for prompt in pool} == {split}
@@ -60,11 +60,11 @@ def test_evaluation_prompts_are_of_held_out_topics_and_in_no_other_pool():
 
 
 def test_normal_prompts_cover_all_topics():
-    assert {prompt.topic for prompt in split_prompts(PROMPTS, SECTION).normal} == set(TOPICS)
+    assert {prompt.topic for prompt in make_pools(PROMPTS, SECTION).normal} == set(TOPICS)
 
 
 def test_every_prompt_is_in_some_pool():
-    pools = split_prompts(PROMPTS, SECTION)
+    pools = make_pools(PROMPTS, SECTION)
     assert {*pools.train, *pools.validation, *pools.test, *pools.normal} == set(PROMPTS)
 
 
@@ -84,7 +84,7 @@ def test_latents_with_free_labels_are_dealt_label_by_label():
 
 
 def test_cells_are_spread_evenly_over_latents_and_prompts():
-    pools = split_prompts(PROMPTS, SECTION)
+    pools = make_pools(PROMPTS, SECTION)
     latents = split_latents(LATENTS, pools.topics, SECTION)["test"]
     cells = make_cells(pools.test, latents, 90, seed=1)
     assert set(Counter(cell.latent for cell in cells).values()) == {15}
