@@ -92,7 +92,7 @@ def _groups(arms: Mapping[str, Any], signed: bool = False) -> list[dict[str, Any
             "rows": [
                 {
                     "arm": arm,
-                    "n": max(found[condition][name]["n"] for name in ("first_score", "restart_rate")),
+                    "n": found[condition]["multi_attempt_rate"]["n"],
                     "cells": [_cell(found[condition], name, signed) for name in HEADLINE],
                 }
                 for arm, found in arms.items()

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+THIN = "\u202f"  # a narrow space at which no line breaks
+
 
 def percent(share: float) -> str:
     """A share as a percentage, with a decimal only where it says something."""
@@ -16,16 +18,17 @@ def shown(found: Mapping[str, Any] | None, is_rate: bool, signed: bool = False) 
         return None
 
     def number(value: float) -> str:
-        text = percent(abs(value)) if is_rate else f"{abs(value):.0f}"
+        digits = 1 if signed and abs(value) < 9.95 else 0
+        text = percent(abs(value)) if is_rate else f"{abs(value):.{digits}f}"
         sign = "−" if value < 0 and text.strip("0.") else "+" if signed and text.strip("0.") else ""
         return sign + text
 
     interval = "" if found["low"] is None else f"{number(found['low'])} to {number(found['high'])}"
     unscored = found["unscored"] / (found["n"] + found["unscored"])
     return {
-        "value": number(found["value"]) + (" %" if is_rate and not signed else ""),
+        "value": number(found["value"]) + (f"{THIN}%" if is_rate and not signed else ""),
         "interval": interval,
-        "unscored": f"{percent(unscored)} % unscored" if unscored else "",
+        "unscored": f"{percent(unscored)}{THIN}% unscored" if unscored else "",
     }
 
 

@@ -1,0 +1,243 @@
+"""The report page, as a reader meets it: in a browser, on paper, with hostile text in it."""
+
+import csv
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from xml.etree import ElementTree
+
+import pytest
+
+from eval.metrics import summarise
+from eval.report.figures import Material, draw_figures
+from eval.report.page import write_report
+from eval.report.story import headline_arm, story
+from eval.report.transcripts import embedded, script_json
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "<script>document.title='owned'</script> </script><!-- <b>bold</b> & \u2028 🧺 done."
+
+
+def trial(arm: str, latent: int | None, *scores: float, response: str = "", **changes: Any) -> dict[str, Any]:
+    response = response or " ".join(f"Attempt {i} about topic {latent}." for i in range(len(scores)))
+    width = len(response) // max(len(scores), 1)
+    ends = [width * (i + 1) for i in range(len(scores) - 1)] + [len(response)]
+    strength = None if latent is None else {"raw": 200.0 + latent, "norm": 0.5 + latent / 100}
+    seed = changes.pop("cell_seed", 0)
+    row = {
+        "key": f"{latent}-{seed}-{changes.get('condition')}",
+        "arm": arm,
+        "condition": "unsteered" if latent is None else "steered",
+        "seed": 0,
+        "cell": {
+            "prompt": f"How do you do task {latent}?",
+            "topic": "task",
+            "latent": latent,
+            "label": None if latent is None else f"label {latent}",
+            "strength": strength,
+            "seed": seed,
+        },
+        "response": response,
+        "tokens": len(response) // 4,
+        "attempts": [
+            {"start": end - width if i else 0, "end": end, "score": score}
+            for i, (end, score) in enumerate(zip(ends, scores, strict=False))
+        ],
+        "cue": len(scores) > 1,
+        "flags": {"degenerate": False, "hijacked": latent == 1, "silent_recovery": False},
+        "error": None,
+    }
+    return row | changes
+
+
+def arms() -> dict[str, list[dict[str, Any]]]:
+    base = [trial("base", i, 30 + i) for i in range(12)]
+    base += [trial("base", None, 98, cell_seed=i) for i in range(4)]
+    tuned = [trial("tuned", i, 20 + i, 90) for i in range(8)]
+    tuned += [trial("tuned", 8, 20, 40, 95), trial("tuned", 9, 70), trial("tuned", 10, 45, response=HOSTILE)]
+    tuned += [trial("tuned", 11, attempts=[], flags={}, error="the judge timed out", response="Hm.")]
+    tuned += [trial("tuned", None, 97, cell_seed=i) for i in range(4)]
+    return {"base": base, "tuned": tuned}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = arms()
+    notes = {"held_out": ["30 topics"], "model": "a <tiny> model"}
+    folder = tmp_path_factory.mktemp("run")
+    return write_report(folder, "Coming back & <more>", summarise(rows, 200), rows, None, notes)
+
+
+def browse(page: Path, profile: Path, **wanted: str) -> tuple[str, str]:
+    """The page's document after its scripts ran, and what the browser's console said."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is missing: the page's scripts were NOT tested (apt-get install chromium)")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --dump-dom"
+    flags += " --disable-background-networking --disable-component-update --enable-logging=stderr --v=0"
+    address = page.as_uri() + ("#" + urlencode(wanted) if wanted else "")
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return done.stdout, console
+
+
+def cards(document: str) -> list[tuple[str, str]]:
+    """Arm and number of attempts of each transcript on the page."""
+    return re.findall(r'<article class="card" data-arm="([^"]*)" data-attempts="(\d+)"', document)
+
+
+def found(document: str) -> int:
+    match = re.search(r'data-found="(\d+)"', document)
+    assert match
+    return int(match[1])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({}, 12),
+        ({"arm": "tuned", "attempts": "2"}, 8),
+        ({"arm": "tuned", "attempts": "3"}, 1),
+        ({"arm": "base", "attempts": "1", "condition": "unsteered"}, 4),
+        ({"arm": "tuned", "min": "91", "max": "96"}, 1),
+        ({"q": "LABEL 11"}, 2),
+        ({"q": "nowhere to be found"}, 0),
+    ],
+)
+def test_filters_in_the_address_choose_transcripts(
+    report: Path, tmp_path: Path, wanted: dict[str, str], expected: int
+) -> None:
+    document, console = browse(report, tmp_path, **wanted)
+    assert console == ""
+    shown = cards(document)
+    assert found(document) == len(shown) == expected
+    if "arm" in wanted:
+        assert {arm for arm, _ in shown} == {wanted["arm"]}
+    if wanted.get("attempts") in ("1", "2"):
+        assert {tries for _, tries in shown} == {wanted["attempts"]}
+
+
+def test_hostile_text_is_text_and_base_stands_beside_it(report: Path, tmp_path: Path) -> None:
+    document, console = browse(report, tmp_path, arm="tuned", q="document.title")
+    assert console == ""
+    assert found(document) == 1
+    assert "<title>Coming back &amp; &lt;more&gt;</title>" in document
+    article = document[document.index("<article") : document.index("</article>")]
+    assert "&lt;script&gt;document.title='owned'&lt;/script&gt;" in article
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; \u2028 🧺 done." in article
+    assert article.index("</span>base") < article.index("</span>tuned")
+    assert "Attempt 0 about topic 10." in article
+    assert "label 10" in article
+    assert "0.60 × residual norm" in article
+
+
+def test_attempts_are_cut_by_characters_even_after_an_emoji(tmp_path: Path) -> None:
+    text = "🧺🧺 first. Wait, second."
+    ranges = [{"start": 0, "end": 10, "score": 10.0}, {"start": 10, "end": 23, "score": 90.0}]
+    rows = {"base": [trial("base", 1, 30)], "tuned": [trial("tuned", 1, response=text, attempts=ranges)]}
+    assert embedded(rows)[1]["parts"] == [["🧺🧺 first. ", 10.0, True], ["Wait, second.", 90.0, True]]
+    page = write_report(tmp_path, "Emoji", summarise(rows, 50), rows, None, {})
+    document, _ = browse(page, tmp_path / "profile", arm="tuned")
+    assert '<span class="badge">90</span>Wait, second.</mark>' in document
+
+
+def test_nothing_is_fetched_from_anywhere(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    assert not re.search(r"""(?:src|href|action)\s*=\s*["']?\s*(?:https?:)?//""", page)
+    assert not re.search(
+        r"url\(\s*['\"]?(?:https?:)?//|@import|fetch\(|XMLHttpRequest|<link[^>]+stylesheet", page
+    )
+    assert set(re.findall(r'href="([^"#]+)"', page)) <= {"data:,"}
+
+
+def test_the_story_opens_with_the_numbers(report: Path) -> None:
+    told = story(summarise(arms(), 200))
+    assert told[0].startswith("Under steering, base restarted in 0\u202f% of responses (0 to ")
+    assert "tuned restarted in 82\u202f%" in told[0]
+    assert told[0] in report.read_text(encoding="utf-8")
+
+
+def test_unscored_shares_stand_beside_the_rates(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    headline = page[page.index('id="headline"') : page.index('id="paired"')]
+    assert headline.count("8.3\u202f% unscored") == 6
+    assert "a &lt;tiny&gt; model" in page
+    assert "30 topics" in page
+
+
+def test_every_figure_is_on_the_page_as_svg_and_as_csv(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    names = {path.stem for path in (report.parent / "figures").glob("*.svg")}
+    expected = {"rates", "first_scores", "last_scores", "first_vs_last", "restart_position", "thresholds"}
+    assert names == expected
+    for name in names:
+        assert f'<figure id="{name}">' in page
+        ElementTree.parse(report.parent / "figures" / f"{name}.svg")
+        table = list(csv.reader((report.parent / "figures" / f"{name}.csv").open(encoding="utf-8")))
+        assert len(table) >= 2
+        assert {len(row) for row in table} == {len(table[0])}
+
+
+def test_the_csv_beside_the_rates_figure_holds_the_metrics(report: Path) -> None:
+    metrics = summarise(arms(), 200)
+    with (report.parent / "figures" / "rates.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    for row in rows:
+        estimate = metrics["arms"][row["arm"]][row["condition"]][row["metric"]]
+        assert {key: float(row[key]) for key in estimate} == estimate
+
+
+def test_the_density_in_the_csv_sums_to_one(report: Path) -> None:
+    with (report.parent / "figures" / "first_scores.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for arm in ("base", "tuned"):
+        heights = [float(row[arm]) for row in rows]
+        assert sum(heights) - (heights[0] + heights[-1]) / 2 == pytest.approx(1, abs=1e-3)
+
+
+def test_the_same_run_gives_the_same_bytes(report: Path, tmp_path: Path) -> None:
+    rows = {arm: list(reversed(trials)) for arm, trials in arms().items()}
+    notes = {"held_out": ["30 topics"], "model": "a <tiny> model"}
+    once = [write_report(tmp_path / name, "T", summarise(arms(), 200), arms(), None, notes) for name in "ab"]
+    assert once[0].read_bytes() == once[1].read_bytes()
+    assert embedded(rows) == embedded(arms())
+
+
+def test_figures_without_data_are_left_out() -> None:
+    rows = {"base": [trial("base", None, 98, cell_seed=i) for i in range(4)]}
+    metrics = summarise(rows, 50)
+    assert [figure.name for figure in draw_figures(Material(metrics, rows, None))] == ["rates"]
+    assert headline_arm(metrics) is None
+
+
+def test_a_page_without_any_trial_can_still_be_written(tmp_path: Path) -> None:
+    page = write_report(tmp_path, "Nothing yet", summarise({"base": []}), {"base": []}, None, {})
+    assert "Nothing yet" in page.read_text(encoding="utf-8")
+    assert list((tmp_path / "figures").glob("*")) == []
+
+
+def test_the_threshold_figure_prefers_the_frozen_file() -> None:
+    frozen = {"latents": [{"latent": 5, "label": "bees", "strength": {"raw": 1.0, "norm": 0.25}}]}
+    figures = {f.name: f for f in draw_figures(Material(summarise(arms(), 50), arms(), frozen))}
+    assert figures["thresholds"].table == [("latent", "label", "norm"), (5, "bees", 0.25)]
+
+
+def test_embedded_trials_are_whole_cells_balanced_over_conditions() -> None:
+    rows = {
+        arm: [trial(arm, i, 30) for i in range(200)] + [trial(arm, None, 99, cell_seed=i) for i in range(50)]
+        for arm in ("base", "tuned", "paper")
+    }
+    chosen = embedded(rows, most=100)
+    assert len(chosen) == 99
+    assert {arm: sum(entry["arm"] == arm for entry in chosen) for arm in rows} == dict.fromkeys(rows, 33)
+    assert 48 <= sum(entry["condition"] == "steered" for entry in chosen) <= 51
+    assert chosen == embedded({arm: trials[::-1] for arm, trials in rows.items()}, most=100)
+
+
+def test_json_cannot_leave_its_script_element() -> None:
+    text = script_json({"response": "</script><!--\u2028\u2029"})
+    assert not set(text) & {"<", ">", "\u2028", "\u2029"}
