@@ -146,6 +146,15 @@ def test_seeds_decide_what_is_drawn(family):
     assert [c.token_ids for c in engine.generate(requests, hot)] == [first, second, third]
 
 
+def test_sampled_rows_that_end_early_do_not_change_what_the_others_draw(family, early_stops):
+    requests = [Request(str(n), prompt, seed=n) for n, prompt in enumerate(PROMPTS * 2)]
+    hot = Sampling(temperature=20.0, max_new_tokens=40)
+    together = TransformersEngine(family.model, family.tokenizer).generate(requests, hot)
+    assert len({len(c.token_ids) for c in together if c.finish_reason == "stop"}) > 1
+    alone = TransformersEngine(family.model, family.tokenizer, batch_rows=1).generate(requests, hot)
+    assert alone == together
+
+
 def test_strength_zero_generates_what_no_steering_generates(family):
     engine = TransformersEngine(family.model, family.tokenizer)
     zero = [Request("a", PROMPTS[0], interventions=(Add(LAYER, torch.zeros(WIDTH)),))]
