@@ -4,48 +4,38 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from esr_train.errors import InputError, RunError
+from esr_train.command import add_debug, guarded
+from esr_train.errors import InputError
 from esr_train.recipe import Recipe, dump_recipe, load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or show what would be trained on; returns the exit code (2: bad input, 1: failed run)."""
     options = _parser().parse_args(arguments)
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        arm = options.arm or next(iter(recipe.arms))
-        if arm not in recipe.arms:
-            raise InputError(f"the recipe has no arm {arm!r}", "--arm", f"It has {', '.join(recipe.arms)}.")
-        if options.dry_run or options.dump_tokens:
-            _show(recipe, arm, options)
-        else:
-            _train(recipe, arm)
-    except (InputError, RunError) as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(lambda: _run(options), options.debug)
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    arm = options.arm or next(iter(recipe.arms))
+    if arm not in recipe.arms:
+        raise InputError(f"the recipe has no arm {arm!r}", "--arm", f"It has {', '.join(recipe.arms)}.")
+    if options.dry_run or options.dump_tokens:
+        _show(recipe, arm, options)
+    else:
+        _train(recipe, arm)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esr train", description="Train one arm of a recipe.")
     parser.add_argument("recipe", help="recipe file (YAML)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides, such as train.args.learning_rate=1e-4"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lora.r=16")
     parser.add_argument("--arm", help="which of the recipe's arms; the first one unless given")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on, and stop")
     parser.add_argument("--rows", type=int, default=3, help="rows to preview with --dry-run")
-    parser.add_argument(
-        "--dump-tokens", type=Path, metavar="FILE", help="write id, input_ids and labels as JSONL"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--dump-tokens", type=Path, metavar="FILE", help="write ids and labels as JSONL")
+    add_debug(parser)
     return parser
 
 
@@ -56,7 +46,7 @@ def _train(recipe: Recipe, arm: str) -> None:
     print(f"adapter: {folder}")
 
 
-def _show(recipe: Recipe, arm: str, options: Any) -> None:
+def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
     from esr_train.models import load_tokenizer
     from esr_train.training.dataset import dump_tokens, read_rows, statistics
     from esr_train.training.preview import preview

@@ -1,4 +1,4 @@
-"""What made a result: the resolved recipe, the data's hash, library versions, git state, hardware, world size."""
+"""What made a result: resolved recipe, data's hash, versions, git state, hardware, world size."""
 
 import hashlib
 import importlib.metadata
@@ -13,15 +13,8 @@ from esr_train.errors import InputError
 from esr_train.recipe import Recipe
 
 LIBRARIES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "bitsandbytes",
-    "sae-lens",
+    *("torch", "transformers", "trl", "peft", "accelerate"),
+    *("datasets", "deepspeed", "bitsandbytes", "sae-lens"),
 )
 BINDING = ("arm", "recipe", "data", "world_size")
 """The parts that must not change between a run and its continuation; the others are a record."""

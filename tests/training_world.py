@@ -9,6 +9,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from esr_train.recipe import Recipe
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
 
+SAE = SaeRef("saes", "first")
 LAYER = 1
 LATENTS = 12
 DETOURS = ("First, knead the dough and dust the flour.", "Raise the mast and trim the jib before the gale.")
@@ -33,8 +34,8 @@ def transcripts(steered: int = 8, normal: int = 4) -> list[Transcript]:
         )
         made.append(Transcript(f"s{i}", "How do I fold a fitted sheet?", spans, "steered", steering=steering))
     for i in range(normal):
-        spans = (Span(SpanKind.ANSWER, ANSWERS[i % 3] * (1 + i % 2)),)
-        made.append(Transcript(f"n{i}", f"How do I trim the jib? ({i})", spans, "normal"))
+        answer = Span(SpanKind.ANSWER, ANSWERS[i % 3] * (1 + i % 2))
+        made.append(Transcript(f"n{i}", f"How do I trim the jib? ({i})", (answer,), "normal"))
     return made
 
 

@@ -17,7 +17,7 @@ from esr_train.recipe import ModelSection
 
 WEIGHTS = "adapter_model.safetensors"
 LAST = "adapter_config.json"
-"""Moved into place last: PEFT loads nothing from a folder without it, so a torn save is never taken for whole."""
+"""Moved into place last: PEFT loads nothing from a folder without it, so a torn save is never used."""
 MERGE_PROBE = "How do you fold a fitted sheet?"
 
 
@@ -70,18 +70,15 @@ def check_saved(folder: Path) -> None:
     Raises:
         RunError: naming the first weight that is empty or not finite; or if every B matrix is zero.
     """
+    where = f"{folder}: "
     weights = load_file(str(folder / WEIGHTS))
     for name, weight in weights.items():
         if weight.numel() == 0:
-            raise RunError(
-                f"{folder}: the adapter's weight {name} is empty. It was not gathered before it was saved."
-            )
+            raise RunError(f"{where}the weight {name} is empty. It was not gathered before it was saved.")
         if not bool(weight.isfinite().all()):
-            raise RunError(f"{folder}: the adapter's weight {name} is not finite. Lower the learning rate.")
+            raise RunError(f"{where}the weight {name} is not finite. Lower the learning rate.")
     if not any(bool(weight.any()) for name, weight in weights.items() if "lora_B" in name):
-        raise RunError(
-            f"{folder}: every B matrix of the adapter is zero, so it changes nothing. It was not trained."
-        )
+        raise RunError(f"{where}every B matrix is zero, so the adapter changes nothing. It was not trained.")
 
 
 def final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -106,9 +103,9 @@ def model_card(record: dict[str, Any], metrics: dict[str, float]) -> str:
 
 # {record["arm"]}
 
-A LoRA adapter for `{base}`, trained to notice activation steering that drags its answers off-topic and to come
-back to the question. Load it with `peft.PeftModel.from_pretrained(base, folder)`; `esr train merge` makes a plain
-model of it; `hf upload REPO FOLDER` publishes it.
+A LoRA adapter for `{base}`, trained to notice activation steering that drags its answers off-topic
+and to come back to the question. Load it with `peft.PeftModel.from_pretrained(base, folder)`;
+`esr train merge` makes a plain model of it; `hf upload REPO FOLDER` publishes it.
 
 - data: {record["data"]["rows"]} rows, sha256 `{record["data"]["sha256"]}`
 - processes: {record["world_size"]}
@@ -146,8 +143,8 @@ class Merge:
 def merge(section: ModelSection, adapter: Path, output: Path) -> Merge:
     """Merge an adapter into a freshly loaded base model and save it.
 
-    The base is always loaded unquantised: 4-bit weights that have run in evaluation mode are repacked and would be
-    dequantised to wrong values.
+    The base is always loaded unquantised: 4-bit weights that have run in evaluation mode are repacked and
+    would be dequantised to wrong values.
 
     Raises:
         InputError: if `output` is not empty, or the adapter belongs to another base model.

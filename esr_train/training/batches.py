@@ -14,7 +14,7 @@ POOL = 50
 
 
 class LengthGrouped(Sampler[int]):
-    """Random batches of rows of like length; a function of seed and epoch alone, so a resumed run goes on alike.
+    """Random batches of rows of like length; a function of seed and epoch alone, so resuming changes nothing.
 
     Args:
         lengths: of the rows, in tokens.
@@ -45,7 +45,7 @@ class LengthGrouped(Sampler[int]):
 
 
 class Collator:
-    """Rows to a right-padded batch; `input_ids`, `attention_mask`, `labels` [rows, positions], the rest [rows].
+    """Rows to a right-padded batch: `input_ids`, `attention_mask`, `labels` [rows, positions], others [rows].
 
     Args:
         pad_token_id: fills `input_ids`; labels are filled with -100.

@@ -44,7 +44,7 @@ def peak_flops() -> float | None:
 
 
 def peak_memory_gib(on_cpu: bool) -> float:
-    """The most memory this process has held: on the accelerator, or resident in RAM when training on the CPU."""
+    """The most memory this process has held: the accelerator's, or RAM when training on the CPU."""
     if not on_cpu:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -79,7 +79,7 @@ class Meter:
         self._trained += trained
 
     def read(self) -> dict[str, float]:
-        """Figures since the last reading: real tokens a second over all processes, MFU where the peak is known."""
+        """Figures since the last reading; tokens a second are real ones, of all processes."""
         if self._since is None or not self._tokens:
             return {}
         seconds = max(time.perf_counter() - self._since, 1e-9)

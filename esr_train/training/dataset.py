@@ -10,11 +10,12 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from esr_train.chat import render
 from esr_train.errors import InputError
 from esr_train.files import write_jsonl
 from esr_train.masking import IGNORED, Labelled, label
 from esr_train.recipe import Recipe
-from esr_train.transcript import SaeRef, Transcript, read_transcripts
+from esr_train.transcript import SaeRef, Steering, Transcript, read_transcripts
 
 HELD_OUT = 0.05
 """Share of the rows whose loss is watched where `train.args.eval_strategy` asks for it (the paper's)."""
@@ -38,7 +39,7 @@ class TrainingRow:
         source: the transcript's.
         latent: what steered it; None for an unsteered row.
         reach: strength, in decoder rows, that counts as one times the threshold.
-        reply_start: index of the first token that holds some of the reply.
+        reply_start: index of the first token that holds some of the reply; 0 for an unsteered row.
     """
 
     labelled: Labelled
@@ -62,9 +63,7 @@ def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) ->
     """
     transcripts = _read(recipe, data)
     if not transcripts:
-        raise InputError(
-            "there are no training rows", str(data), "Generate data first, or name another file."
-        )
+        raise InputError("there are no training rows", str(data), "Generate data first.")
     repeated = [
         key for key, count in Counter(transcript.id for transcript in transcripts).items() if count > 1
     ]
@@ -87,21 +86,20 @@ def _read(recipe: Recipe, data: Path) -> list[Transcript]:
 def _row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> TrainingRow:
     labelled = label(tokenizer, transcript, recipe.train.loss, recipe.train.max_length)
     steering = transcript.steering
-    latent = Latent(steering.sae, steering.layer, steering.latent) if steering else None
-    return TrainingRow(
-        labelled, transcript.source, latent, _reach(transcript), _reply_start(labelled, transcript)
-    )
+    if steering is None:
+        return TrainingRow(labelled, transcript.source, None, 0.0, 0)
+    latent = Latent(steering.sae, steering.layer, steering.latent)
+    start = _reply_start(tokenizer, labelled, transcript)
+    return TrainingRow(labelled, transcript.source, latent, _reach(transcript, steering), start)
 
 
-def _reach(transcript: Transcript) -> float:
-    if transcript.steering is None:
-        return 0.0
+def _reach(transcript: Transcript, steering: Steering) -> float:
     threshold = transcript.meta.get("threshold")
-    return float(threshold["raw"]) if threshold else transcript.steering.strength.raw
+    return float(threshold["raw"]) if threshold else steering.strength.raw
 
 
-def _reply_start(labelled: Labelled, transcript: Transcript) -> int:
-    character = labelled.text.rindex(transcript.content.strip())
+def _reply_start(tokenizer: PreTrainedTokenizerBase, labelled: Labelled, transcript: Transcript) -> int:
+    character = render(tokenizer, transcript).reply_start
     return next(index for index, (_, end) in enumerate(labelled.offsets) if end > character)
 
 
@@ -129,8 +127,8 @@ def table(rows: Sequence[TrainingRow]) -> list[Latent]:
 def to_dataset(rows: Sequence[TrainingRow], latents: Sequence[Latent]) -> Dataset:
     """Rows as columns: `input_ids`, `labels`, `length`, and the steering as plain numbers.
 
-    `vector` is the row's place in `latents` (-1: unsteered), `reach` its strength at one times the threshold in
-    decoder rows, `reply_start` its first reply token, `key` a number that stands for its id in random draws.
+    `vector` is the place in `latents` (-1: unsteered), `reach` the strength in decoder rows at one times the
+    threshold, `reply_start` the first reply token, `key` a number that stands for the id in random draws.
     """
     place = {latent: index for index, latent in enumerate(latents)}
     return Dataset.from_dict(
@@ -178,17 +176,12 @@ def statistics(rows: Sequence[TrainingRow]) -> dict[str, Any]:
         "tokens": tokens,
         "trained tokens": round(sum(row.trained for row in rows) / tokens, 4),
         "longest row": {"id": longest.labelled.id, "tokens": len(longest.labelled.input_ids)},
-        "straddling tokens": sum(_straddling(row.labelled) for row in rows),
+        "straddling tokens": sum(row.labelled.straddling for row in rows),
     }
 
 
-def _straddling(labelled: Labelled) -> int:
-    found = labelled.straddling
-    return found if isinstance(found, int) else len(found)
-
-
 def dump_tokens(rows: Sequence[TrainingRow], path: Path) -> int:
-    """Write what the trainer gets, one JSON object a row: `id`, `input_ids`, `labels`; returns their number."""
+    """Write what the trainer gets, one object a row: `id`, `input_ids`, `labels`; returns their number."""
     return write_jsonl(
         path,
         (

@@ -1,4 +1,4 @@
-"""Before the first step: the injection reaches the layer exactly, and gradients reach the adapters below it."""
+"""Before the first step: the injection reaches its layer exactly, and gradients the adapters below it."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from esr_train.training.live import COLUMNS, LiveInjection
 
 
 class Watch:
-    """Records a steered layer's output before and after the injection, and which adapter weights got gradient.
+    """Records a layer's output before and after the injection, and which adapter weights got gradient.
 
     Enter it inside the steering, so that its second hook runs after the steering's.
 

@@ -1,4 +1,4 @@
-"""Live injection: a row's own steering is active in its forward pass, and still there in the backward pass."""
+"""Live injection: a row's own steering is active in its forward pass and until its backward pass ends."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def load_vectors(model: Any, latents: Sequence[Latent]) -> torch.Tensor:
 def draw(seed: int, key: int, epoch: int) -> tuple[float, float]:
     """Two uniform numbers in [0, 1) that belong to this seed, row and epoch, whatever was drawn before.
 
-    Counter-based (Philox), so that a resumed run, another batch size and another number of processes draw the same.
+    Counter-based (Philox): a resumed run, another batch size and more processes all draw the same.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, key], counter=[0, 0, 0, epoch]))
     first, second = generator.random(2)
@@ -74,7 +74,7 @@ class LiveInjection:
 
     @contextmanager
     def steering(self, model: Any, inputs: dict[str, Any], epoch: int) -> Iterator[None]:
-        """Steer the batch `inputs` in every forward pass until the block ends; takes its steering columns out.
+        """Steer the batch in every forward pass until the block ends; takes its steering columns out.
 
         The block must enclose the backward pass: gradient checkpointing runs the steered layer again in it.
         """

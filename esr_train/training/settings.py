@@ -1,4 +1,4 @@
-"""From a recipe's `train` section to an SFTConfig and a LoraConfig: our defaults, and what a recipe may not set."""
+"""A recipe's `train` section as SFTConfig and LoraConfig: our defaults, and what may not be set."""
 
 import dataclasses
 import difflib

@@ -1,4 +1,4 @@
-"""Training one arm: TRL's SFTTrainer on labelled rows, with live injection, continued from the last checkpoint."""
+"""Training one arm: TRL's SFTTrainer on labelled rows, with live injection, resumed where it stopped."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, PreTrainedTokenizerBase, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from esr_train.errors import InputError, RunError
@@ -64,7 +64,7 @@ class EsrTrainer(SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The held-out rows' loss; their strengths are drawn once, so that it can be compared between epochs."""
+        """The held-out rows' loss; strengths are drawn once, so that epochs can be compared."""
         with self._steering(model, inputs, 0):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
@@ -88,10 +88,10 @@ class EsrTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows = train_dataset if train_dataset is not None else self.train_dataset
-        args = self.args
+        assert self.train_dataset is not None
+        args, lengths = self.args, self.train_dataset["length"]
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(rows["length"], batch, args.seed, lambda: int(self.state.epoch or 0))
+        return LengthGrouped(lengths, batch, args.seed, lambda: int(self.state.epoch or 0))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # SFTTrainer would write a model card of its own into every checkpoint.
@@ -99,7 +99,7 @@ class EsrTrainer(SFTTrainer):
 
 
 def count_parameters(model: Any) -> int:
-    """Parameters of the whole model, also where ZeRO-3 keeps only a part of them here or NF4 packs two in one."""
+    """Parameters of the whole model, also where ZeRO-3 shards them or NF4 packs two in one."""
     total = 0
     for parameter in model.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
