@@ -1,0 +1,324 @@
+"""Thresholds by probabilistic bisection: the strength at which a latent's first attempts score the target."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from esr_train.errors import InputError, RunError
+from esr_train.files import read_json, write_json
+from esr_train.recipe import CalibrationSection
+from esr_train.steering.engine import Engine, Progress, Request, Sampling
+from esr_train.steering.intervention import Positions
+from esr_train.transcript import SaeRef
+from eval.cells import Prompt, derived_seed, fingerprint
+from eval.judging.judge import Judge, JudgeItem
+from eval.store import TrialStore
+
+if TYPE_CHECKING:
+    from esr_train.steering.sae import Direction
+
+GRID_POINTS = 2_000
+"""Strengths on which a posterior lives. The paper takes 10,000; its width is far above the step of either."""
+PRIOR_WIDTH = 0.5
+"""Standard deviation of the Gaussian prior, as a share of the bounds' distance: nearly flat between them."""
+BOUND_MARGIN = 0.05
+"""A threshold nearer to a bound than this share of their distance is flagged."""
+LEAST_PROBABILITY = 1e-6
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A latent's threshold.
+
+    Args:
+        latent, label: which latent, and what it stands for.
+        norm: the threshold in median residual norms (the posterior's median).
+        raw: the same in multiples of the decoder row.
+        low, high: the posterior's central 90 % interval, in `norm` units.
+        n: scored responses that the posterior has seen.
+        bound: the bound that the threshold lies at, None within the bounds; a latent with one is left out.
+        verified: mean first-attempt score at the threshold on prompts that calibration did not see; None if
+            there was no scored response.
+        verified_n: scored responses behind `verified`.
+    """
+
+    latent: int
+    label: str | None
+    norm: float
+    raw: float
+    low: float
+    high: float
+    n: int
+    bound: Literal["low", "high"] | None
+    verified: float | None = None
+    verified_n: int = 0
+
+
+def calibrate(
+    engine: Engine,
+    judge: Judge,
+    latents: Sequence["Direction"],
+    prompts: Sequence[Prompt],
+    verify_on: Sequence[Prompt],
+    section: CalibrationSection,
+    sampling: Sampling,
+    *,
+    positions: Positions = "all",
+    seed: int = 0,
+    store: TrialStore | None = None,
+    progress: Progress | None = None,
+) -> list[Threshold]:
+    """Thresholds of all latents in lockstep: every round is one call of the engine with a query for each.
+
+    Probabilistic bisection (Waeber, Frazier & Henderson 2011): the posterior of each threshold lives on a
+    grid over `section.bounds`, its prior is Gaussian, and each round asks at the posterior's median. To
+    recalibrate for a tuned model, call this with its engine (and wider bounds if it resists).
+
+    Args:
+        prompts: asked while bisecting; a latent is never asked about its own topic.
+        verify_on: other prompts, on which the thresholds are checked.
+        sampling: as in the trials, but with `section.max_new_tokens`.
+        store: the rounds' scores are kept here, so that a killed calibration goes on where it stopped; rows
+            of other settings are ignored. One file a model: an engine does not tell models apart.
+        progress: told of `work(len(latents), section)` responses in all.
+
+    Raises:
+        InputError: if the bounds are not two increasing strengths above 0, or a latent has no prompt of
+            another topic.
+        RunError: if a response was not steered.
+    """
+    low, high = section.bounds
+    if not 0 < low < high:
+        raise InputError(f"the bounds {low} and {high} do not increase from above 0", "calibration.bounds")
+    if not latents:
+        return []
+    grid = np.linspace(low, high, GRID_POINTS)
+    prior = np.exp(-0.5 * ((grid - (low + high) / 2) / (PRIOR_WIDTH * (high - low))) ** 2)
+    posterior = np.tile(prior / prior.sum(), (len(latents), 1))
+    ask = _Lockstep(engine, judge, tuple(latents), sampling, section, positions, seed, store, progress)
+    seen = np.zeros(len(latents), dtype=int)
+    for round_ in range(section.rounds):
+        asked_at = _quantile(posterior, grid, 0.5)
+        scores = ask.scores(f"round {round_}", asked_at, prompts, section.prompts)
+        posterior = np.stack(
+            [
+                updated(density, grid, at, found, section.target)
+                for density, at, found in zip(posterior, asked_at, scores, strict=True)
+            ]
+        )
+        seen += [len(found) for found in scores]
+    thresholds = _thresholds(latents, posterior, grid, seen)
+    if not section.verify:
+        return thresholds
+    checked = ask.scores("verify", [each.norm for each in thresholds], verify_on, section.verify)
+    return [
+        replace(each, verified=float(np.mean(found)) if found else None, verified_n=len(found))
+        for each, found in zip(thresholds, checked, strict=True)
+    ]
+
+
+def work(latents: int, section: CalibrationSection) -> int:
+    """How many responses a calibration takes."""
+    return latents * (section.rounds * section.prompts + section.verify)
+
+
+def updated(
+    density: np.ndarray, grid: np.ndarray, at: float, scores: Sequence[float], target: float
+) -> np.ndarray:
+    """The posterior [points] after `scores` (0-100) were seen at the strength `at`.
+
+    With s the scores' mean (0-1) and m their number, the mean score at `at` is above the target with
+    probability p = P(X > target), X ~ Beta(0.5 + m s, 0.5 + m (1 - s)): each score counts as one draw, under
+    Jeffreys' prior. The paper's Beta(.5+5s, .5+5(1-s)) is the case m = 5. Scores fall with strength, so the
+    threshold lies above `at` with probability p and below with 1 - p (the paper's flip of the sign where
+    p < .5).
+    """
+    from scipy.special import betainc
+
+    if not scores:
+        return density
+    count, mean = len(scores), float(np.mean(scores)) / 100
+    above = 1 - betainc(0.5 + count * mean, 0.5 + count * (1 - mean), target / 100)
+    above = min(max(float(above), LEAST_PROBABILITY), 1 - LEAST_PROBABILITY)
+    result = density * np.where(grid > at, above, 1 - above)
+    return result / result.sum()
+
+
+def _quantile(posterior: np.ndarray, grid: np.ndarray, share: float) -> np.ndarray:
+    """Quantiles [latents] of posteriors [latents, points]."""
+    return grid[(np.cumsum(posterior, axis=1) < share).sum(axis=1).clip(max=len(grid) - 1)]
+
+
+def _thresholds(
+    latents: Sequence["Direction"], posterior: np.ndarray, grid: np.ndarray, seen: np.ndarray
+) -> list[Threshold]:
+    low, median, high = (_quantile(posterior, grid, share) for share in (0.05, 0.5, 0.95))
+    margin = BOUND_MARGIN * (grid[-1] - grid[0])
+    result = []
+    for place, latent in enumerate(latents):
+        norm = float(median[place])
+        bound: Literal["low", "high"] | None = None
+        if norm < grid[0] + margin:
+            bound = "low"
+        elif norm > grid[-1] - margin:
+            bound = "high"
+        strength = latent.strength(norm)
+        ends = float(low[place]), float(high[place])
+        result.append(
+            Threshold(
+                latent.latent, latent.label, strength.norm, strength.raw, *ends, int(seen[place]), bound
+            )
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class _Lockstep:
+    """Asks for responses of all latents at once, each at its own strength."""
+
+    engine: Engine
+    judge: Judge
+    latents: tuple["Direction", ...]
+    sampling: Sampling
+    section: CalibrationSection
+    positions: Positions
+    seed: int
+    store: TrialStore | None
+    progress: Progress | None
+
+    def scores(
+        self, name: str, norms: Sequence[float] | np.ndarray, prompts: Sequence[Prompt], count: int
+    ) -> list[list[float]]:
+        """First-attempt scores of `count` responses a latent, unscored ones left out; one engine call."""
+        keys = [
+            self._key(name, latent, float(norm), prompts, count)
+            for latent, norm in zip(self.latents, norms, strict=True)
+        ]
+        kept = {row["key"]: row["scores"] for row in self.store.rows()} if self.store else {}
+        missing = [place for place, key in enumerate(keys) if key not in kept]
+        found = self._measure(
+            name, [(self.latents[place], float(norms[place])) for place in missing], prompts, count
+        )
+        rows = [{"key": keys[place], "scores": scores} for place, scores in zip(missing, found, strict=True)]
+        if self.store:
+            self.store.append(rows)
+        if self.progress and len(rows) < len(keys):
+            self.progress((len(keys) - len(rows)) * count, 0)
+        kept.update({row["key"]: row["scores"] for row in rows})
+        return [kept[key] for key in keys]
+
+    def _measure(
+        self, name: str, queries: Sequence[tuple["Direction", float]], prompts: Sequence[Prompt], count: int
+    ) -> list[list[float]]:
+        asked = [
+            (latent, norm, prompt, number)
+            for latent, norm in queries
+            for number, prompt in enumerate(self._draw(name, latent, prompts, count))
+        ]
+        requests = [
+            Request(
+                id=f"{name} / latent {latent.latent} / {number}",
+                prompt=prompt.text,
+                interventions=(latent.add(norm, self.positions),),
+                seed=derived_seed(self.seed, name, latent.latent, number),
+            )
+            for latent, norm, prompt, number in asked
+        ]
+        if not requests:
+            return []
+        sampling = replace(self.sampling, max_new_tokens=self.section.max_new_tokens)
+        completions = self.engine.generate(requests, sampling, self.progress)
+        for completion in completions:
+            if completion.steered_tokens == 0:
+                raise RunError(f"calibration: the response to {completion.id} was not steered.")
+        items = [
+            JudgeItem(prompt.text, completion.text, latent.label)
+            for (latent, _, prompt, _), completion in zip(asked, completions, strict=True)
+        ]
+        first = [
+            None if each.error or not each.attempts else each.attempts[0].score
+            for each in self.judge.judge(items)
+        ]
+        groups = [first[start : start + count] for start in range(0, len(first), count)]
+        return [[score for score in group if score is not None] for group in groups]
+
+    def _draw(self, name: str, latent: "Direction", prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+        others = [prompt for prompt in prompts if prompt.topic != latent.label]
+        if not others:
+            raise InputError(
+                f"latent {latent.latent} ({latent.label}) has no prompt of another topic to calibrate on",
+                "prompts.path",
+                "Add prompts of other topics.",
+            )
+        Random(derived_seed(self.seed, "order", name, latent.latent)).shuffle(others)
+        return [others[number % len(others)] for number in range(count)]
+
+    def _key(self, name: str, latent: "Direction", norm: float, prompts: Sequence[Prompt], count: int) -> str:
+        engine = self.engine.name, self.judge.name, asdict(self.sampling), self.positions, self.seed
+        asked = self.section.model_dump(), prompts_digest(prompts), str(latent.sae), norm, count
+        digest = hashlib.sha256(repr((engine, asked)).encode()).hexdigest()[:16]
+        return f"{name} / latent {latent.latent} / {digest}"
+
+
+def calibration_key(
+    model: str,
+    sae: SaeRef,
+    judge: str,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    section: CalibrationSection,
+    positions: Positions = "all",
+) -> dict[str, Any]:
+    """What thresholds depend on; frozen thresholds are valid for this key alone."""
+    return {
+        "model": model,
+        "sae": asdict(sae),
+        "judge": judge,
+        "prompts": prompts_digest(prompts),
+        "sampler": {**asdict(sampling), "positions": positions},
+        "calibration": section.model_dump(mode="json"),
+    }
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of a set of prompts, whatever their order."""
+    prints = sorted((fingerprint(prompt.text), prompt.topic) for prompt in prompts)
+    return hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:16]
+
+
+def save_thresholds(path: Path | str, key: Mapping[str, Any], thresholds: Sequence[Threshold]) -> None:
+    """Freeze thresholds under their key."""
+    write_json(path, {"key": dict(key), "thresholds": [asdict(each) for each in thresholds]})
+
+
+def load_thresholds(path: Path | str, key: Mapping[str, Any]) -> list[Threshold]:
+    """Read frozen thresholds, those at a bound included.
+
+    Raises:
+        InputError: if they were frozen under another key (naming what differs), or the file is malformed.
+    """
+    value = read_json(path)
+    try:
+        frozen, rows = value["key"], value["thresholds"]
+        names = [each.name for each in fields(Threshold)]
+        thresholds = [Threshold(**{name: row[name] for name in names}) for row in rows]
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"this is not a file of thresholds ({error!r})", str(path), "Calibrate again."
+        ) from None
+    wanted = json.loads(json.dumps(key))
+    differing = [name for name in {**wanted, **frozen} if wanted.get(name) != frozen.get(name)]
+    if differing:
+        found = "; ".join(f"{name}: {frozen.get(name)!r}, now {wanted.get(name)!r}" for name in differing)
+        raise InputError(
+            f"the thresholds were frozen for another {', '.join(differing)} ({found})",
+            str(path),
+            "Calibrate again in another run directory, or restore the setting.",
+        )
+    return thresholds

@@ -1,0 +1,206 @@
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from esr_train.errors import RunError
+from esr_train.steering.engine import Completion, Progress, Request, Sampling
+from esr_train.steering.intervention import Add, Positions
+from esr_train.transcript import Strength
+from eval.cells import Cell, Prompt, make_cells, unsteered
+from eval.judging.judge import JudgeItem, Judgement
+from eval.judging.lexical import LexicalJudge
+from eval.metrics import pair_key
+from eval.store import Trial, TrialStore
+from eval.trials import Steerer, progress_bar, run_trials
+
+JUDGE = LexicalJudge({"sailing": ["mast"], "baking": ["dough"]})
+PROMPTS = [Prompt(f"How do I raise mast number {number}?", "sailing") for number in range(6)]
+SAMPLING = Sampling(max_new_tokens=32)
+
+
+class Killed(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class FakeDirection:
+    latent: int
+    label: str
+
+    def strength(self, norm: float) -> Strength:
+        return Strength(raw=10 * norm, norm=norm)
+
+    def add(self, norm: float, positions: Positions = "all") -> Add:
+        return Add(self.latent, norm, positions)  # type: ignore[arg-type]
+
+
+@dataclass
+class FakeEngine:
+    """Restarts when it is steered; its text names the row's seed. Dies at its `dies_at`th call."""
+
+    name: str = "fake"
+    steers: bool = True
+    dies_at: int | None = None
+    calls: list[list[Request]] = field(default_factory=list)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> list[Completion]:
+        self.calls.append(list(requests))
+        if len(self.calls) == self.dies_at:
+            raise Killed
+        if progress:
+            progress(len(requests), 4 * len(requests))
+        return [self._complete(request) for request in requests]
+
+    def _complete(self, request: Request) -> Completion:
+        text = f"Raise the mast by {request.seed} feet."
+        if request.interventions:
+            text = f"Knead the dough. Wait, that's not right. {text}"
+        steered = 7 if request.interventions and self.steers else 0
+        return Completion(request.id, text, (1, 2, 3, 4), "stop", 3, steered)
+
+
+LATENTS = [FakeDirection(5, "baking"), FakeDirection(6, "baking")]
+STEERER = Steerer({each.latent: each for each in LATENTS}, {5: 0.5, 6: 0.8})  # type: ignore[dict-item]
+CELLS = make_cells(PROMPTS, LATENTS, 12, seed=3, multiple=2.0)  # type: ignore[arg-type]
+
+
+def run(
+    path: Path,
+    engine: FakeEngine,
+    cells: Sequence[Cell] = CELLS,
+    arm: str = "base",
+    chunk_rows: int = 5,
+    **given,
+) -> list[Trial]:
+    condition = "steered" if cells[0].latent is not None else "unsteered"
+    return run_trials(
+        engine, JUDGE, TrialStore(path), cells, STEERER, SAMPLING,
+        arm=arm, condition=condition, chunk_rows=chunk_rows, **given,
+    )  # fmt: skip
+
+
+def test_a_row_describes_itself(tmp_path: Path):
+    cell, row = CELLS[0], run(tmp_path / "base.jsonl", FakeEngine())[0]
+    norm = 2.0 * STEERER.norms[cell.latent]
+    assert list(row) == [
+        "key", "arm", "condition", "seed", "cell", "engine", "sampling", "response", "finish_reason",
+        "tokens", "steered_tokens", "attempts", "cue", "judge", "judge_raw", "flags", "error",
+    ]  # fmt: skip
+    assert row["cell"] == {
+        "prompt": cell.prompt,
+        "topic": "sailing",
+        "latent": cell.latent,
+        "label": "baking",
+        "strength": {"raw": 10 * norm, "norm": norm},
+        "seed": cell.seed,
+    }
+    assert (row["arm"], row["condition"], row["seed"], row["engine"]) == (
+        "base",
+        "steered",
+        cell.seed,
+        "fake",
+    )
+    assert row["sampling"]["max_new_tokens"] == 32
+    assert (row["finish_reason"], row["tokens"], row["steered_tokens"]) == ("stop", 4, 7)
+    assert [attempt["score"] for attempt in row["attempts"]] == [0.0, 100.0]
+    assert row["cue"] is True
+    assert (row["judge"], row["error"]) == (JUDGE.name, None)
+    assert row["flags"]["hijacked"] is False
+
+
+def test_rows_on_disk_are_the_rows_returned_in_the_cells_order(tmp_path: Path):
+    rows = run(tmp_path / "base.jsonl", FakeEngine())
+    assert [row["cell"]["seed"] for row in rows] == [cell.seed for cell in CELLS]
+    assert [json.loads(line) for line in (tmp_path / "base.jsonl").read_text().splitlines()] == rows
+
+
+def test_unsteered_cells_run_beside_steered_ones_in_one_file(tmp_path: Path):
+    run(tmp_path / "base.jsonl", FakeEngine())
+    rows = run(tmp_path / "base.jsonl", FakeEngine(), unsteered(CELLS))
+    assert len(TrialStore(tmp_path / "base.jsonl").rows()) == 24
+    assert all(row["cell"]["strength"] is None and row["cell"]["latent"] is None for row in rows)
+    assert not any(row["cue"] for row in rows)
+
+
+def test_arms_pair_on_every_cell(tmp_path: Path):
+    base, tuned = (run(tmp_path / f"{arm}.jsonl", FakeEngine(), arm=arm) for arm in ("base", "tuned"))
+    assert [pair_key(row) for row in base] == [pair_key(row) for row in tuned]
+    assert len({pair_key(row) for row in base}) == len(CELLS)
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 3])
+def test_a_killed_run_goes_on_and_ends_with_the_same_rows(tmp_path: Path, dies_at: int):
+    whole = run(tmp_path / "whole.jsonl", FakeEngine())
+    with pytest.raises(Killed):
+        run(tmp_path / "killed.jsonl", FakeEngine(dies_at=dies_at))
+    again = FakeEngine()
+    assert run(tmp_path / "killed.jsonl", again) == whole
+    assert sum(map(len, again.calls)) == len(CELLS) - 5 * (dies_at - 1)
+
+
+def test_finished_trials_are_not_run_again(tmp_path: Path):
+    first = run(tmp_path / "base.jsonl", FakeEngine())
+    again = FakeEngine()
+    assert run(tmp_path / "base.jsonl", again) == first
+    assert again.calls == []
+
+
+def test_chunks_do_not_change_rows(tmp_path: Path):
+    rows = [run(tmp_path / f"{size}.jsonl", FakeEngine(), chunk_rows=size) for size in (1, 5, 100)]
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_a_steered_trial_that_was_not_steered_is_an_error_and_no_data_point(tmp_path: Path):
+    with pytest.raises(RunError, match="should have been steered by latent"):
+        run(tmp_path / "base.jsonl", FakeEngine(steers=False))
+    assert TrialStore(tmp_path / "base.jsonl").rows() == []
+
+
+def test_an_unsteered_trial_that_was_steered_is_an_error(tmp_path: Path):
+    class Leaky(FakeEngine):
+        def _complete(self, request: Request) -> Completion:
+            return replace(super()._complete(request), steered_tokens=1)
+
+    with pytest.raises(RunError, match="should have been unsteered, but 1 token"):
+        run(tmp_path / "base.jsonl", Leaky(), unsteered(CELLS))
+
+
+def test_a_judge_failure_is_kept_as_unscored(tmp_path: Path):
+    class Silent:
+        name = "silent"
+
+        def judge(self, items: Sequence[JudgeItem]) -> list[Judgement]:
+            return [Judgement((), self.name, error="no answer") for _ in items]
+
+    rows = run_trials(
+        FakeEngine(),
+        Silent(),
+        TrialStore(tmp_path / "a"),
+        CELLS,
+        STEERER,
+        SAMPLING,
+        arm="a",
+        condition="steered",
+    )
+    assert all(row["error"] == "no answer" and row["attempts"] == [] and row["cue"] for row in rows)
+
+
+def test_progress_counts_every_cell_once_even_when_resumed(tmp_path: Path):
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(Killed):
+        run(tmp_path / "base.jsonl", FakeEngine(dies_at=2))
+    run(tmp_path / "base.jsonl", FakeEngine(), progress=lambda rows, tokens: seen.append((rows, tokens)))
+    assert seen == [(5, 0), (5, 20), (2, 8)]
+
+
+def test_the_progress_bar_shows_count_and_label(capsys: pytest.CaptureFixture[str]):
+    with progress_bar(4, "base, steered") as progress:
+        progress(4, 100)
+    shown = capsys.readouterr().err
+    assert "base, steered" in shown
+    assert "4/4" in shown
