@@ -36,7 +36,7 @@ def trial(arm: str, latent: int | None, *scores: float, response: str = "", **ch
             "prompt": f"How do you do task {latent}?",
             "topic": "task",
             "latent": latent,
-            "label": None if latent is None else f"label {latent}",
+            "label": None if latent is None else f"label {latent} <i>slanted</i>",
             "strength": strength,
             "seed": seed,
         },
@@ -100,11 +100,9 @@ def found(document: str) -> int:
     [
         ({}, 12),
         ({"arm": "tuned", "attempts": "2"}, 8),
-        ({"arm": "tuned", "attempts": "3"}, 1),
         ({"arm": "base", "attempts": "1", "condition": "unsteered"}, 4),
         ({"arm": "tuned", "min": "91", "max": "96"}, 1),
         ({"q": "LABEL 11"}, 2),
-        ({"q": "nowhere to be found"}, 0),
     ],
 )
 def test_filters_in_the_address_choose_transcripts(
@@ -130,7 +128,7 @@ def test_hostile_text_is_text_and_base_stands_beside_it(report: Path, tmp_path: 
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; \u2028 🧺 done." in article
     assert article.index("</span>base") < article.index("</span>tuned")
     assert "Attempt 0 about topic 10." in article
-    assert "label 10" in article
+    assert "label 10 &lt;i&gt;slanted&lt;/i&gt;" in article
     assert "0.60 × residual norm" in article
 
 
