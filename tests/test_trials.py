@@ -143,6 +143,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_rows(tmp_path: Path, dies_a
     assert sum(map(len, again.calls)) == len(CELLS) - 5 * (dies_at - 1)
 
 
+def test_every_arm_and_condition_draws_with_the_cells_seed(tmp_path: Path):
+    for number, cells in enumerate((CELLS, CELLS, unsteered(CELLS))):
+        engine = FakeEngine()
+        run(tmp_path / f"{number}.jsonl", engine, cells, arm=f"arm{number}")
+        assert [each.seed for call in engine.calls for each in call] == [cell.seed for cell in CELLS]
+
+
 def test_finished_trials_are_not_run_again(tmp_path: Path):
     first = run(tmp_path / "base.jsonl", FakeEngine())
     again = FakeEngine()
