@@ -13,6 +13,7 @@ from esr_train.transcript import SpanKind, Transcript
 Range = tuple[int, int]
 """Characters [start, end) of a text."""
 
+_DATE_HEADER = re.compile(r"Cutting Knowledge Date: .*\nToday Date: .*\n*")
 _ENDS_OF_TURN = ("<|eot_id|>", "<end_of_turn>", "<|im_end|>")
 
 
@@ -61,7 +62,7 @@ def encode_prompt(
     Raises:
         InputError: if the template refuses or rewrites a message, or does not write exactly one BOS.
     """
-    messages = _messages(prompt, system)
+    messages = _messages(tokenizer, prompt, system)
     text = _apply(tokenizer, messages, None, add_generation_prompt=True)
     contents = _find_contents(tokenizer, text, messages, None)
     reply = (len(text), len(text) + len(prefix))
@@ -81,7 +82,7 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> Render
     if not transcript.content.strip():
         raise InputError("the reply is empty", where)
     reply = {"role": "assistant", "content": transcript.content}
-    messages = [*_messages(transcript.prompt, transcript.system), reply]
+    messages = [*_messages(tokenizer, transcript.prompt, transcript.system), reply]
     text = _apply(tokenizer, messages, where)
     contents = _find_contents(tokenizer, text, messages, where)
     start, end = contents[-1]
@@ -137,7 +138,10 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
-def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+def _messages(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> list[dict[str, str]]:
+    # Llama-3.1's template writes its date header itself; imported rows have it in their system message.
+    if system is not None and "Cutting Knowledge Date" in str(tokenizer.chat_template):
+        system = _DATE_HEADER.sub("", system, count=1) or None
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": prompt}]
 

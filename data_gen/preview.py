@@ -1,0 +1,134 @@
+"""Transcripts and their loss masks, shown to a person: in the terminal, or as a page."""
+
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from esr_train.masking import IGNORED, Labelled, Policy, label
+from esr_train.transcript import SpanKind, Transcript
+
+STYLES = {SpanKind.OFF_TOPIC: "red", SpanKind.CUE: "bold yellow", SpanKind.ANSWER: "green"}
+TRAINED, MASKED = "green", "dim"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1c1c1c; background: #fff; }
+article { border-top: 1px solid #ccc; padding: 1rem 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .5rem 0; }
+.tokens { font: 13px/1.6 ui-monospace, monospace; }
+.off_topic { background: #fbdcd9; } .cue { background: #ffe9a8; font-weight: 600; } .answer { background: #d9f0dc; }
+.masked { color: #767676; } .trained { background: #d9f0dc; } .tokens span { border-left: 1px solid #ddd; }
+"""
+
+
+def show(
+    transcripts: Sequence[Transcript],
+    n: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    policy: Policy = "masked",
+    console: Console | None = None,
+) -> None:
+    """Print the first `n` transcripts, each span in its colour.
+
+    Args:
+        transcripts: the rows.
+        n: how many to print.
+        tokenizer: if given, each row is printed a second time as the model reads it: trained tokens green,
+            masked ones dim.
+        policy: of the mask.
+        console: where to print; None is standard output.
+
+    Raises:
+        InputError: naming the row, if it cannot be labelled.
+    """
+    console = console or Console(highlight=False)
+    _print_legend(console)
+    for transcript in transcripts[:n]:
+        console.print()
+        console.print(Text(_heading(transcript), "bold"))
+        console.print(Text(_visible(transcript.prompt), "cyan"))
+        pieces = [(_visible(span.text), STYLES[span.kind]) for span in transcript.spans]
+        console.print(Text.assemble(*pieces))
+        if tokenizer is not None:
+            _print_mask(console, label(tokenizer, transcript, policy))
+
+
+def page(
+    transcripts: Sequence[Transcript],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    policy: Policy = "masked",
+) -> str:
+    """One HTML file that needs nothing else: every transcript and, with a tokenizer, its tokens and mask.
+
+    Raises:
+        InputError: naming the row, if it cannot be labelled.
+    """
+    legend = " ".join(f'<span class="{kind}">{kind}</span>' for kind in SpanKind)
+    articles = "\n".join(_article(transcript, tokenizer, policy) for transcript in transcripts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Transcripts</title>'
+        f"<style>{_CSS}</style></head><body>\n<h1>Transcripts</h1>\n<p>{legend}</p>\n{articles}\n</body></html>\n"
+    )
+
+
+def _heading(transcript: Transcript) -> str:
+    steering = transcript.steering
+    if steering is None:
+        return f"{transcript.id} ({transcript.source})"
+    name = f" {steering.label!r}" if steering.label else ""
+    return (
+        f"{transcript.id} ({transcript.source}; latent {steering.latent}{name}, "
+        f"strength {steering.strength.norm:.2f})"
+    )
+
+
+def _counts(labelled: Labelled) -> str:
+    trained = sum(value != IGNORED for value in labelled.labels)
+    return f"{trained} of {len(labelled.labels)} tokens trained, {labelled.straddling} straddling"
+
+
+def _visible(text: str) -> str:
+    # A reply may hold terminal escapes; shown, they must not act.
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _print_legend(console: Console) -> None:
+    pieces = [(f"{kind}  ", STYLES[kind]) for kind in SpanKind]
+    console.print(
+        Text.assemble(*pieces, "(with a tokenizer: ", ("trained", TRAINED), " ", ("masked", MASKED), ")")
+    )
+
+
+def _print_mask(console: Console, labelled: Labelled) -> None:
+    pieces = [(_visible(text), TRAINED if trained else MASKED) for text, trained, _ in _tokens(labelled)]
+    console.print(Text(_counts(labelled), "bold"))
+    console.print(Text.assemble(*pieces))
+
+
+def _tokens(labelled: Labelled) -> Iterator[tuple[str, bool, int]]:
+    """Each token's text, whether it is trained, and its id.
+
+    Of several tokens that cut up one character, the first has it as text and the others have none.
+    """
+    position = 0
+    rows = zip(labelled.offsets, labelled.labels, labelled.input_ids, strict=True)
+    for (start, end), value, token in rows:
+        yield labelled.text[max(start, position) : end], value != IGNORED, token
+        position = max(position, end)
+
+
+def _article(transcript: Transcript, tokenizer: PreTrainedTokenizerBase | None, policy: Policy) -> str:
+    spans = "".join(f'<span class="{span.kind}">{escape(span.text)}</span>' for span in transcript.spans)
+    body = f"<h2>{escape(_heading(transcript))}</h2><pre>{escape(transcript.prompt)}</pre><pre>{spans}</pre>"
+    if tokenizer is not None:
+        labelled = label(tokenizer, transcript, policy)
+        tokens = "".join(
+            f'<span class="{"trained" if trained else "masked"}" title="{token}">{escape(text)}</span>'
+            for text, trained, token in _tokens(labelled)
+        )
+        body += f'<p>{_counts(labelled)}</p><pre class="tokens">{tokens}</pre>'
+    return f"<article>{body}</article>"
