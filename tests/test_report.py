@@ -218,10 +218,13 @@ def test_a_page_without_any_trial_can_still_be_written(tmp_path: Path) -> None:
     assert list((tmp_path / "figures").glob("*")) == []
 
 
-def test_the_threshold_figure_prefers_the_frozen_file() -> None:
-    frozen = {"latents": [{"latent": 5, "label": "bees", "strength": {"raw": 1.0, "norm": 0.25}}]}
+def test_the_threshold_figure_shows_the_frozen_file_without_latents_at_a_bound() -> None:
+    bees = {"latent": 5, "label": "bees", "norm": 0.25, "low": 0.2, "high": 0.3, "bound": None}
+    frozen = {"thresholds": [bees, {**bees, "latent": 6, "norm": 2.0, "bound": "high"}]}
     figures = {f.name: f for f in draw_figures(Material(summarise(arms(), 50), arms(), frozen))}
-    assert figures["thresholds"].table == [("latent", "label", "norm"), (5, "bees", 0.25)]
+    header = ("latent", "label", "norm", "low", "high")
+    assert figures["thresholds"].table == [header, (5, "bees", 0.25, 0.2, 0.3)]
+    assert "at a bound: 1." in figures["thresholds"].caption
 
 
 def test_embedded_trials_are_whole_cells_balanced_over_conditions() -> None:

@@ -1,26 +1,20 @@
 """The report's figures: each as SVG, with the numbers it shows as CSV."""
 
 import csv
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from esr_train.files import replacing
 from eval.metrics import METRICS, Gap
+from eval.report.drawing import FAINT, INK, arm_colours, svg_of
 from eval.store import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Okabe and Ito's colours, told apart by colour-blind readers; base is the neutral one.
-BASE_COLOUR = "#6b7280"
-ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-INK, FAINT = "#1f2328", "#d0d7de"
 
 
 @dataclass(frozen=True)
@@ -47,13 +41,6 @@ class Figure:
     table: list[tuple[Any, ...]]
 
 
-def arm_colours(arms: Sequence[str]) -> dict[str, str]:
-    """A colour for every arm: grey for base, the palette in order for the others."""
-    others = [arm for arm in arms if arm != "base"]
-    colours = {arm: ARM_COLOURS[i % len(ARM_COLOURS)] for i, arm in enumerate(others)}
-    return {arm: colours.get(arm, BASE_COLOUR) for arm in arms}
-
-
 def draw_figures(material: Material) -> list[Figure]:
     """Every figure for which there are data, in reading order."""
     drawn = (draw(material) for draw in FIGURES)
@@ -67,16 +54,6 @@ def save_figures(folder: Path, figures: Sequence[Figure]) -> None:
             file.write(figure.svg)
         with replacing(folder / f"{figure.name}.csv") as file:
             csv.writer(file, lineterminator="\n").writerows(figure.table)
-
-
-def inline_svg(svg: str, colours: Mapping[str, str]) -> str:
-    """The SVG element alone, in the page's CSS variables instead of colours, so that it follows the theme."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    names = {colour: f"var(--arm-{index})" for index, colour in enumerate(dict.fromkeys(colours.values()))}
-    for colour, name in {INK: "var(--ink)", FAINT: "var(--rule)", **names}.items():
-        svg = svg.replace(colour, name)
-    return svg
 
 
 RATE_ROWS = (
@@ -118,7 +95,7 @@ def rates(material: Material) -> Figure | None:
         axes.grid(axis="x")
 
     caption = "Share of valid responses, 95 % intervals clustered by latent (unsteered: by prompt)."
-    svg = _svg(draw, arms, height=0.8 + 0.42 * len(shown))
+    svg = svg_of(draw, arms, height=0.8 + 0.42 * len(shown))
     return Figure("rates", "What the responses do", caption, svg, table)
 
 
@@ -161,7 +138,7 @@ def _score_density(material: Material, metric: str, title: str, caption: str) ->
         axes.set_ylabel("% of responses per point")
 
     rows = zip(grid.tolist(), *(curve.tolist() for curve in curves.values()), strict=True)
-    svg = _svg(draw, list(material.rows_by_arm))
+    svg = svg_of(draw, list(material.rows_by_arm))
     return Figure(f"{metric}s", title, caption, svg, [("score", *curves), *rows])
 
 
@@ -189,7 +166,7 @@ def first_against_last(material: Material) -> Figure | None:
         axes.grid()
 
     caption = "Steered responses with several attempts; above the line the last is better than the first."
-    svg = _svg(draw, list(material.rows_by_arm))
+    svg = svg_of(draw, list(material.rows_by_arm))
     return Figure(
         "first_vs_last", "What a restart is worth", caption, svg, [("arm", "first", "last", "key"), *points]
     )
@@ -221,33 +198,34 @@ def restart_positions(material: Material) -> Figure | None:
 
     caption = "Cumulative share of steered responses whose second attempt has begun; the place is estimated "
     caption += "from its characters."
-    svg = _svg(draw, list(material.rows_by_arm))
+    svg = svg_of(draw, list(material.rows_by_arm))
     return Figure("restart_position", "When it turns back", caption, svg, table)
 
 
 def thresholds(material: Material) -> Figure | None:
-    """The strength at which each latent was used, sorted."""
-    strengths = _strengths(material)
-    if not strengths:
+    """The strength at which each latent is used, sorted, with its posterior interval where it is known."""
+    entries = (material.thresholds or {}).get("thresholds") or _used_strengths(material)
+    kept = sorted((entry for entry in entries if not entry.get("bound")), key=lambda entry: entry["norm"])
+    if not kept:
         return None
-    table = sorted(
-        ((norm, latent, label) for latent, (norm, label) in strengths.items()), key=lambda row: row[0]
-    )
+    header = ("latent", "label", "norm", "low", "high")
+    rows = [tuple(entry.get(name) for name in header) for entry in kept]
 
     def draw(axes: "Axes") -> None:
-        axes.plot(
-            range(1, len(table) + 1), [row[0] for row in table], "o", color=INK, ms=3.5, alpha=0.75, mew=0
-        )
+        for place, (_, _, norm, low, high) in enumerate(rows, start=1):
+            if low is not None and high is not None:
+                axes.plot([place, place], [low, high], color=FAINT, lw=1.6, solid_capstyle="butt")
+            axes.plot([place], [norm], "o", color=INK, ms=3.5, mew=0)
         axes.set_xlabel("latent, sorted")
         axes.set_ylabel("strength / residual norm")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
 
-    caption = "Strength per latent, in multiples of the layer's median residual norm."
-    rows = [(latent, label, norm) for norm, latent, label in table]
-    return Figure(
-        "thresholds", "How hard it is pushed", caption, _svg(draw, []), [("latent", "label", "norm"), *rows]
-    )
+    caption = "Strength per latent, in multiples of the layer's median residual norm"
+    caption += ", with 90 % posterior intervals." if rows[0][3] is not None else "."
+    if len(kept) < len(entries):
+        caption += f" Left out because the threshold lies at a bound: {len(entries) - len(kept)}."
+    return Figure("thresholds", "How hard it is pushed", caption, svg_of(draw, []), [header, *rows])
 
 
 FIGURES: tuple[Callable[[Material], Figure | None], ...] = (
@@ -272,57 +250,8 @@ def _density(scores: np.ndarray, grid: np.ndarray, width: float = 4.0) -> np.nda
     return bells.sum(axis=1) / (len(scores) * width * np.sqrt(2 * np.pi))
 
 
-def _strengths(material: Material) -> dict[Any, tuple[float, str | None]]:
-    """Per latent its norm strength and label: from the threshold file, else as the steered trials had it."""
-    latents = (material.thresholds or {}).get("latents", [])
-    entries = latents.values() if isinstance(latents, Mapping) else latents
-    known = [entry for entry in entries if isinstance(entry, Mapping) and entry.get("strength")]
-    cells = known or [row["cell"] for arm in material.rows_by_arm for row in material.steered(arm)]
-    return {
-        cell["latent"]: (float(cell["strength"]["norm"]), cell.get("label"))
-        for cell in cells
-        if cell.get("strength") and cell.get("latent") is not None
-    }
-
-
-def _svg(draw: Callable[["Axes"], None], arms: Sequence[str], height: float = 3.0) -> str:
-    """An SVG document, the same bytes for the same numbers; text stays text, in the page's font."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.lines import Line2D
-
-    # The stubs know every setting by name; a plain dictionary does not.
-    with mpl.rc_context(cast(Any, STYLE)):
-        canvas = Canvas(figsize=(4.9, height + (0.3 if arms else 0)), layout="constrained")
-        axes = canvas.subplots()
-        draw(axes)
-        if arms:
-            marks = [Line2D([], [], marker="o", ls="", ms=5, color=c) for c in arm_colours(arms).values()]
-            canvas.legend(
-                marks, list(arms), loc="outside upper left", ncols=min(len(arms), 4), handletextpad=0.1
-            )
-        buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
+def _used_strengths(material: Material) -> list[dict[str, Any]]:
+    """Per latent the strength its steered trials had."""
+    cells = [row["cell"] for arm in material.rows_by_arm for row in material.steered(arm)]
+    steered = [cell for cell in cells if cell.get("strength") and cell.get("latent") is not None]
+    return list({cell["latent"]: {**cell, "norm": cell["strength"]["norm"]} for cell in steered}.values())

@@ -6,7 +6,8 @@ from typing import Any
 
 from esr_train.files import replacing
 from eval.metrics import METRICS
-from eval.report.figures import Material, arm_colours, draw_figures, inline_svg, save_figures
+from eval.report.drawing import arm_colours, inline_svg
+from eval.report.figures import Material, draw_figures, save_figures
 from eval.report.story import shown, story
 from eval.report.transcripts import embedded, script_json
 from eval.store import Trial
@@ -41,8 +42,8 @@ def write_report(
         title: the page's heading.
         metrics: as in metrics.json.
         rows_by_arm: the trials of each arm.
-        thresholds: as in thresholds.json (`latents`: entries with `latent`, `label`, `strength`), or None:
-            then strengths are read from the trials.
+        thresholds: as in thresholds.json (`thresholds`: entries with `latent`, `label`, `norm`, `low`, `high`,
+            `bound`), or None: then strengths are read from the trials.
         notes: `held_out` says what training never saw (text, a list, or name -> text); every other entry is
             shown as a line of "How this was measured".
 

@@ -1,0 +1,72 @@
+"""How a figure looks: colours, type, and the way from matplotlib to a themed SVG."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by colour-blind readers; base is the neutral one.
+BASE_COLOUR = "#6b7280"
+ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+INK, FAINT = "#1f2328", "#d0d7de"
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+def arm_colours(arms: Sequence[str]) -> dict[str, str]:
+    """A colour for every arm: grey for base, the palette in order for the others."""
+    others = [arm for arm in arms if arm != "base"]
+    colours = {arm: ARM_COLOURS[i % len(ARM_COLOURS)] for i, arm in enumerate(others)}
+    return {arm: colours.get(arm, BASE_COLOUR) for arm in arms}
+
+
+def inline_svg(svg: str, colours: Mapping[str, str]) -> str:
+    """The SVG element alone, in the page's CSS variables instead of colours, so that it follows the theme."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    names = {colour: f"var(--arm-{index})" for index, colour in enumerate(dict.fromkeys(colours.values()))}
+    for colour, name in {INK: "var(--ink)", FAINT: "var(--rule)", **names}.items():
+        svg = svg.replace(colour, name)
+    return svg
+
+
+def svg_of(draw: Callable[["Axes"], None], arms: Sequence[str], height: float = 3.0) -> str:
+    """An SVG document, the same bytes for the same numbers; text stays text, in the page's font."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.lines import Line2D
+
+    # The stubs know every setting by name; a plain dictionary does not.
+    with mpl.rc_context(cast(Any, STYLE)):
+        canvas = Canvas(figsize=(4.9, height + (0.3 if arms else 0)), layout="constrained")
+        axes = canvas.subplots()
+        draw(axes)
+        if arms:
+            marks = [Line2D([], [], marker="o", ls="", ms=5, color=c) for c in arm_colours(arms).values()]
+            canvas.legend(
+                marks, list(arms), loc="outside upper left", ncols=min(len(arms), 4), handletextpad=0.1
+            )
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
