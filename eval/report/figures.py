@@ -209,11 +209,11 @@ def thresholds(material: Material) -> Figure | None:
     if not kept:
         return None
     header = ("latent", "label", "norm", "low", "high")
-    rows = [tuple(entry.get(name) for name in header) for entry in kept]
+    rows: list[tuple[Any, ...]] = [tuple(entry.get(name) for name in header) for entry in kept]
 
     def draw(axes: "Axes") -> None:
         for place, (_, _, norm, low, high) in enumerate(rows, start=1):
-            if low is not None and high is not None:
+            if low is not None:
                 axes.plot([place, place], [low, high], color=FAINT, lw=1.6, solid_capstyle="butt")
             axes.plot([place], [norm], "o", color=INK, ms=3.5, mew=0)
         axes.set_xlabel("latent, sorted")
