@@ -161,4 +161,7 @@ class BehaviourProbe(TrainerCallback):
             # Watching must not change what is watched: dropout goes on as if nothing had happened.
             model.train(training)
             torch.set_rng_state(random_state)
+        asked = control.should_log
         self._log({f"probe_{key}": value for key, value in found.items()})
+        # Logging takes back the wish to log, and this step's loss may still be waiting for it.
+        control.should_log = asked

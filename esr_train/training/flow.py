@@ -96,11 +96,15 @@ def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) 
         RunError: naming what does not hold: Δh exact, gradient below the layer, strength 0 changes nothing.
     """
     training, states = model.training, _random_states()
+    dropout = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     columns = {name: batch[name] for name in COLUMNS}
     inputs = {name: value for name, value in batch.items() if name not in COLUMNS}
     programs = live.programs(columns, epoch=0)
     owner, reply = live.placement(columns, inputs["attention_mask"])
-    model.eval()
+    # Not evaluation mode, in which bitsandbytes repacks 4-bit weights on the CPU.
+    model.train()
+    for module in dropout:
+        module.eval()
     try:
         with SteeringHook(model, programs) as hook, Watch(model, live.layer) as watch:
             hook.place(owner, reply)

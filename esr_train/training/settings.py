@@ -116,6 +116,8 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     """
     given = dict(recipe.train.lora)
     _refuse_unknown(given, set(inspect.signature(LoraConfig).parameters), "train.lora", "LoraConfig")
+    if given.get("r", 1) < 1:
+        raise InputError("the rank must be at least 1", "train.lora.r")
     try:
         return LoraConfig(**{**LORA_DEFAULTS, **given})
     except (TypeError, ValueError) as error:

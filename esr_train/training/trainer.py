@@ -168,6 +168,12 @@ def _refuse_combinations(recipe: Recipe, args: SFTConfig) -> None:
         raise InputError(
             "accelerate was told to use DeepSpeed, yet it is not active", None, "Unset ACCELERATE_USE_CPU."
         )
+    if recipe.train.quantization and args.use_cpu and (args.eval_strategy != "no" or recipe.train.probe):
+        raise InputError(
+            "on the CPU, bitsandbytes repacks 4-bit weights when they are evaluated, and training would go on wrong",
+            "train.quantization",
+            "Leave out train.args.eval_strategy and train.probe, or use an accelerator.",
+        )
     if recipe.train.quantization and plugin is not None and plugin.zero_stage == 3:
         raise InputError(
             "NF4 weights cannot be sharded by ZeRO-3",
@@ -200,18 +206,24 @@ def build_trainer(
     if recipe.train.live:
         live = LiveInjection(recipe.train.live, load_vectors(model, latents), latents[0].layer, recipe.seed)
     on_cpu = trains_on_cpu(recipe)
-    trainer = EsrTrainer(
-        live=live,
-        meter=Meter(count_parameters(model), args.world_size, on_cpu),
-        model=model,
-        args=args,
-        data_collator=Collator(tokenizer.pad_token_id),
-        train_dataset=to_dataset(training, latents),
-        eval_dataset=to_dataset(watched, latents) if watched else None,
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe),
-        callbacks=[Progress()],
-    )
+    lora = lora_config(recipe)
+    try:
+        trainer = EsrTrainer(
+            live=live,
+            meter=Meter(count_parameters(model), args.world_size, on_cpu),
+            model=model,
+            args=args,
+            data_collator=Collator(tokenizer.pad_token_id),
+            train_dataset=to_dataset(training, latents),
+            eval_dataset=to_dataset(watched, latents) if watched else None,
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[Progress()],
+        )
+    except ValueError as error:
+        raise InputError(
+            f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train"
+        ) from error
     trainer.remove_callback(PrinterCallback)
     _assert_deepspeed(trainer)
     if args.load_best_model_at_end:

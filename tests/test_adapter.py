@@ -1,0 +1,92 @@
+"""An adapter that would do nothing is refused; a merged model is the adapter's."""
+
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from training_world import recipe, write_world
+
+from esr_train.errors import InputError, RunError
+from esr_train.models import load_model
+from esr_train.training.adapter import check_saved, final_metrics, is_complete, merge, model_card
+from esr_train.training.settings import lora_config
+
+
+@pytest.fixture
+def adapter(tmp_path, family, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, family)
+    section = recipe(family.name)
+    model = get_peft_model(load_model(section.model, for_training=True), lora_config(section))
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.1 * torch.randn_like(weight)
+    model.save_pretrained("adapter")
+    return section, tmp_path / "adapter"
+
+
+def rewrite(adapter, change):
+    path = str(adapter / "adapter_model.safetensors")
+    save_file({name: change(name, weight) for name, weight in load_file(path).items()}, path)
+
+
+def test_a_merged_model_gives_the_adapters_logits(adapter, tmp_path):
+    section, folder = adapter
+    ids = torch.tensor([[1, 20, 30, 40]])
+    with torch.no_grad():
+        tuned = load_model(section.model, folder)(input_ids=ids).logits
+        plain = load_model(section.model)(input_ids=ids).logits
+    result = merge(section.model, folder, tmp_path / "merged")
+    moved = section.model.model_copy(update={"path": "merged"})
+    with torch.no_grad():
+        merged = load_model(moved)(input_ids=ids).logits
+    assert result.largest_difference < 1e-4 * result.largest_logit
+    torch.testing.assert_close(merged, tuned, rtol=1e-4, atol=1e-4)
+    assert (tuned - plain).abs().max() > 1e-2
+    with pytest.raises(InputError, match="not empty"):
+        merge(section.model, folder, tmp_path / "merged")
+
+
+def test_an_adapter_of_another_base_is_not_merged(adapter, tmp_path):
+    section, folder = adapter
+    (folder / "provenance.json").write_text(json.dumps({"recipe": {"model": {"path": "other"}}}))
+    with pytest.raises(InputError, match="trained on 'other', not on 'model'"):
+        merge(section.model, folder, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, w: torch.zeros_like(w) if "lora_B" in name else w, "every B matrix is zero"),
+        (lambda name, w: w.new_empty(0) if "lora_A" in name else w, "is empty"),
+        (lambda name, w: w * float("nan") if "lora_A" in name else w, "is not finite"),
+    ],
+)
+def test_an_adapter_that_does_nothing_or_harm_is_refused(adapter, change, message):
+    check_saved(adapter[1])
+    rewrite(adapter[1], change)
+    with pytest.raises(RunError, match=message):
+        check_saved(adapter[1])
+
+
+def test_a_folder_without_its_last_file_is_not_complete(adapter):
+    assert is_complete(adapter[1])
+    (adapter[1] / "adapter_config.json").unlink()
+    assert not is_complete(adapter[1])
+
+
+def test_the_card_tells_how_to_make_it_again():
+    record = {
+        "arm": "tuned",
+        "recipe": {"model": {"path": "some/model"}},
+        "data": {"sha256": "abc", "rows": 7},
+        "world_size": 2,
+        "versions": {"torch": "2.9", "deepspeed": None},
+        "git": {"commit": "f00", "dirty": True},
+    }
+    card = model_card(record, final_metrics([{"loss": 2.0, "step": 1}, {"loss": 1.5, "step": 2}]))
+    for wanted in ("base_model: some/model", "sha256 `abc`", "| loss | 1.5 |", "`f00` with local changes"):
+        assert wanted in card

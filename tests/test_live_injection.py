@@ -1,0 +1,126 @@
+"""A row's own steering is exact at the layer, survives gradient checkpointing, and is drawn reproducibly."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from training_world import LAYER, recipe, transcripts
+from trl.trainer.utils import add_fused_lm_head
+
+from esr_train.errors import RunError
+from esr_train.recipe import LiveSection
+from esr_train.training.batches import Collator
+from esr_train.training.dataset import read_rows, table, to_dataset
+from esr_train.training.flow import Watch, check_flow
+from esr_train.training.live import LiveInjection, draw
+from esr_train.training.settings import lora_config
+from esr_train.transcript import write_transcripts
+
+
+@pytest.fixture
+def world(tmp_path, family):
+    """(model with LoRA, batch, injection) for four steered and two normal rows."""
+    write_transcripts(tmp_path / "data.jsonl", transcripts(steered=4, normal=2))
+    rows = read_rows(recipe(family.name), tmp_path / "data.jsonl", family.tokenizer)
+    base = copy.deepcopy(family.model)
+    add_fused_lm_head(base)
+    torch.manual_seed(0)
+    model = get_peft_model(base, lora_config(recipe(lora={"r": 4, "lora_dropout": 0.0})))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.05 * torch.randn_like(weight)
+    batch = Collator(family.tokenizer.pad_token_id)(list(to_dataset(rows, table(rows))))
+    vectors = torch.randn(len(table(rows)), 64)
+    return model, batch, LiveInjection(LiveSection(), vectors, LAYER, seed=5)
+
+
+def gradients(model, batch, live) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    inputs = dict(batch)
+    with live.steering(model, inputs, epoch=0):
+        loss = model(**inputs, use_cache=False, fused_lm_head=True).loss
+        loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_every_steered_token_gets_exactly_its_own_vector_and_no_other_token_anything(world):
+    model, batch, live = world
+    inputs = dict(batch)
+    with live.steering(model, inputs, epoch=3), Watch(model, LAYER) as watch, torch.no_grad():
+        model(**inputs)
+    for row in range(6):
+        strength = live.strength(int(batch["key"][row]), float(batch["reach"][row]), epoch=3)
+        assert (strength > 0) == (row < 4)
+        vector = live.vectors[batch["vector"][row]] * strength
+        real = batch["attention_mask"][row].bool()
+        assert torch.equal(watch.after[row, real], watch.before[row, real] + vector)
+        assert torch.equal(watch.after[row, ~real], watch.before[row, ~real])
+
+
+def test_assistant_positions_begin_at_the_first_reply_token(world):
+    _, batch, live = world
+    settings = LiveSection(positions="assistant")
+    owner, _ = LiveInjection(settings, live.vectors, LAYER, 5).placement(batch, batch["attention_mask"])
+    for row in range(4):
+        start, length = int(batch["reply_start"][row]), int(batch["attention_mask"][row].sum())
+        wanted = [-1] * start + [row] * (length - start) + [-1] * (owner.shape[1] - length)
+        assert 0 < start < length
+        assert owner[row].tolist() == wanted
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient(world, reentrant):
+    model, batch, live = world
+    loss, plain = gradients(model, batch, live)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    again, checkpointed = gradients(model, batch, live)
+    assert again == loss
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_strength_zero_and_share_zero_are_the_plain_loss(world):
+    model, batch, live = world
+    inputs = {
+        name: value for name, value in batch.items() if name not in ("vector", "reach", "reply_start", "key")
+    }
+    plain = model(**inputs, use_cache=False, fused_lm_head=True).loss.item()
+    for settings in (LiveSection(strength=(0.0, 0.0)), LiveSection(share=0.0)):
+        assert gradients(model, batch, LiveInjection(settings, live.vectors, LAYER, 5))[0] == plain
+    assert gradients(model, batch, live)[0] != plain
+
+
+def test_draws_belong_to_seed_row_and_epoch():
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({draw(1, 2, 3), draw(2, 2, 3), draw(1, 3, 3), draw(1, 2, 4)}) == 4
+    live = LiveInjection(LiveSection(strength=(0.5, 2.0), share=0.3), torch.zeros(1, 4), LAYER, 0)
+    strengths = [live.strength(key, 10.0, 0) for key in range(2000)]
+    injected = [strength for strength in strengths if strength]
+    assert 500 < len(injected) < 700
+    assert 5 <= min(injected) < 5.5
+    assert 19.5 < max(injected) <= 20
+
+
+def test_the_check_before_training_passes_and_leaves_no_trace(world):
+    model, batch, live = world
+    state = torch.get_rng_state()
+    check_flow(model, batch, live)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_the_check_before_training_fails_where_something_is_broken(world, monkeypatch):
+    model, batch, live = world
+    with monkeypatch.context() as patch:
+        patch.setattr("esr_train.steering.hook._Layer._steer", lambda self, hidden: hidden)
+        with pytest.raises(RunError, match="tokens did not get the steering"):
+            check_flow(model, batch, live)
+    with monkeypatch.context() as patch:
+        steer = "esr_train.steering.hook._Layer._steer"
+        patch.setattr(steer, lambda self, hidden: hidden.detach() + 0.0)
+        with pytest.raises(RunError, match=r"live injection"):
+            check_flow(model, batch, live)

@@ -1,0 +1,50 @@
+"""What a run was made from, and that it is not continued with something else."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from training_world import recipe
+
+from esr_train.errors import InputError
+from esr_train.provenance import differences, provenance, refuse_changes
+
+
+def record(tmp_path: Path, text: str = "rows", world_size: int = 1, **options):
+    (tmp_path / "d.jsonl").write_text(text)
+    return provenance(recipe(**options), "tuned", tmp_path / "d.jsonl", 3, world_size)
+
+
+def test_the_record_holds_hash_versions_and_world_size(tmp_path):
+    found = record(tmp_path)
+    assert found["data"] == {"sha256": hashlib.sha256(b"rows").hexdigest(), "rows": 3}
+    assert found["world_size"] == 1
+    assert found["versions"]["torch"].startswith("2.")
+    assert found["recipe"]["train"]["lora"] == {"r": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": "others"}, "data.sha256: "),
+        ({"world_size": 2}, "world_size: 1 -> 2"),
+        ({"loss": "unmasked"}, "recipe.train.loss: 'masked' -> 'unmasked'"),
+        ({"lora": {"r": 8}}, "recipe.train.lora.r: 4 -> 8"),
+    ],
+)
+def test_a_run_is_not_continued_with_something_else(tmp_path, change, message):
+    before = record(tmp_path)
+    with pytest.raises(InputError, match="begun with something else") as caught:
+        refuse_changes(before, record(tmp_path, **change), tmp_path)
+    assert message in str(caught.value)
+
+
+def test_the_same_experiment_may_go_on(tmp_path):
+    before = record(tmp_path)
+    moved = {**record(tmp_path, probe={"every": 5}), "versions": {}, "data_path": "elsewhere"}
+    refuse_changes(before, moved, tmp_path)
+
+
+def test_differences_name_every_leaf():
+    found = list(differences({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": [2], "e": 0}))
+    assert found == ["a.c: 2 -> 3", "d: [1] -> [2]", "e: None -> 0"]

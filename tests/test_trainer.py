@@ -1,0 +1,216 @@
+"""The trainer: the same loss however rows are batched, continued as if never stopped, mistakes refused."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from training_world import recipe, transcripts, write_world
+
+from esr_train.errors import InputError
+from esr_train.files import write_json
+from esr_train.recipe import dump_recipe
+from esr_train.training.checkpoints import last_checkpoint
+from esr_train.training.settings import lora_config, sft_config
+from esr_train.training.trainer import train
+
+ROOT = Path(__file__).parent.parent
+NO_DROPOUT = {"r": 4, "lora_dropout": 0.0}
+
+
+@pytest.fixture
+def world(tmp_path, family, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, family)
+    return family.name
+
+
+@pytest.fixture
+def small(tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, llama)
+    return tmp_path
+
+
+def log_of(section, directory: str) -> list[dict]:
+    """Train in a directory of its own and return the log."""
+    data = Path(directory) / "data" / "tuned.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text(Path("runs/t/data/tuned.jsonl").read_text())
+    folder = train(section, "tuned", Path(directory))
+    return json.loads((folder / "training_log.json").read_text())
+
+
+def steps(log: list[dict]) -> list[tuple[float, float]]:
+    return [(entry["loss"], entry["grad_norm"]) for entry in log if "grad_norm" in entry]
+
+
+def test_batch_one_times_accumulation_eight_equals_batch_eight_times_one(world):
+    """Padded rows equal unpadded ones, too: in batches of one there is no padding."""
+    found = []
+    for batch, accumulation in ((1, 8), (8, 1)):
+        args = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        found.append(steps(log_of(recipe(world, args=args, lora=NO_DROPOUT), f"runs/{batch}")))
+    assert len(found[0]) == 4
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_training_saves_a_whole_adapter_with_log_card_and_provenance(world):
+    section = recipe(world, args={"num_train_epochs": 1})
+    folder = train(section, "tuned", section.directory)
+    weights = load_file(str(folder / "adapter_model.safetensors"))
+    assert any("lora_B" in name and bool(weight.any()) for name, weight in weights.items())
+    assert json.loads((folder / "provenance.json").read_text())["world_size"] == 1
+    assert not (folder / "checkpoints").exists()
+    entry = json.loads((folder / "training_log.json").read_text())[0]
+    assert {"tokens_per_second", "trained_token_share", "peak_memory_gib", "loss"} <= entry.keys()
+    written = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    assert train(section, "tuned", section.directory) == folder
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+def test_held_out_rows_and_checkpoints_that_are_kept(small):
+    args = {"num_train_epochs": 1, "eval_strategy": "epoch", "save_total_limit": 2}
+    section = recipe(args=args)
+    folder = train(section, "tuned", section.directory)
+    log = json.loads((folder / "training_log.json").read_text())
+    assert any("eval_loss" in entry for entry in log)
+    assert last_checkpoint(folder / "checkpoints", 1) is not None
+
+
+def test_the_probe_is_logged_beside_the_loss_and_changes_nothing(small):
+    plain = log_of(recipe(), "runs/plain")
+    section, seen = recipe(probe={"every": 2}), []
+
+    def make(model, tokenizer):
+        def probe(step: int) -> dict[str, float]:
+            assert not model.training
+            seen.append(step)
+            return {"restarts": 0.25}
+
+        return probe
+
+    folder = train(section, "tuned", section.directory, probe=make)
+    log = json.loads((folder / "training_log.json").read_text())
+    assert seen == [2, 4, 6]
+    assert [entry["step"] for entry in log if entry.get("probe_restarts") == 0.25] == seen
+    assert steps(log) == steps(plain)
+
+
+def test_a_finished_or_begun_training_is_not_continued_with_another_recipe(small):
+    section = recipe(args={"num_train_epochs": 1})
+    train(section, "tuned", section.directory)
+    with pytest.raises(InputError, match=r"lora\.r: 4 -> 8"):
+        train(recipe(args={"num_train_epochs": 1}, lora={"r": 8}), "tuned", section.directory)
+    begun = small / "runs" / "u"
+    write_json(
+        begun / "adapter" / "tuned" / "checkpoints" / "provenance.json", {"arm": "tuned", "world_size": 2}
+    )
+    (begun / "data").mkdir()
+    (begun / "data" / "tuned.jsonl").write_text((small / "runs/t/data/tuned.jsonl").read_text())
+    with pytest.raises(InputError, match="world_size: 2 -> 1"):
+        train(section, "tuned", begun)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"args": {"learning_rat": 1}}, "train.args.learning_rat.*Did you mean learning_rate"),
+        ({"args": {"fp16": True}}, "train.args.fp16.*model.dtype"),
+        ({"args": {"packing": True}}, "train.args.packing.*own steering"),
+        ({"args": {"lr_scheduler_type": "cosin"}}, "train.args.*cosin"),
+        ({"lora": {"rank": 4}}, "train.lora.rank"),
+        ({"lora": {"r": 0}}, "train.lora"),
+    ],
+)
+def test_settings_that_do_not_exist_or_do_harm_are_refused(tmp_path, options, message):
+    section = recipe(**options)
+    with pytest.raises(InputError, match=message):
+        _ = sft_config(section, tmp_path), lora_config(section)
+
+
+def test_an_adapter_on_modules_that_do_not_exist_is_bad_input(small):
+    section = recipe(lora={"target_modules": ["q_prj"]})
+    with pytest.raises(InputError, match="q_prj"):
+        train(section, "tuned", section.directory)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    section = recipe().model_copy(update={"train": type(recipe().train)()})
+    args, lora = sft_config(section, tmp_path), lora_config(section)
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (32, 16, 0.05, "all-linear")
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (2e-4, "cosine", 10)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 4)
+    assert (args.bf16, args.fp16, args.report_to, args.gradient_checkpointing) == (False, False, [], False)
+
+
+def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
+    for step in (2, 10):
+        write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {})
+        (tmp_path / f"checkpoint-{step}" / "rng_state.pth").touch()
+    assert last_checkpoint(tmp_path, 1) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path, 2) is None
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"log_hist')
+    assert last_checkpoint(tmp_path, 1) == str(tmp_path / "checkpoint-2")
+
+
+def test_bad_input_is_one_paragraph_and_exit_code_two(small):
+    recipe_file = small / "r.yaml"
+    recipe_file.write_text(dump_recipe(recipe(lora={"rank": 3})))
+    command = [sys.executable, "-m", "esr_train", str(recipe_file), "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 2
+    assert "train.lora.rank" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+def test_a_training_killed_in_its_second_epoch_ends_as_if_it_never_was(small):
+    args = {
+        "per_device_train_batch_size": 1,
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    section = recipe(args=args)
+    recipe_file = small / "r.yaml"
+    recipe_file.write_text(dump_recipe(section))
+    command = [sys.executable, "-m", "esr_train", str(recipe_file)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    folder = small / "runs" / "t" / "adapter" / "tuned"
+    # Twelve steps an epoch; the checkpoint at fifteen is in the middle of the second.
+    while not (folder / "checkpoints" / "checkpoint-15" / "trainer_state.json").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "adapter_config.json").exists()
+    assert subprocess.run(command, env=environment(), stderr=subprocess.DEVNULL).returncode == 0
+    log_of(copy.deepcopy(section), "runs/whole")
+    resumed = load_file(str(folder / "adapter_model.safetensors"))
+    whole = load_file("runs/whole/adapter/tuned/adapter_model.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert all(bool((resumed[name] == whole[name]).all()) for name in whole)
+
+
+@pytest.mark.slow
+def test_nf4_trains_on_the_cpu(small, llama):
+    section = recipe(args={"num_train_epochs": 1}, quantization="nf4")
+    folder = train(section, "tuned", section.directory)
+    assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_rows_of_the_world_are_of_different_lengths():
+    """The batching tests above would show nothing otherwise."""
+    assert len({len(transcript.content) for transcript in transcripts()}) > 3

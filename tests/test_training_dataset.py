@@ -1,0 +1,108 @@
+"""Transcripts become exactly the tokens and labels that masking made, with each row's steering beside them."""
+
+import dataclasses
+import json
+
+import pytest
+from training_world import LAYER, recipe, transcripts
+
+from esr_train.errors import InputError, RunError
+from esr_train.masking import label
+from esr_train.training.batches import Collator, LengthGrouped
+from esr_train.training.dataset import dump_tokens, hold_out, read_rows, statistics, table, to_dataset
+from esr_train.training.preview import preview
+from esr_train.transcript import Transcript, write_transcripts
+
+
+def rows_of(tmp_path, family, made: list[Transcript], **options):
+    write_transcripts(tmp_path / "data.jsonl", made)
+    return read_rows(recipe(family.name, **options), tmp_path / "data.jsonl", family.tokenizer)
+
+
+def test_the_batch_holds_exactly_the_labels_of_masking(tmp_path, family):
+    made = transcripts()
+    rows = rows_of(tmp_path, family, made)
+    batch = Collator(family.tokenizer.pad_token_id)(list(to_dataset(rows, table(rows))))
+    for place, transcript in enumerate(made):
+        wanted = label(family.tokenizer, transcript, "masked")
+        length = len(wanted.input_ids)
+        assert batch["input_ids"][place, :length].tolist() == list(wanted.input_ids)
+        assert batch["labels"][place, :length].tolist() == list(wanted.labels)
+        assert batch["attention_mask"][place].tolist() == [1] * length + [0] * (
+            batch["labels"].shape[1] - length
+        )
+        assert set(batch["labels"][place, length:].tolist()) <= {-100}
+
+
+def test_a_row_is_steered_by_its_own_latent_relative_to_the_threshold(tmp_path, llama):
+    made = transcripts(steered=2, normal=1)
+    made[1] = dataclasses.replace(made[1], meta={"threshold": {"raw": 3.0, "norm": 0.5}})
+    rows = rows_of(tmp_path, llama, made)
+    columns = to_dataset(rows, table(rows))
+    assert columns["vector"][:] == [0, 1, -1]
+    assert columns["reach"][:] == [4.0, 3.0, 0.0]
+    assert [latent.index for latent in table(rows)] == [0, 1]
+    first = rows[0].labelled.offsets[rows[0].reply_start]
+    assert rows[0].labelled.text[first[0] :].startswith("First, knead")
+
+
+def test_data_that_cannot_be_trained_on_are_refused(tmp_path, llama):
+    made = transcripts(steered=2, normal=1)
+    with pytest.raises(InputError, match="no training rows"):
+        rows_of(tmp_path, llama, [])
+    with pytest.raises(InputError, match="more than once, such as 's0'"):
+        rows_of(tmp_path, llama, [made[0], made[0]])
+    with pytest.raises(InputError, match="nothing to inject"):
+        rows_of(tmp_path, llama, made[2:])
+    assert made[1].steering is not None
+    elsewhere = dataclasses.replace(made[1], steering=dataclasses.replace(made[1].steering, layer=LAYER + 1))
+    with pytest.raises(InputError, match="different layers"):
+        rows_of(tmp_path, llama, [made[0], elsewhere])
+    with pytest.raises(InputError, match="'s0'.*max_length 20"):
+        rows_of(tmp_path, llama, made, max_length=20)
+
+
+def test_a_batch_without_a_trained_token_is_refused():
+    with pytest.raises(RunError, match="no trained token"):
+        Collator(0)([{"input_ids": [5, 6], "labels": [5, -100]}])
+
+
+def test_statistics_dump_and_preview_show_what_is_trained(tmp_path, llama):
+    rows = rows_of(tmp_path, llama, transcripts(steered=2, normal=1))
+    figures = statistics(rows)
+    assert figures["rows per source"] == {"normal": 1, "steered": 2}
+    assert figures["steered rows"] == 2
+    trained = sum(label_ != -100 for row in rows for label_ in row.labelled.labels)
+    assert figures["trained tokens"] == round(trained / figures["tokens"], 4)
+    assert dump_tokens(rows, tmp_path / "tokens.jsonl") == 3
+    first = json.loads((tmp_path / "tokens.jsonl").read_text().splitlines()[0])
+    assert first == {
+        "id": "s0",
+        "input_ids": list(rows[0].labelled.input_ids),
+        "labels": list(rows[0].labelled.labels),
+    }
+    shown = preview(rows[0], colour=False)
+    assert shown.endswith(
+        "[[ Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>]]\n"
+    ) or (
+        shown.endswith("[[ Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>]]")
+    )
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path, llama):
+    rows = rows_of(tmp_path, llama, transcripts())
+    kept, watched = hold_out(rows)
+    assert len(watched) == 1
+    assert {row.labelled.id for row in kept}.isdisjoint(row.labelled.id for row in watched)
+    assert len(kept) + len(watched) == len(rows)
+
+
+def test_batches_hold_rows_of_like_length_in_an_order_of_seed_and_epoch_alone():
+    lengths = [(7 * i) % 40 for i in range(38)]
+    first, again = (list(LengthGrouped(lengths, 4, 3, lambda: 1)) for _ in range(2))
+    assert first == again != list(LengthGrouped(lengths, 4, 3, lambda: 2))
+    assert sorted(first) == list(range(38))
+    spread = [
+        max(batch) - min(batch) for batch in ([lengths[i] for i in first[k : k + 4]] for k in range(0, 36, 4))
+    ]
+    assert max(spread) <= 6
