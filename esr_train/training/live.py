@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from esr_train.errors import InputError
+from esr_train.models import check_layer, hidden_size
 from esr_train.recipe import LiveSection
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.intervention import Add
-from esr_train.steering.sae import check_fits, load_sae
+from esr_train.steering.sae import load_sae
 from esr_train.training.dataset import Latent
 from esr_train.transcript import SaeRef
 
@@ -18,18 +20,20 @@ COLUMNS = ("vector", "reach", "reply_start", "key")
 """The steering columns of a batch; the model never sees them."""
 
 
-def load_vectors(model: Any, latents: Sequence[Latent]) -> torch.Tensor:
+def load_vectors(latents: Sequence[Latent]) -> torch.Tensor:
     """The latents' decoder rows, [latents, d_model] float32 on the CPU.
 
+    Call it before the model is loaded: under ZeRO-3 that changes how modules are made, which sae-lens does not
+    survive.
+
     Raises:
-        InputError: an SAE that cannot be loaded or does not fit the model, or a latent it does not have.
+        InputError: an SAE that cannot be loaded, or a latent it does not have.
     """
     loaded: dict[SaeRef, Any] = {}
     rows = []
     for latent in latents:
         if latent.sae not in loaded:
             loaded[latent.sae] = load_sae(latent.sae)
-            check_fits(loaded[latent.sae], model)
         rows.append(loaded[latent.sae].row(latent.index).cpu())
     return torch.stack(rows)
 
@@ -56,6 +60,21 @@ class LiveInjection:
 
     def __init__(self, settings: LiveSection, vectors: torch.Tensor, layer: int, seed: int) -> None:
         self.settings, self.vectors, self.layer, self.seed = settings, vectors, layer, seed
+
+    def check_fits(self, model: Any) -> None:
+        """Refuse vectors of another width, or a layer that the model does not have.
+
+        Raises:
+            InputError: naming both sizes.
+        """
+        check_layer(model, self.layer, "steering.layer of the training rows")
+        found, width = self.vectors.shape[1], hidden_size(model)
+        if found != width:
+            raise InputError(
+                f"the rows' SAE is {found} wide, the model's residual stream {width}",
+                "train.live",
+                "Train on rows that were made with this model.",
+            )
 
     def strength(self, key: int, reach: float, epoch: int) -> float:
         """A row's strength in this epoch, in decoder rows; 0 where the row is not in the injected share."""

@@ -146,12 +146,21 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
         refuse_changes(read_json(folder / "provenance.json"), record, folder)
         return folder
     _begin(folder, record, args)
+    live = live_injection(section, rows)
     model = load_model(section.model, quantization=section.train.quantization, for_training=True)
-    trainer = build_trainer(section, args, model, tokenizer, rows, probe)
+    trainer = build_trainer(section, args, model, tokenizer, rows, live, probe)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints", args.world_size))
     finish(trainer, folder, record)
     _close(trainer, folder, keep="save_total_limit" in section.train.args)
     return folder
+
+
+def live_injection(recipe: Recipe, rows: Sequence[TrainingRow]) -> LiveInjection | None:
+    """The injection that the recipe's `train.live` asks for; call it before the model is loaded."""
+    if recipe.train.live is None:
+        return None
+    latents = table(rows)
+    return LiveInjection(recipe.train.live, load_vectors(latents), latents[0].layer, recipe.seed)
 
 
 def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
@@ -188,6 +197,7 @@ def build_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TrainingRow],
+    live: LiveInjection | None = None,
     probe: ProbeFactory | None = None,
 ) -> EsrTrainer:
     """Wire up the trainer and check the injection on one steered and one other row.
@@ -198,13 +208,13 @@ def build_trainer(
         model: as loaded; the adapter is added here.
         tokenizer: the model's.
         rows: from `read_rows`.
+        live: from `live_injection`.
         probe: makes the behavioural probe.
     """
     training, watched = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
     latents = table(rows)
-    live = None
-    if recipe.train.live:
-        live = LiveInjection(recipe.train.live, load_vectors(model, latents), latents[0].layer, recipe.seed)
+    if live:
+        live.check_fits(model)
     on_cpu = trains_on_cpu(recipe)
     lora = lora_config(recipe)
     try:
