@@ -101,7 +101,9 @@ def test_spans_lie_where_their_text_is(family: Family) -> None:
 
 
 def test_white_space_that_the_template_trims_shifts_no_span(family: Family) -> None:
-    rendered = render(family.tokenizer, transcript(" \nThe jib.", " Wait.", " Smooth it.\n ", prompt="\n How? "))
+    rendered = render(
+        family.tokenizer, transcript(" \nThe jib.", " Wait.", " Smooth it.\n ", prompt="\n How? ")
+    )
     assert pieces(rendered) == ["The jib.", " Wait.", " Smooth it."]
 
 
@@ -142,7 +144,7 @@ def test_a_system_message_that_the_template_refuses_is_an_error_with_row_and_rem
 def test_a_template_that_rewrites_the_reply_is_an_error(llama: Family) -> None:
     tokenizer = deepcopy(llama.tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("| trim", "| upper")
-    with pytest.raises(InputError, match="row 'row'.*rewrites the assistant message"):
+    with pytest.raises(InputError, match=r"row 'row'.*rewrites the assistant message"):
         render(tokenizer, transcript("Smooth it."))
 
 
