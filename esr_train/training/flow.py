@@ -1,7 +1,8 @@
 """Before the first step: the injection reaches its layer exactly, and gradients the adapters below it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -82,6 +83,14 @@ class Watch:
                 f"live injection: {self.reached} of {self.expected} adapter matrices up to the steered layer "
                 "received gradient, so the model cannot learn from what it is given there."
             )
+
+
+@contextmanager
+def verified(watch: Watch, delta: torch.Tensor) -> Iterator[None]:
+    """Watch a forward and backward pass and compare with `delta` (see `Watch.verify`) when the block ends."""
+    with watch:
+        yield
+    watch.verify(delta)
 
 
 def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) -> None:

@@ -25,7 +25,7 @@ from esr_train.training.batches import Collator, LengthGrouped
 from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress, flops_per_token
 from esr_train.training.checkpoints import last_checkpoint, remove_checkpoints
 from esr_train.training.dataset import TrainingRow, hold_out, read_rows, table, to_dataset
-from esr_train.training.flow import check_flow
+from esr_train.training.flow import Watch, check_flow, verified
 from esr_train.training.live import COLUMNS, LiveInjection, load_vectors
 from esr_train.training.settings import lora_config, sft_config, trains_on_cpu
 
@@ -47,6 +47,8 @@ class EsrTrainer(SFTTrainer):
     def __init__(self, *, live: LiveInjection | None, meter: Meter, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._live, self._meter = live, meter
+        # Elsewhere the injection is checked before training; DeepSpeed's backward pass must be its own.
+        self._unchecked = live is not None and self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self._parameters = count_parameters(self.model)
 
     def training_step(
@@ -54,7 +56,9 @@ class EsrTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch, both under the rows' steering."""
         self._meter.count(int(inputs["attention_mask"].sum()), int((inputs["labels"] != IGNORED).sum()))
-        with self._steering(model, inputs, int(self.state.epoch or 0)):
+        epoch = int(self.state.epoch or 0)
+        watching = self._watching(model, inputs, epoch)
+        with self._steering(model, inputs, epoch), watching:
             return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(
@@ -77,6 +81,17 @@ class EsrTrainer(SFTTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations spent on a batch, by the formula of `flops_per_token`."""
         return int(flops_per_token(self._parameters) * inputs["input_ids"].numel())
+
+    def _watching(self, model: Any, inputs: dict[str, Any], epoch: int) -> AbstractContextManager[object]:
+        """Under DeepSpeed, check the injection in the first micro-batch that has a steered row."""
+        if self._live is None or not self._unchecked:
+            return nullcontext()
+        programs = self._live.programs({name: inputs[name] for name in COLUMNS}, epoch)
+        if not any(programs):
+            return nullcontext()
+        self._unchecked = False
+        owner, _ = self._live.placement({name: inputs[name] for name in COLUMNS}, inputs["attention_mask"])
+        return verified(Watch(model, self._live.layer), self._live.delta(programs, owner))
 
     def _steering(self, model: Any, inputs: dict[str, Any], epoch: int) -> AbstractContextManager[None]:
         if self._live is not None:
