@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from esr_train.command import add_debug, guarded
+from esr_train.command import add_debug, guarded, prepare
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe, dump_recipe, load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or show what would be trained on; returns the exit code (2: bad input, 1: failed run)."""
+    prepare()
     options = _parser().parse_args(arguments)
     return guarded(lambda: _run(options), options.debug)
 

@@ -1,0 +1,223 @@
+"""The door of the data room: `esr data COMMAND …`, or `python -m data_gen COMMAND …`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esr_train.command import add_debug, guarded, prepare
+from esr_train.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from esr_train.transcript import Transcript
+
+SWEEP = "10,20,30,40,50,60,70,80,90"
+"""The paper's shares of self-correction rows, in percent."""
+FORMATS = ("segments", "axolotl", "normal", "messages")
+POLICIES = ("masked", "unmasked", "answer_only")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one data command; returns the exit code (2: bad input, 1: failed run)."""
+    prepare()
+    options = _parser().parse_args(arguments)
+    return guarded(lambda: options.act(options), options.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="esr data", description="Make transcripts and look at them.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    generate = _command(commands, "generate", _generate, "calibrate and make the rows of a recipe's arms")
+    generate.add_argument("recipe", help="recipe file (YAML)")
+    generate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.steered.rows=100")
+    generate.add_argument("--arm", help="only this arm's rows; every arm's unless given")
+
+    mix = _command(commands, "mix", _mix, "mix self-correction and normal rows at a share")
+    mix.add_argument("files", nargs="+", type=Path, help="transcript files")
+    share = mix.add_mutually_exclusive_group()
+    share.add_argument("--self-correction", type=float, metavar="SHARE", help="0 to 1; every row unless given")
+    share.add_argument("--sweep", nargs="?", const=SWEEP, metavar="PERCENTS", help=f"one file for each share ({SWEEP})")
+    mix.add_argument("--seed", type=int, default=0, help="of the choice of rows and their order")
+    mix.add_argument("--out", type=Path, required=True, help="file to write; with --sweep a folder")
+
+    _import = _command(commands, "import", _import_file, "read another format as transcripts")
+    _import.add_argument("file", type=Path)
+    _import.add_argument("--format", choices=FORMATS, required=True)
+    _import.add_argument("--out", type=Path, required=True, help="transcript file to write")
+
+    export = _command(commands, "export", _export_file, "write transcripts in another format")
+    export.add_argument("file", type=Path, help="transcript file")
+    export.add_argument("--format", choices=FORMATS, required=True)
+    export.add_argument("--style", choices=("llama3", "gemma"), default="llama3", help="segments: template text")
+    export.add_argument("--out", type=Path, required=True)
+
+    preview = _command(commands, "preview", _preview, "show transcripts, and what is trained of them")
+    preview.add_argument("file", type=Path, help="transcript file")
+    preview.add_argument("--rows", type=int, default=5, help="how many")
+    preview.add_argument("--html", type=Path, metavar="OUT", help="write a page instead of printing")
+    _add_mask(preview)
+
+    stats = _command(commands, "stats", _stats, "count what a transcript file or a run directory holds")
+    stats.add_argument("path", type=Path, help="transcript file or run directory")
+    _add_mask(stats)
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    act: Callable[[argparse.Namespace], None],
+    purpose: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+    parser.set_defaults(act=act)
+    add_debug(parser)
+    return parser
+
+
+def _add_mask(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", metavar="PATH", help="hub id or folder; tokens and masks are then shown, too")
+    parser.add_argument("--loss", choices=POLICIES, default="masked", help="policy of the mask")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from esr_train.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.arm not in (None, *recipe.arms):
+        raise InputError(f"the recipe has no arm {options.arm!r}", "--arm", f"It has {', '.join(recipe.arms)}.")
+    from recipes.pipeline import begun
+
+    _, parts = begun(recipe)
+    for part in parts:
+        for arm in [options.arm] if options.arm else recipe.arms:
+            part.data(arm)
+            print(part.directory / "data" / f"{arm}.jsonl")
+
+
+def _mix(options: argparse.Namespace) -> None:
+    from data_gen.mixture import mix
+    from esr_train.transcript import write_transcripts
+
+    rows = [row for file in options.files for row in _read(file)]
+    _refuse_doubles(rows)
+    if options.sweep is None:
+        targets = {options.out: _share(options.self_correction)}
+    else:
+        targets = {options.out / f"{percent:02d}.jsonl": percent / 100 for percent in _percents(options.sweep)}
+    mixtures = {path: mix(rows, share, options.seed) for path, share in targets.items()}
+    for path, mixed in mixtures.items():
+        write_transcripts(path, mixed)
+        corrections = sum(row.corrects for row in mixed)
+        print(f"{path}: {len(mixed)} rows, {corrections} self-correction, {len(mixed) - corrections} normal")
+
+
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= 1:
+        raise InputError(f"{value:g} is not a share", "--self-correction", "Give a number from 0 to 1.")
+    return value
+
+
+def _percents(text: str) -> list[int]:
+    try:
+        percents = [int(part) for part in text.split(",")]
+    except ValueError:
+        percents = []
+    if not percents or not all(0 <= percent <= 100 for percent in percents):
+        raise InputError(f"{text!r} is not a list of percentages", "--sweep", f"Give whole numbers, such as {SWEEP}.")
+    return percents
+
+
+def _refuse_doubles(rows: "Sequence[Transcript]") -> None:
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise InputError(f"the id {row.id!r} occurs more than once", None, "Name files that share no rows.")
+        seen.add(row.id)
+
+
+def _import_file(options: argparse.Namespace) -> None:
+    from esr_train.interchange import import_file
+    from esr_train.transcript import write_transcripts
+
+    rows, report = import_file(options.file, options.format)
+    if not rows:
+        raise InputError("there is no row in the file", str(options.file), "Name a file with rows.")
+    write_transcripts(options.out, rows)
+    print(f"{report.rows} rows: {report.with_detour} with a detour, {report.normal} normal: {options.out}")
+    if report.cut_mid_word:
+        found = ", ".join(map(str, report.cut_mid_word))
+        print(f"loss begins or ends in the middle of a word in line {found}")
+    for problem in report.problems:
+        print(problem)
+
+
+def _export_file(options: argparse.Namespace) -> None:
+    from esr_train.interchange import export_file
+
+    report = export_file(options.out, _read(options.file), options.format, options.style)
+    print(f"{report.rows} rows: {options.out}")
+    for loss in report.lost:
+        print(f"lost: {loss}")
+
+
+def _preview(options: argparse.Namespace) -> None:
+    from data_gen.preview import page, show
+    from esr_train.files import replacing
+
+    rows, tokenizer = _read(options.file), _tokenizer(options.tokenizer)
+    if options.html is None:
+        show(rows, options.rows, tokenizer, options.loss)
+        return
+    text = page(rows[: options.rows], tokenizer, options.loss)
+    with replacing(options.html) as file:
+        file.write(text)
+    print(options.html)
+
+
+def _stats(options: argparse.Namespace) -> None:
+    from data_gen.inventory import funnel_lines, funnels, lines, take
+
+    tokenizer = _tokenizer(options.tokenizer)
+    folder, files = _files(options.path)
+    for file in files:
+        print("\n".join([f"{file}:", *(f"  {line}" for line in lines(take(_read(file), tokenizer, options.loss)))]))
+    for source, funnel in funnels(folder).items():
+        print("\n".join(funnel_lines(source, funnel)))
+
+
+def _files(path: Path) -> tuple[Path, list[Path]]:
+    """Where funnels lie, and the transcript files that a path names: itself, or those of a run directory."""
+    if not path.is_dir():
+        return path, [path]
+    folder = path / "data" if (path / "data").is_dir() else path
+    files = [file for file in sorted(folder.glob("*.jsonl")) if not file.name.endswith(".candidates.jsonl")]
+    if not files:
+        raise InputError("there is no transcript file here", str(folder), "Generate data first, or name a file.")
+    return folder, files
+
+
+def _read(path: Path) -> "list[Transcript]":
+    from esr_train.transcript import read_transcripts
+
+    rows = read_transcripts(path)
+    if not rows:
+        raise InputError("there is no row in the file", str(path), "Name a transcript file with rows.")
+    return rows
+
+
+def _tokenizer(path: str | None) -> "PreTrainedTokenizerBase | None":
+    if path is None:
+        return None
+    from esr_train.models import load_tokenizer
+    from esr_train.recipe import ModelSection
+
+    return load_tokenizer(ModelSection.model_validate({"path": path}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The door of the measuring room: `esr eval COMMAND …`, or `python -m eval COMMAND …`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esr_train.command import add_debug, guarded, prepare
+from esr_train.errors import InputError
+
+if TYPE_CHECKING:
+    from esr_train.recipe import Recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one evaluation command; returns the exit code (2: bad input, 1: failed run)."""
+    prepare()
+    options = _parser().parse_args(arguments)
+    return guarded(lambda: options.act(options), options.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="esr eval", description="Calibrate, run trials, compare, report.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    _add_recipe(_command(commands, "calibrate", _calibrate, "find each latent's threshold on the base model"))
+
+    run = _command(commands, "run", _run, "run an arm's trials, after whatever they need and is not there yet")
+    _add_recipe(run)
+    run.add_argument("--arm", help="base, or one of the recipe's arms; all of them unless given")
+
+    compare = _command(commands, "compare", _compare, "print a run's arms beside each other")
+    compare.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    compare.add_argument("--all", action="store_true", help="every metric, not only the headline's")
+
+    report = _command(commands, "report", _report, "write metrics.json and report.html anew from the trials")
+    report.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe file")
+    report.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.bootstrap=10000")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    act: Callable[[argparse.Namespace], None],
+    purpose: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+    parser.set_defaults(act=act)
+    add_debug(parser)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.trials=512")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    recipe = _recipe(options.recipe, options.overrides)
+    from recipes.pipeline import begun
+
+    top, _ = begun(recipe)
+    top.calibrated  # noqa: B018 - the property's first use does the work
+    print(top.directory / "thresholds.json")
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = _recipe(options.recipe, options.overrides)
+    arms = ("base", *recipe.arms)
+    if options.arm not in (None, *arms):
+        raise InputError(f"the recipe has no arm {options.arm!r}", "--arm", f"It has {', '.join(arms)}.")
+    from recipes.pipeline import begun
+
+    _, parts = begun(recipe)
+    for part in parts:
+        for arm in [options.arm] if options.arm else arms:
+            part.measure_arm(arm)
+            print(part.directory / "trials" / f"{arm}.jsonl")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from esr_train.files import read_json
+    from eval.comparison import lines
+
+    path = options.run / "metrics.json" if options.run.is_dir() else options.run
+    try:
+        print("\n".join(lines(read_json(path), options.all)))
+    except (KeyError, TypeError, AttributeError):
+        raise InputError("this is not a metrics.json", str(path), "Name a run directory.") from None
+
+
+def _report(options: argparse.Namespace) -> None:
+    folder = options.run if options.run.is_dir() else None
+    recipe = _recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides)
+    from recipes.pipeline import experiments, report
+
+    top, parts = experiments(recipe, folder)
+    for part in parts:
+        if part is not top:
+            report(part, [part])
+    report(top, parts)
+
+
+def _recipe(path: Path | str, overrides: Sequence[str]) -> "Recipe":
+    from esr_train.recipe import load_recipe
+
+    return load_recipe(path, list(overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
