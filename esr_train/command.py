@@ -1,10 +1,23 @@
 """How every command ends: one readable paragraph instead of a traceback, and an exit code."""
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Callable
 
 from esr_train.errors import InputError, RunError
+
+
+def prepare() -> None:
+    """What must be set before torch is imported; every door calls it first.
+
+    Threads that spin while they wait make a forward pass many times slower where cores are shared.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
