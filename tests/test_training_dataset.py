@@ -11,7 +11,7 @@ from esr_train.masking import label
 from esr_train.training.batches import Collator, LengthGrouped
 from esr_train.training.dataset import dump_tokens, hold_out, read_rows, statistics, table, to_dataset
 from esr_train.training.preview import preview
-from esr_train.transcript import Transcript, write_transcripts
+from esr_train.transcript import Span, SpanKind, Transcript, write_transcripts
 
 
 def rows_of(tmp_path, family, made: list[Transcript], **options):
@@ -44,6 +44,16 @@ def test_a_row_is_steered_by_its_own_latent_relative_to_the_threshold(tmp_path, 
     assert [latent.index for latent in table(rows)] == [0, 1]
     first = rows[0].labelled.offsets[rows[0].reply_start]
     assert rows[0].labelled.text[first[0] :].startswith("First, knead")
+
+
+@pytest.mark.parametrize("reply", ["turn", "model", "assistant"])
+def test_a_reply_that_is_a_word_of_the_template_starts_at_the_reply(tmp_path, family, reply):
+    made = transcripts(steered=1, normal=0)
+    short = dataclasses.replace(made[0], spans=(Span(SpanKind.ANSWER, reply),))
+    (row,) = rows_of(tmp_path, family, [short])
+    first = row.labelled.offsets[row.reply_start]
+    end = family.tokenizer.eos_token
+    assert row.labelled.text[first[0] :].strip() == reply + end
 
 
 def test_data_that_cannot_be_trained_on_are_refused(tmp_path, llama):
