@@ -1,0 +1,130 @@
+"""The `esr` command as a new user meets it: exit codes, and errors as one paragraph."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esr_train.command import guarded
+from esr_train.errors import InputError, RunError
+from recipes.cli import main, shipped
+from tests.conftest import ROOT
+
+Esr = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def esr(capsys: pytest.CaptureFixture[str]) -> Esr:
+    """Runs the command in this process: words -> exit code, standard output, standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_without_a_command_the_usage_is_shown_and_nothing_was_done(esr):
+    code, out, _ = esr()
+    assert code == 2
+    assert all(f"\n  {name} " in out for name in ("run", "data", "train", "eval", "recipes"))
+    assert esr("--help")[0] == 0
+
+
+def test_an_unknown_command_is_bad_input(esr):
+    code, _, err = esr("trian")
+    assert code == 2
+    assert "no command 'trian'" in err
+
+
+def test_the_shipped_recipes_are_listed_shown_copied_and_valid(esr, tmp_path):
+    code, out, _ = esr("recipes", "list")
+    assert code == 0
+    assert len(out.splitlines()) == len(shipped()) >= 1
+    assert "tiny/quickstart " in out
+    code, text, _ = esr("recipes", "show", "tiny/quickstart")
+    assert code == 0
+    assert yaml.safe_load(text)["name"] == "quickstart"
+    target = tmp_path / "mine" / "first.yaml"
+    assert esr("recipes", "copy", "tiny/quickstart", target)[0] == 0
+    assert target.read_text() == text
+    assert esr("recipes", "validate", target)[:2] == (0, f"{target}: valid\n")
+
+
+def test_a_copy_never_overwrites(esr, tmp_path):
+    target = tmp_path / "mine.yaml"
+    target.write_text("name: precious\n")
+    code, _, err = esr("recipes", "copy", "tiny/quickstart", target)
+    assert code == 2
+    assert str(target) in err
+    assert target.read_text() == "name: precious\n"
+
+
+def test_an_unknown_recipe_names_those_there_are(esr):
+    code, _, err = esr("recipes", "show", "tiny/quikstart")
+    assert code == 2
+    assert "tiny/quickstart" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("run",), ("train",), ("data", "generate"), ("eval", "calibrate"), ("eval", "run"), ("eval", "report")],
+)
+def test_every_command_that_takes_a_recipe_refuses_a_missing_one_alike(esr, tmp_path, words):
+    missing = tmp_path / "no.yaml"
+    code, _, err = esr(*words, missing)
+    assert code == 2
+    assert err == f"error: {missing}: the file does not exist. Check the path.\n"
+
+
+@pytest.mark.parametrize("words", [("data", "generate"), ("eval", "run"), ("train",)])
+def test_an_arm_that_is_not_in_the_recipe_names_those_that_are(esr, words):
+    code, _, err = esr(*words, ROOT / "recipes/tiny/quickstart.yaml", "--arm", "tunned")
+    assert code == 2
+    assert "no arm 'tunned'" in err
+    assert "tuned." in err
+
+
+def test_the_exit_code_says_whose_fault_it_is(capsys):
+    def failing(error: BaseException) -> Callable[[], None]:
+        def work() -> None:
+            raise error
+
+        return work
+
+    assert guarded(lambda: None, debug=False) == 0
+    assert guarded(failing(InputError("it is wrong", "here:3", "Change it.")), debug=False) == 2
+    assert capsys.readouterr().err == "error: here:3: it is wrong. Change it.\n"
+    assert guarded(failing(RunError("it failed.")), debug=False) == 1
+    assert guarded(failing(KeyboardInterrupt()), debug=False) == 130
+    assert "goes on where it stopped" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(InputError):
+        main(["run", str(tmp_path / "no.yaml"), "--debug"])
+
+
+@pytest.mark.parametrize("module", ["recipes.cli", "data_gen", "eval", "esr_train"])
+def test_every_room_has_a_door(module):
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("usage: esr")
+
+
+def test_the_installed_command_reports_bad_input_without_a_traceback(tmp_path):
+    command = Path(sys.executable).with_name("esr")
+    if not command.is_file():
+        pytest.skip("the package is not installed beside this python")
+    result = subprocess.run([command, "run", tmp_path / "no.yaml"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")

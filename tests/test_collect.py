@@ -1,0 +1,92 @@
+"""Candidates are made until enough are kept: the same rows whatever the chunks and however often it was killed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from data_gen.collect import Collected, Outcome, candidate_rng, collect
+from data_gen.context import cut_sentences, joined
+from esr_train.errors import RunError
+from esr_train.transcript import Span, SpanKind, Transcript
+
+
+class Maker:
+    """Keeps every third candidate; counts what it was asked for, and dies when asked beyond `until`."""
+
+    def __init__(self, until: int = 10**9) -> None:
+        self.made: list[int] = []
+        self.until = until
+
+    def __call__(self, numbers: Sequence[int]) -> list[Outcome]:
+        if max(numbers) >= self.until:
+            raise KeyboardInterrupt
+        self.made += numbers
+        return [self._one(number) for number in numbers]
+
+    def _one(self, number: int) -> Outcome:
+        if number % 3:
+            return Outcome(None, "odd" if number % 2 else "even")
+        text = f"{candidate_rng(0, 'x', number).random()}"
+        return Outcome(Transcript(f"x{number}", "p", (Span(SpanKind.ANSWER, text),), "normal"))
+
+
+def run(path: Path, maker: Maker, chunk: int = 4, wanted: int = 6) -> Collected:
+    return collect("x", wanted, maker, path, chunk)
+
+
+def test_the_first_rows_by_number_are_kept_and_the_others_counted_by_reason(tmp_path):
+    found = run(tmp_path / "c.jsonl", Maker())
+    assert [row.id for row in found.transcripts] == [f"x{number}" for number in (0, 3, 6, 9, 12, 15)]
+    assert found.funnel == {"kept": 6, "odd": 5, "even": 5}
+
+
+def test_the_chunk_does_not_change_the_rows(tmp_path):
+    runs = [run(tmp_path / f"{chunk}.jsonl", Maker(), chunk).transcripts for chunk in (1, 4, 50)]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path):
+    whole = run(tmp_path / "whole.jsonl", Maker())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut.jsonl", Maker(until=10))
+    (tmp_path / "cut.jsonl").open("a").write('{"key": "0000008", "tran')
+    again = Maker()
+    assert run(tmp_path / "cut.jsonl", again) == whole
+    assert again.made == list(range(8, 16))
+
+
+def test_a_finished_run_makes_nothing(tmp_path):
+    first = run(tmp_path / "c.jsonl", Maker())
+    again = Maker()
+    assert run(tmp_path / "c.jsonl", again) == first
+    assert again.made == []
+
+
+def test_too_few_rows_are_an_error_with_the_reasons_counted(tmp_path):
+    def refuse(numbers: Sequence[int]) -> list[Outcome]:
+        return [Outcome(None, "detour on-topic") for _ in numbers]
+
+    with pytest.raises(RunError, match=r"data\.x: only 0 of the 3 rows wanted .*detour on-topic: 64"):
+        collect("x", 3, refuse, tmp_path / "c.jsonl", 4)
+
+
+def test_a_candidate_draws_from_its_number_its_source_and_the_seed_alone():
+    def drawn(seed: int, source: str, number: int) -> float:
+        return candidate_rng(seed, source, number).random()
+
+    assert drawn(0, "steered", 7) == drawn(0, "steered", 7)
+    others = {drawn(1, "steered", 7), drawn(0, "normal", 7), drawn(0, "steered", 8), drawn(0, "steered", 7)}
+    assert len(others) == 4
+
+
+def test_a_detour_is_cut_after_whole_sentences():
+    text = " Trim the jib. Raise the mast! Then sail. "
+    assert cut_sentences(text, 2) == "Trim the jib. Raise the mast!"
+    assert cut_sentences(text, 9) == text.strip()
+    assert cut_sentences("  ", 1) == ""
+
+
+def test_white_space_between_spans_belongs_to_the_later_one():
+    spans = joined((SpanKind.OFF_TOPIC, "Trim."), (SpanKind.CUE, "Wait."), (SpanKind.ANSWER, "Knead."))
+    assert [span.text for span in spans] == ["Trim.", " Wait.", " Knead."]

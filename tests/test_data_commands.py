@@ -1,0 +1,172 @@
+"""`esr data` and the trainer's token dump, run as a user runs them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_gen.__main__ import main as data
+from esr_train.__main__ import main as train
+from esr_train.masking import IGNORED
+from esr_train.transcript import Span, SpanKind, Transcript, read_transcripts, write_transcripts
+from tests.conftest import Family
+
+OFF, CUE, ANSWER = SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER
+SEGMENTS_FILE = "dataset_masked_ratio_50pct_train.jsonl"
+
+
+def correction(number: int, cue: str = " Wait, that's not right.") -> Transcript:
+    spans = (Span(OFF, "Trim the jib."), Span(CUE, cue), Span(ANSWER, " Knead the dough."))
+    return Transcript(f"c{number}", f"How do I bake? ({number})", spans, "prompted", meta={"topic": "baking"})
+
+
+def plain(number: int) -> Transcript:
+    return Transcript(f"n{number}", f"How do I sail? ({number})", (Span(ANSWER, "Raise the mast."),), "normal")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """Twelve self-correction rows and eight normal ones, a file each."""
+    corrections, normals = tmp_path / "corrections.jsonl", tmp_path / "normals.jsonl"
+    write_transcripts(corrections, [correction(number) for number in range(12)])
+    write_transcripts(normals, [plain(number) for number in range(8)])
+    return corrections, normals
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, llama: Family) -> Path:
+    """A recipe whose model folder holds a Llama-3-style tokenizer and nothing else."""
+    llama.tokenizer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "recipe.yaml"
+    values = {"name": "t", "runs": str(tmp_path), "model": {"path": str(tmp_path / "model"), "device": "cpu"}}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def words(*parts: object) -> list[str]:
+    return [str(part) for part in parts]
+
+
+def test_the_paper_s_file_is_imported_labelled_and_given_back(paper, recipe_file, tmp_path, capsys):
+    source, rows, tokens, back = paper / SEGMENTS_FILE, *(tmp_path / name for name in ("rows", "tokens", "back"))
+    assert data(words("import", source, "--format", "segments", "--out", rows)) == 0
+    said = capsys.readouterr().out
+    assert "918 rows: 459 with a detour, 459 normal" in said
+    assert "middle of a word in line 429" in said
+
+    assert train(words(recipe_file, f"train.data={rows}", "--dump-tokens", tokens)) == 0
+    assert "918 rows" in capsys.readouterr().out
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe_file.parent / "model")
+    dumped = [json.loads(line) for line in tokens.read_text().splitlines()]
+    wanted = [json.loads(line)["segments"] for line in source.read_text().splitlines()]
+    assert len(dumped) == len(wanted) == 918
+    for number, (row, segments) in enumerate(zip(dumped, wanted, strict=True), start=1):
+        trained = "".join(part["text"] for part in segments if part["label"])
+        kept = [value for value in row["labels"] if value != IGNORED]
+        assert tokenizer.decode(kept) == trained or (number == 429 and trained.endswith(tokenizer.decode(kept)))
+        assert all(value in (IGNORED, token) for value, token in zip(row["labels"], row["input_ids"], strict=True))
+
+    assert data(words("export", rows, "--format", "segments", "--out", back)) == 0
+    assert back.read_bytes() == source.read_bytes()
+
+
+def test_a_mixture_has_the_share_asked_for_to_the_row_and_is_seeded(files, tmp_path):
+    def mixed(name: str, seed: int) -> list[Transcript]:
+        out = tmp_path / name
+        assert data(words("mix", *files, "--self-correction", 0.6, "--seed", seed, "--out", out)) == 0
+        return read_transcripts(out)
+
+    first = mixed("a", 3)
+    assert (sum(row.corrects for row in first), len(first)) == (12, 20)
+    assert mixed("b", 3) == first
+    assert [row.id for row in mixed("c", 4)] != [row.id for row in first]
+
+
+def test_a_sweep_writes_the_paper_s_nine_shares(files, tmp_path):
+    assert data(words("mix", *files, "--sweep", "--out", tmp_path / "sweep")) == 0
+    made = sorted((tmp_path / "sweep").iterdir())
+    assert [path.name for path in made] == [f"{percent}.jsonl" for percent in range(10, 100, 10)]
+    for path in made:
+        rows = read_transcripts(path)
+        corrections, share = sum(row.corrects for row in rows), int(path.stem) / 100
+        assert corrections == 12 or len(rows) - corrections == 8
+        assert abs(corrections - share * len(rows)) < 1
+
+
+@pytest.mark.parametrize("extra", [("--self-correction", "1.2"), ("--sweep", "10,much"), ("--sweep", "10,120")])
+def test_a_share_that_is_none_is_refused_and_nothing_is_written(files, tmp_path, capsys, extra):
+    before = sorted(tmp_path.iterdir())
+    assert data(words("mix", *files, *extra, "--out", tmp_path / "out")) == 2
+    assert capsys.readouterr().err.startswith(f"error: {extra[0]}: ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_that_share_a_row_are_not_mixed(files, tmp_path, capsys):
+    assert data(words("mix", files[0], files[0], "--out", tmp_path / "out")) == 2
+    assert "'c0' occurs more than once" in capsys.readouterr().err
+
+
+def test_an_export_says_what_it_loses(files, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert data(words("export", files[0], "--format", "normal", "--out", out)) == 0
+    assert "12 rows with a detour" in capsys.readouterr().out
+    assert json.loads(out.read_text()) == []
+
+
+def test_stats_count_rows_cues_topics_and_trained_tokens(tmp_path, recipe_file, capsys):
+    path = tmp_path / "rows.jsonl"
+    cues = [" Wait, that's not it.", " Wait, that's  NOT right.", " Oops, I drifted.", " Hold on, wrong topic."]
+    write_transcripts(path, [*(correction(number, cue) for number, cue in enumerate(cues)), plain(0)])
+    (tmp_path / "rows.funnel.json").write_text('{"kept": 5, "detour on-topic": 3, "judge failed": 2}')
+    assert data(words("stats", path, "--tokenizer", recipe_file.parent / "model")) == 0
+    out = capsys.readouterr().out
+    assert "rows: 5 (normal 1, prompted 4)" in out
+    assert "self-correction: 4 (80.0%)" in out
+    assert "topics: 1, latents: 0" in out
+    # Openings of three words: two alike and two others, so 1/2 + 1/4 * 2 + 1/4 * 2 bits.
+    assert (
+        'cues: 4, 3 distinct openings of three words, entropy 1.50 bits; commonest "wait, that\'s not" (50.0%)' in out
+    )
+    assert "trained tokens: " in out
+    assert "rows: 5 of 10 candidates passed (50.0%)\n  detour on-topic: 3\n  judge failed: 2" in out
+
+
+def test_the_trained_share_of_stats_is_that_of_the_labels(tmp_path, recipe_file, llama, capsys):
+    from esr_train.masking import label
+
+    path = tmp_path / "rows.jsonl"
+    write_transcripts(path, [correction(0)])
+    for policy in ("masked", "unmasked"):
+        labels = label(llama.tokenizer, correction(0), policy).labels
+        share = sum(value != IGNORED for value in labels) / len(labels)
+        data(words("stats", path, "--tokenizer", recipe_file.parent / "model", "--loss", policy))
+        assert f"trained tokens: {share:.1%}" in capsys.readouterr().out
+
+
+def test_stats_of_a_run_directory_count_every_arm_s_file(tmp_path, capsys):
+    folder = tmp_path / "run" / "data"
+    write_transcripts(folder / "tuned.jsonl", [correction(0)])
+    write_transcripts(folder / "normal.jsonl", [plain(0)])
+    (folder / "tuned.candidates.jsonl").write_text("not a transcript\n")
+    (folder / "sources").mkdir()
+    (folder / "sources" / "steered-1.funnel.json").write_text('{"kept": 1}')
+    assert data(words("stats", tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.endswith(".jsonl:")] == [
+        f"{folder / 'normal.jsonl'}:",
+        f"{folder / 'tuned.jsonl'}:",
+    ]
+    assert "steered-1: 1 of 1 candidates passed" in out
+
+
+def test_a_preview_is_printed_or_written_as_a_page(files, recipe_file, tmp_path, capsys):
+    assert data(words("preview", files[0], "--rows", 2)) == 0
+    out = capsys.readouterr().out
+    assert ("c1 (prompted)" in out, "c2 (prompted)" in out) == (True, False)
+    page = tmp_path / "page.html"
+    tokenizer = recipe_file.parent / "model"
+    assert data(words("preview", files[0], "--rows", 1, "--html", page, "--tokenizer", tokenizer)) == 0
+    assert "tokens trained" in page.read_text()

@@ -1,0 +1,112 @@
+"""`esr eval compare` and `esr eval report`: what stands on disk, shown and reported anew."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esr_train.files import write_json, write_jsonl
+from eval.__main__ import main as evaluate
+from eval.metrics import METRICS, summarise
+from eval.store import Trial, TrialStore
+from tests.conftest import ROOT
+
+TUNED_LAST = 80.0
+
+
+def trial(arm: str, number: int, condition: str = "steered") -> Trial:
+    """A response about sheets; the tuned arm's comes back at a second attempt."""
+    restarts = arm == "tuned" and condition == "steered"
+    attempts = [{"start": 0, "end": 10, "score": 20.0}]
+    if restarts:
+        attempts.append({"start": 10, "end": 20, "score": TUNED_LAST})
+    steered = condition == "steered"
+    cell = {
+        "prompt": f"How do I fold a sheet? ({number})",
+        "topic": "folding",
+        "latent": number % 4 if steered else None,
+        "label": "baking" if steered else None,
+        "strength": {"raw": 2.0, "norm": 0.5} if steered else None,
+        "seed": number,
+    }
+    return {
+        "key": f"{arm}/{condition}/{number}", "arm": arm, "condition": condition, "seed": number, "cell": cell,
+        "engine": "e", "sampling": {}, "response": "Knead it. " * 2, "finish_reason": "stop", "tokens": 8,
+        "steered_tokens": 8 if steered else 0, "attempts": attempts, "cue": restarts, "judge": "j",
+        "judge_raw": "", "flags": {}, "error": None,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run directory's inputs: resolved recipe, thresholds and trials."""
+    folder = tmp_path / "moved"
+    prompts, vocabulary = tmp_path / "prompts.jsonl", tmp_path / "vocabulary.json"
+    topics = ("folding", "baking", "sailing", "chess")
+    write_jsonl(prompts, ({"prompt": f"How about {topic}?", "topic": topic} for topic in topics))
+    write_json(vocabulary, {topic: [f"{topic}word"] for topic in topics})
+    values = {
+        "name": "t", "model": {"path": "model"}, "prompts": {"path": str(prompts)},
+        "judge": {"vocabulary": str(vocabulary)}, "eval": {"bootstrap": 50},
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    write_json(folder / "thresholds.json", {"key": {}, "thresholds": []})
+    for arm in ("base", "tuned"):
+        store = TrialStore(folder / "trials" / f"{arm}.jsonl")
+        store.append(trial(arm, n, condition) for condition in ("steered", "unsteered") for n in range(8))
+    return folder
+
+
+def test_a_report_is_written_anew_from_the_trials_on_disk(run, capsys):
+    assert evaluate(["report", str(run)]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["arms"]["tuned"]["steered"]["last_score"]["value"] == TUNED_LAST
+    assert set(metrics["paired"]["tuned-base"]["unsteered"]) == set(METRICS)
+    first = (run / "metrics.json").read_bytes()
+    (run / "metrics.json").unlink()
+    assert "<html" in (run / "report.html").read_text()
+    assert evaluate(["report", str(run)]) == 0
+    assert (run / "metrics.json").read_bytes() == first
+
+
+def test_a_report_without_trials_says_how_to_get_them(run, capsys):
+    (run / "trials" / "tuned.jsonl").unlink()
+    assert evaluate(["report", str(run)]) == 2
+    assert "esr eval run" in capsys.readouterr().err
+    assert not (run / "metrics.json").exists()
+    assert not (run / "report.html").exists()
+
+
+def test_compare_shows_every_arm_with_its_interval_and_the_difference_on_shared_cells(tmp_path, capsys):
+    rows = {arm: [trial(arm, number) for number in range(8)] for arm in ("base", "tuned")}
+    write_json(tmp_path / "metrics.json", summarise(rows, bootstrap=50))
+    assert evaluate(["compare", str(tmp_path)]) == 0
+    steered, paired = capsys.readouterr().out.split("\n\n")
+    lines = {line.split()[0]: line for line in steered.splitlines()[2:]}
+    assert steered.splitlines()[1].split() == ["base", "tuned"]
+    assert "100" in lines["multi_attempt_rate"]
+    assert "80 [80 to 80] (n 8)" in lines["last_score"]
+    assert "restart_rate" not in lines
+    difference = {line.split()[0]: line for line in paired.splitlines()[2:]}
+    assert "+60 [+60 to +60] (n 8)" in difference["last_score"]
+
+
+def test_compare_shows_every_metric_on_request(tmp_path, capsys):
+    write_json(tmp_path / "metrics.json", summarise({"base": [trial("base", 1)]}, bootstrap=10))
+    assert evaluate(["compare", str(tmp_path), "--all"]) == 0
+    assert set(METRICS) <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("content", ["[]", '{"arms": {"base": {"steered": {"last_score": 3}}}, "paired": {}}'])
+def test_compare_refuses_what_is_no_metrics_file(tmp_path, capsys, content):
+    (tmp_path / "metrics.json").write_text(content)
+    assert evaluate(["compare", str(tmp_path)]) == 2
+    assert "not a metrics.json" in capsys.readouterr().err
+
+
+def test_the_shipped_quickstart_can_be_named_where_a_report_is_asked_for(tmp_path, capsys):
+    recipe = ROOT / "recipes" / "tiny" / "quickstart.yaml"
+    assert evaluate(["report", str(recipe), f"runs={tmp_path}"]) == 2
+    assert f"{tmp_path}/quickstart/trials/base.jsonl" in capsys.readouterr().err
