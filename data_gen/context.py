@@ -52,7 +52,9 @@ class Context:
     def generate(self, asked: Sequence["Asked"]) -> list[Completion]:
         """One completion for each of `asked`, in order."""
         requests = [
-            Request(str(number), each.prompt, prefix=each.prefix, interventions=each.interventions, seed=each.seed)
+            Request(
+                str(number), each.prompt, prefix=each.prefix, interventions=each.interventions, seed=each.seed
+            )
             for number, each in enumerate(asked)
         ]
         return self.engine.generate(requests, self.sampling)

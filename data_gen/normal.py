@@ -32,7 +32,13 @@ def normal(context: Context, section: NormalSection, prompts: Sequence[Prompt]) 
 
 
 def _outcome(
-    context: Context, section: NormalSection, number: int, prompt: Prompt, text: str, score: float | None, finish: str
+    context: Context,
+    section: NormalSection,
+    number: int,
+    prompt: Prompt,
+    text: str,
+    score: float | None,
+    finish: str,
 ) -> Outcome:
     if finish != "stop":
         return Outcome(None, "answer too long")

@@ -77,7 +77,9 @@ def contrast(
             candidate.parts.append((SpanKind.ANSWER, completion.text.strip()))
             if completion.finish_reason != "stop":
                 candidate.reason = "answer too long"
-        _keep_scored(context, drawn, "answer", lambda score: score >= section.min_answer_score, "answer off-topic")
+        _keep_scored(
+            context, drawn, "answer", lambda score: score >= section.min_answer_score, "answer off-topic"
+        )
         return [_outcome(context, "contrast", candidate) for candidate in drawn]
 
     return make
@@ -116,9 +118,15 @@ def _detour(context: Context, section: SteeredSection, candidates: list[_Candida
         candidate.parts.append((SpanKind.OFF_TOPIC, text))
         if not text:
             candidate.reason = "detour empty"
-        elif len(attempts(candidate.text)) > len([1 for kind, _ in candidate.parts if kind is SpanKind.OFF_TOPIC]):
+        elif completion.finish_reason == "length" and text == completion.text.strip():
+            candidate.reason = "detour too long"
+        elif len(attempts(candidate.text)) > len(
+            [1 for kind, _ in candidate.parts if kind is SpanKind.OFF_TOPIC]
+        ):
             candidate.reason = "detour restarts by itself"
-    _keep_scored(context, going, "off_topic", lambda score: score < section.max_detour_score, "detour on-topic")
+    _keep_scored(
+        context, going, "off_topic", lambda score: score < section.max_detour_score, "detour on-topic"
+    )
 
 
 def _answer(context: Context, least: float, candidates: list[_Candidate]) -> None:

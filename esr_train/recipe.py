@@ -193,6 +193,7 @@ class Recipe(Section):
     runs: str = "runs"
     seed: int = 0
     seeds: tuple[int, ...] | None = Field(None, description="several runs with one combined metrics.json")
+    workers: AtLeastOne = Field(1, description="seeds run at once, each in a process of its own with one thread")
     model: ModelSection
     sae: SaeSection | None = None
     judge: JudgeSection = JudgeSection()

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from esr_train.command import add_debug, guarded
+from esr_train.command import add_debug, guarded, prepare
 from esr_train.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -23,6 +23,7 @@ usage: esr COMMAND ...
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Hand the command line to the room it is for; returns the exit code."""
+    prepare()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
@@ -74,14 +75,20 @@ def _recipes(arguments: Sequence[str]) -> int:
     validate = commands.add_parser("validate", help="check recipe files")
     validate.add_argument("files", nargs="*", type=Path, help="the shipped ones unless given")
     options = parser.parse_args(arguments)
-    actions = {"list": _list, "show": lambda: _show(options.name), "copy": lambda: _copy(options.name, options.target)}
+    actions = {
+        "list": _list,
+        "show": lambda: _show(options.name),
+        "copy": lambda: _copy(options.name, options.target),
+    }
     return guarded(actions.get(options.command, lambda: _validate(options.files)), debug=False)
 
 
 def shipped() -> list[Path]:
     """Every recipe file that the package ships, at any depth."""
     settings = {"accelerate", "deepspeed", "assets"}
-    return sorted(path for path in FOLDER.rglob("*.yaml") if not settings & set(path.relative_to(FOLDER).parts))
+    return sorted(
+        path for path in FOLDER.rglob("*.yaml") if not settings & set(path.relative_to(FOLDER).parts)
+    )
 
 
 def find_recipe(name: str) -> Path:
@@ -93,7 +100,9 @@ def find_recipe(name: str) -> Path:
     for path in shipped():
         if name in (_name(path), f"{_name(path)}.yaml"):
             return path
-    raise InputError(f"there is no shipped recipe {name!r}", None, f"There are {', '.join(map(_name, shipped()))}.")
+    raise InputError(
+        f"there is no shipped recipe {name!r}", None, f"There are {', '.join(map(_name, shipped()))}."
+    )
 
 
 def _name(path: Path) -> str:

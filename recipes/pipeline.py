@@ -1,43 +1,436 @@
 """A whole experiment: calibrate -> data -> train -> evaluate -> report, every stage resumable."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_gen.collect import Collected, Make, collect
+from data_gen.collect import Make, collect
 from data_gen.context import Context, SteerableLatent
 from data_gen.mixture import mix
 from data_gen.normal import normal
 from data_gen.prompted import prompted
 from data_gen.steered import contrast, steered
+from esr_train.command import prepare
+from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, replacing, write_json
-from esr_train.provenance import provenance_of_run, sha256
+from esr_train.interchange import read_segments
+from esr_train.provenance import git_state, hardware, sha256, versions
 from esr_train.recipe import DataSection, Recipe, dump_recipe
+from esr_train.steering.sae import Direction
 from esr_train.transcript import Transcript, read_transcripts, write_transcripts
-from recipes.world import World, open_world
+from eval.calibration import (
+    Threshold,
+    calibrate,
+    calibration_key,
+    load_thresholds,
+    save_thresholds,
+    work,
+)
+from eval.cells import Cell, Side, check_disjoint, make_cells, split_latents, unsteered
+from eval.metrics import summarise
+from eval.report.page import write_report
+from eval.store import TrialStore, read_trials
+from eval.trials import Steerer, progress_bar, run_trials
+from recipes.stages import Stages, digest
+from recipes.world import World, present
 
-STAGES = "stages.json"
+RECALIBRATED = "steered_recalibrated"
+WIDER = 2.0
+"""Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
 
 
 def run(recipe: Recipe) -> Path:
-    """Run everything that is not done yet; returns the report.
+    """Run everything that is not done yet; returns the report's path.
 
-    Several seeds become `seed-<n>/` run directories that share thresholds and rows, under one combined
-    `metrics.json` and report.
+    Several seeds become `seed-<n>/` run directories under one combined `metrics.json` and report; they share
+    thresholds and generated rows, and differ in mixture, training and trials.
     """
-    top = Experiment(recipe, recipe.directory)
-    top.begin()
+    top, parts = begun(recipe)
+    if parts != [top]:
+        for arm in recipe.arms:
+            top.sources(recipe.for_arm(arm).data)
+    if recipe.workers > 1 and len(parts) > 1:
+        _measure_in_processes(recipe, len(parts))
+    else:
+        for part in parts:
+            part.measure()
+    for part in parts:
+        if part is not top:
+            report(part, [part])
+    return report(top, parts)
+
+
+def _measure_in_processes(recipe: Recipe, parts: int) -> None:
+    """Measure `recipe.workers` parts at a time, each in a process with one thread; the first failure ends all."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(recipe.workers, context, _single_threaded) as pool:
+        futures = [pool.submit(_measure, recipe, number) for number in range(parts)]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _measure(recipe: Recipe, number: int) -> None:
+    experiments(recipe)[1][number].measure()
+
+
+def _single_threaded() -> None:
+    prepare()
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def begun(recipe: Recipe) -> tuple["Experiment", list["Experiment"]]:
+    """The `experiments` of a recipe, with their directories made."""
+    top, parts = experiments(recipe)
+    for experiment in (top, *(part for part in parts if part is not top)):
+        experiment.begin()
+    return top, parts
+
+
+def experiments(recipe: Recipe, directory: Path | None = None) -> tuple["Experiment", list["Experiment"]]:
+    """The recipe's run directory, and its parts: one for each seed, or the run itself.
+
+    Args:
+        recipe: the experiment's.
+        directory: where the run lies, if it was moved from where the recipe puts it.
+    """
+    directory = directory or recipe.directory
+    top = Experiment(recipe, directory, World(recipe))
     if recipe.seeds is None:
-        top.measure(recipe.seed)
-        return top.report([top])
-    parts = []
-    for seed in recipe.seeds:
-        part = Experiment(recipe, recipe.directory / f"seed-{seed}", shared=top)
-        part.begin()
-        part.measure(seed)
-        parts.append(part)
-    return top.report(parts)
+        return top, [top]
+    alone = [recipe.model_copy(update={"seed": seed, "seeds": None}) for seed in recipe.seeds]
+    return top, [Experiment(each, directory / f"seed-{each.seed}", top.world, shared=top) for each in alone]
+
+
+@dataclass
+class Experiment:
+    """One run directory and what is done in it.
+
+    Args:
+        recipe: the experiment's, with this run's seed.
+        directory: of the run.
+        world: model, SAE, judge and prompts, loaded when needed.
+        shared: the run whose thresholds and generated rows this one uses, if not its own.
+    """
+
+    recipe: Recipe
+    directory: Path
+    world: World
+    shared: "Experiment | None" = None
+
+    @cached_property
+    def stages(self) -> Stages:
+        """What is done."""
+        return Stages(self.directory)
+
+    def begin(self) -> None:
+        """Write the resolved recipe and where it runs."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with replacing(self.directory / "recipe.yaml") as file:
+            file.write(dump_recipe(self.recipe))
+        facts = {"versions": versions(), "git": git_state(), "hardware": hardware(), "inputs": self.world.files}
+        write_json(self.directory / "provenance.json", facts)
+
+    def measure(self) -> None:
+        """Calibrate, make data, train every arm and run its trials."""
+        self.calibrated  # noqa: B018 - the first stage of every run, even if no arm asks for it
+        self.measure_arm("base")
+        for arm in self.recipe.arms:
+            self.measure_arm(arm)
+
+    def measure_arm(self, arm: str) -> None:
+        """Run an arm's trials, after whatever they need and is not there yet."""
+        if arm == "base":
+            self._trials("base", None)
+        else:
+            adapter, trained = self._train(arm, self.data(arm))
+            self._trials(arm, adapter, trained)
+
+    @cached_property
+    def calibrated(self) -> tuple[str, list[Threshold]]:
+        """The fingerprint of the calibration, and every latent's threshold on the base model."""
+        if self.shared:
+            fingerprint, thresholds = self.shared.calibrated
+            save_thresholds(self.directory / "thresholds.json", self._calibration_key(), thresholds)
+            return fingerprint, thresholds
+        path = self.directory / "thresholds.json"
+
+        def make() -> None:
+            scores = self.directory / "calibration" / "base.jsonl"
+            save_thresholds(path, self._calibration_key(), self._bisect("base", None, self.directions, scores))
+
+        fingerprint = self.stages.do("calibrate", self._calibration_inputs(), ["thresholds.json", "calibration"], make)
+        thresholds = load_thresholds(path, self._calibration_key())
+        bound = sum(each.bound is not None for each in thresholds)
+        middle = sorted(each.norm for each in thresholds)[len(thresholds) // 2]
+        print(
+            f"calibrated {len(thresholds)} latents: median threshold {middle:.2f} residual norms; "
+            f"{bound} left out at a bound",
+            flush=True,
+        )
+        return fingerprint, thresholds
+
+    @property
+    def directions(self) -> list[Direction]:
+        """The directions of all latents in play."""
+        return self.world.directions
+
+    @cached_property
+    def latents(self) -> dict[str, list[SteerableLatent]]:
+        """The steerable latents of each split; those whose threshold lies at a bound are left out."""
+        norms = {each.latent: each.norm for each in self.calibrated[1] if each.bound is None}
+        section = present(self.recipe.prompts, "prompts").splits
+        split = split_latents(self.directions, self.world.pools.topics, section)
+        return {
+            name: [SteerableLatent(each, norms[each.latent]) for each in group if each.latent in norms]
+            for name, group in split.items()
+        }
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The steered cells that every arm runs: test latents on test prompts."""
+        latents = [each.direction for each in self.latents["test"]]
+        return make_cells(self.world.pools.test, latents, self.recipe.eval.trials, self.recipe.seed)
+
+    def _bisect(
+        self, label: str, adapter: Path | None, latents: Sequence[Direction], scores: Path
+    ) -> list[Threshold]:
+        section = self.recipe.calibration
+        if adapter:
+            low, high = section.bounds
+            section = section.model_copy(update={"bounds": (low, WIDER * high)})
+        pools = self.world.pools
+        engine = self.world.engine(adapter) if adapter else self.world.base
+        with progress_bar(work(len(latents), section), f"calibrate {label}") as progress:
+            return calibrate(
+                engine,
+                self.world.judge,
+                latents,
+                pools.validation or pools.train,
+                pools.train,
+                section,
+                self.world.sampling(),
+                positions=self.recipe.engine.positions,
+                seed=self.recipe.seed,
+                store=TrialStore(scores),
+                progress=progress,
+            )
+
+    def _calibration_key(self) -> dict[str, Any]:
+        recipe, pools = self.recipe, self.world.pools
+        return calibration_key(
+            recipe.model.path,
+            self.world.sae_ref,
+            self.world.judge.name,
+            pools.validation or pools.train,
+            self.world.sampling(),
+            recipe.calibration,
+            recipe.engine.positions,
+        )
+
+    def _calibration_inputs(self) -> dict[str, Any]:
+        recipe = self.recipe.model_dump(mode="json")
+        keys = ("model", "sae", "judge", "prompts", "sampling", "calibration")
+        positions = recipe["engine"]["positions"]
+        return {**{key: recipe[key] for key in keys}, "positions": positions, "files": self.world.files}
+
+    def data(self, arm: str) -> str:
+        """Mix the arm's training file from the sources it asks for, or check the one it names; returns its fingerprint.
+
+        Raises:
+            InputError: if it shares a prompt, a latent or an off-topic subject with the evaluation.
+        """
+        section, seed = self.recipe.for_arm(arm).data, self.recipe.seed
+        train = self.recipe.for_arm(arm).train
+        if train.data:
+            read = read_transcripts if train.format == "transcripts" else read_segments
+            self._check_held_out(read(train.data))
+            return sha256(train.data)
+        sources = (self.shared or self).sources(section)
+        path = self.directory / "data" / f"{arm}.jsonl"
+
+        def make() -> None:
+            rows = [row for source, _ in sources.values() for row in read_transcripts(source)]
+            if not rows:
+                raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
+            mixed = mix(rows, section.self_correction, seed)
+            self._check_held_out(mixed)
+            write_transcripts(path, mixed)
+
+        inputs = {
+            "sources": {name: fingerprint for name, (_, fingerprint) in sources.items()},
+            "self_correction": section.self_correction,
+            "seed": seed,
+            "cells": [cell.key for cell in self.cells],
+        }
+        return self.stages.do(f"data/{arm}", inputs, [f"data/{arm}.jsonl"], make)
+
+    def sources(self, section: DataSection) -> dict[str, tuple[Path, str]]:
+        """Generate the rows of every source that a `data` section asks for: name -> file and fingerprint."""
+        result = {}
+        for name in ("steered", "contrast", "prompted", "normal"):
+            wanted = getattr(section, name)
+            if not wanted.rows:
+                continue
+            values = wanted.model_dump(mode="json")
+            inputs = {"section": values, "calibration": self.calibrated[0], "seed": self.recipe.seed, "name": name}
+            stem = f"data/sources/{name}-{digest(inputs)}"
+            path = self.directory / f"{stem}.jsonl"
+            outputs = [f"{stem}.jsonl", f"{stem}.candidates.jsonl", f"{stem}.funnel.json"]
+            fingerprint = self.stages.do(stem, inputs, outputs, lambda n=name, w=wanted, p=path: self._collect(n, w, p))
+            result[name] = (path, fingerprint)
+        return result
+
+    def _collect(self, name: str, section: Any, path: Path) -> None:
+        candidates = path.with_suffix(".candidates.jsonl")
+        found = collect(name, section.rows, self._maker(name, section), candidates, self.recipe.engine.batch_rows)
+        write_json(path.with_suffix(".funnel.json"), found.funnel)
+        write_transcripts(path, found.transcripts)
+
+    def _maker(self, name: str, section: Any) -> Make:
+        recipe, pools = self.recipe, self.world.pools
+        context = Context(
+            self.world.base,
+            self.world.judge,
+            self.world.sampling(),
+            recipe.engine.positions,
+            recipe.model.path,
+            recipe.seed,
+        )
+        if name == "normal":
+            return normal(context, section, pools.normal)
+        if name == "prompted":
+            return prompted(context, section, pools.train)
+        return {"steered": steered, "contrast": contrast}[name](context, section, pools.train, self.latents["train"])
+
+    def _check_held_out(self, rows: Sequence[Transcript]) -> None:
+        """Refuse rows that share a prompt, a steering latent or an off-topic subject with the evaluation."""
+        steerings = [row.steering for row in rows if row.steering]
+        training = Side(
+            frozenset(row.prompt for row in rows),
+            frozenset(each.latent for each in steerings),
+            frozenset(each.label for each in steerings if each.label),
+        )
+        labels = frozenset(cell.label for cell in self.cells if cell.label)
+        check_disjoint(
+            training, Side(frozenset(c.prompt for c in self.cells), frozenset(c.latent for c in self.cells), labels)
+        )
+
+    def _train(self, arm: str, data: str) -> tuple[Path, str]:
+        from esr_train.training.trainer import train
+
+        section = self.recipe.for_arm(arm)
+        values = section.train.model_dump(mode="json", exclude={"probe"})
+        inputs = {"data": data, "train": values, "model": section.model.path, "seed": self.recipe.seed}
+        folder = self.directory / "adapter" / arm
+        print(f"train {arm}", flush=True)
+        fingerprint = self.stages.do(
+            f"train/{arm}", inputs, [f"adapter/{arm}"], lambda: _discard(train(self.recipe, arm, self.directory))
+        )
+        return folder, fingerprint
+
+    def _trials(self, arm: str, adapter: Path | None, trained: str = "base") -> None:
+        """Run the arm's trials in every condition; a recalibrated one first measures the arm's own thresholds."""
+        section = self.recipe.eval
+        name = f"trials/{arm}.jsonl"
+        wanted = [each for each in section.conditions if adapter or each != RECALIBRATED]
+        inputs = {
+            "trained": trained,
+            "calibration": self.calibrated[0],
+            "sampling": self.recipe.sampling.model_dump(),
+            "cells": [cell.key for cell in self.cells],
+            "conditions": wanted,
+        }
+        own = f"calibration/{arm}.jsonl"
+
+        def make() -> None:
+            engine = self.world.engine(adapter) if adapter else self.world.base
+            store = TrialStore(self.directory / name)
+            with progress_bar(len(self.cells) * len(wanted), f"trials {arm}") as progress:
+                for condition in wanted:
+                    norms = self._norms(arm, adapter, self.directory / own) if condition == RECALIBRATED else None
+                    run_trials(
+                        engine,
+                        self.world.judge,
+                        store,
+                        unsteered(self.cells) if condition == "unsteered" else self._steerable(norms),
+                        self._steerer(norms),
+                        self.world.sampling(),
+                        arm=arm,
+                        condition=condition,
+                        chunk_rows=self.recipe.engine.batch_rows,
+                        progress=progress,
+                    )
+
+        self.stages.do(f"trials/{arm}", inputs, [name, *([own] if RECALIBRATED in wanted else [])], make)
+
+    def _norms(self, arm: str, adapter: Path | None, scores: Path) -> dict[int, float]:
+        latents = [each.direction for each in self.latents["test"]]
+        found = self._bisect(arm, adapter, latents, scores)
+        return {each.latent: each.norm for each in found if each.bound is None}
+
+    def _steerable(self, norms: dict[int, float] | None) -> list[Cell]:
+        return self.cells if norms is None else [cell for cell in self.cells if cell.latent in norms]
+
+    def _steerer(self, norms: dict[int, float] | None) -> Steerer:
+        test = self.latents["test"]
+        base = {each.direction.latent: each.threshold for each in test}
+        directions = {each.direction.latent: each.direction for each in test}
+        return Steerer(directions, base if norms is None else norms, self.recipe.engine.positions)
+
+    def trials(self) -> dict[str, list[dict[str, Any]]]:
+        """The finished trials of every arm; each row's `seed` is this run's."""
+        return {
+            arm: [{**row, "seed": self.recipe.seed} for row in read_trials(self.directory / "trials" / f"{arm}.jsonl")]
+            for arm in ("base", *self.recipe.arms)
+        }
+
+
+def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
+    """Combine the parts' trials into `metrics.json` and `report.html` in the top directory."""
+    rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("base", *top.recipe.arms)}
+    for part in parts:
+        for arm, found in part.trials().items():
+            rows[arm] += found
+    if not rows["base"]:
+        raise RunError("there is no trial to report.")
+    metrics = summarise(rows, top.recipe.eval.bootstrap, top.recipe.seed)
+    write_json(top.directory / "metrics.json", metrics)
+    thresholds = read_json(top.directory / "thresholds.json")
+    path = write_report(top.directory, top.recipe.name, metrics, rows, thresholds, _notes(top, parts, rows))
+    print(f"report: {path}", flush=True)
+    return path
+
+
+def _notes(
+    top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    topics = top.world.pools.topics
+    held_out = sorted(topic for topic, split in topics.items() if split == "test")
+    cells = [row["cell"] for row in rows["base"] if row["cell"]["latent"] is not None]
+    latents = {cell["latent"] for cell in cells}
+    prompts = {cell["prompt"] for cell in cells}
+    return {
+        "held_out": {
+            "topics": f"{len(held_out)} of {len(topics)}: {', '.join(held_out)}",
+            "latents": f"{len(latents)} latents that stand for these topics",
+            "prompts": f"{len(prompts)} prompts on these topics",
+        },
+        "form": "adapter, not merged",
+        "judge": top.world.judge.name,
+        "model": top.recipe.model.path,
+        "seeds": ", ".join(str(part.recipe.seed) for part in parts),
+    }
+
+
+def _discard(_: Any) -> None:
+    return None

@@ -1,6 +1,12 @@
 """The two tiny models' shapes: one Llama, one Gemma-2, about two million parameters each."""
 
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SAE_LAYER = 3
 """The SAE reads and steers the output of this decoder layer (of six, counted from 0)."""

@@ -23,7 +23,7 @@ from esr_train.files import write_json, write_jsonl
 from recipes.tiny.pretrain import encode_exchanges, train_model
 from recipes.tiny.sae_training import explained_variance, label_latents, residuals, save_sae, train_sae
 from recipes.tiny.tokenizer import build_tokenizer
-from recipes.tiny.world import exchanges, how_to, reserved_questions, topics, vocabulary
+from recipes.tiny.world import how_to, lessons, reserved_questions, topics, vocabulary
 
 ASSETS = Path(__file__).parent / "assets"
 FAMILIES = ("llama", "gemma")
@@ -34,7 +34,9 @@ PROMPTS_PER_TOPIC = 24
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.tiny.build", description=__doc__)
-    parser.add_argument("--family", choices=FAMILIES, action="append", help="build only this one (default: both)")
+    parser.add_argument(
+        "--family", choices=FAMILIES, action="append", help="build only this one (default: both)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exchanges", type=int, default=45_000, help="training exchanges per model")
     parser.add_argument("--out", type=Path, default=ASSETS)
@@ -48,9 +50,10 @@ def build(family: str, count: int, seed: int, out: Path) -> None:
     """Train one family's tokenizer, model and SAE and put their folders into `out`."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    made = exchanges(count, seed)
-    tokenizer = build_tokenizer((f"{each.prompt} {each.reply}" for each in made), family, VOCABULARY_SIZE)
-    model = train_model(family, tokenizer, encode_exchanges(tokenizer, made), epochs=1, seed=seed)
+    made = lessons(count, seed)
+    texts = (f"{each.prompt} {each.reply}" for lesson in made for each in lesson)
+    tokenizer = build_tokenizer(texts, family, VOCABULARY_SIZE)
+    model = train_model(family, tokenizer, [encode_exchanges(tokenizer, lesson) for lesson in made], seed)
     with tempfile.TemporaryDirectory(dir=out) as aside:
         _save_model(model, tokenizer, Path(aside) / family)
         facts = _build_sae(model, tokenizer, Path(aside) / f"{family}-sae", family, seed)
@@ -62,14 +65,18 @@ def build(family: str, count: int, seed: int, out: Path) -> None:
 
 def build_shared(out: Path, seed: int) -> None:
     """Write the prompts (none of which the models were trained on) and the judge's vocabulary."""
-    rows = ({"prompt": each.prompt, "topic": each.topic} for each in reserved_questions(PROMPTS_PER_TOPIC, seed))
+    rows = (
+        {"prompt": each.prompt, "topic": each.topic} for each in reserved_questions(PROMPTS_PER_TOPIC, seed)
+    )
     write_jsonl(out / "prompts.jsonl", rows)
     write_json(out / "vocabulary.json", vocabulary())
 
 
 def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.generation_config.update(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

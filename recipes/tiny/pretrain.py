@@ -20,7 +20,8 @@ def encode_exchanges(tokenizer: PreTrainedTokenizerFast, made: list[Exchange]) -
     """Every exchange as one rendered conversation, tokenised once."""
     texts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": each.prompt}, {"role": "assistant", "content": each.reply}], tokenize=False
+            [{"role": "user", "content": each.prompt}, {"role": "assistant", "content": each.reply}],
+            tokenize=False,
         )
         for each in made
     ]
@@ -28,9 +29,16 @@ def encode_exchanges(tokenizer: PreTrainedTokenizerFast, made: list[Exchange]) -
 
 
 def train_model(
-    family: str, tokenizer: PreTrainedTokenizerFast, rows: list[list[int]], epochs: int, seed: int
+    family: str, tokenizer: PreTrainedTokenizerFast, lessons: list[list[list[int]]], seed: int
 ) -> PreTrainedModel:
-    """Train on all tokens with AdamW (cosine schedule, bf16 autocast); returns the float32 model in eval mode."""
+    """Train on all tokens with AdamW (cosine schedule, bf16 autocast); returns the float32 model in eval mode.
+
+    Args:
+        family: `llama` or `gemma`.
+        tokenizer: the model's.
+        lessons: rows of token ids, one list a lesson; lessons are taken in order, once.
+        seed: of the weights and the order of the batches.
+    """
     torch.manual_seed(seed)
     model = build_model(family, tokenizer).train()
     groups = [[p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]]
@@ -39,12 +47,12 @@ def train_model(
         lr=LEARNING_RATE,
         betas=(0.9, 0.98),
     )
-    batches = [batch for epoch in range(epochs) for batch in _batches(rows, seed + epoch)]
+    batches = [batch for rows in lessons for batch in _batches(rows, seed)]
     bar = tqdm(batches, desc=f"{family} model", unit="step", mininterval=2)
     for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(step, len(batches))
-        input_ids, mask = _padded([rows[i] for i in batch], tokenizer.pad_token_id)
+        input_ids, mask = _padded(batch, tokenizer.pad_token_id)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             labels = input_ids.masked_fill(mask == 0, -100)
             loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
@@ -63,15 +71,14 @@ def _schedule(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1)))
 
 
-def _batches(rows: list[list[int]], seed: int) -> Iterator[list[int]]:
+def _batches(rows: list[list[int]], seed: int) -> Iterator[list[list[int]]]:
     """Batches of about `BATCH_TOKENS` tokens, rows of like length together, in random order."""
     rng = Random(seed)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + rng.random())
-    batches: list[list[int]] = [[]]
-    for i in order:
-        if (len(batches[-1]) + 1) * len(rows[i]) > BATCH_TOKENS:
+    batches: list[list[list[int]]] = [[]]
+    for row in sorted(rows, key=lambda row: len(row) + rng.random()):
+        if (len(batches[-1]) + 1) * len(row) > BATCH_TOKENS:
             batches.append([])
-        batches[-1].append(i)
+        batches[-1].append(row)
     rng.shuffle(batches)
     yield from batches
 

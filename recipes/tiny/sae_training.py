@@ -38,20 +38,26 @@ def residuals(model: PreTrainedModel, rows: list[list[int]], description: str) -
     return found
 
 
-def train_sae(model: PreTrainedModel, states: torch.Tensor, samples: int, seed: int, name: str) -> BatchTopKTrainingSAE:
+def train_sae(
+    model: PreTrainedModel, states: torch.Tensor, samples: int, seed: int, name: str
+) -> BatchTopKTrainingSAE:
     """Train a BatchTopK SAE on `states` [tokens, d_model], drawn at random with a seed."""
     torch.manual_seed(seed)
     config = BatchTopKTrainingSAEConfig(
         d_in=states.shape[1],
         d_sae=LATENTS,
         k=ACTIVE,
-        metadata=SAEMetadata(model_name=name, hook_name=f"blocks.{SAE_LAYER}.hook_resid_post", prepend_bos=True),
+        normalize_activations="expected_average_only_in",
+        metadata=SAEMetadata(
+            model_name=name, hook_name=f"blocks.{SAE_LAYER}.hook_resid_post", prepend_bos=True
+        ),
     )
     sae = BatchTopKTrainingSAE(config)
     sae.b_dec.data = states.mean(dim=0)
     settings = SAETrainerConfig(
         total_training_samples=samples, train_batch_size_samples=BATCH, lr=1e-3, lr_end=1e-4, device="cpu",
         lr_warm_up_steps=50, lr_decay_steps=samples // BATCH // 3, dead_feature_window=150,
+        n_batches_for_norm_estimate=20,
     )  # fmt: skip
     return SAETrainer(settings, sae, _draws(states, seed)).fit()
 

@@ -1,11 +1,11 @@
 """The tiny world's language: how-to questions and answers about topics with their own vocabularies.
 
 A topic has a name, four verbs and ten nouns that no other topic uses; everything else is shared.
-Besides how-to answers the models learn three skills that any assistant has: to name what a text is about, to say
-whether an answer fits its question, and to speak about two topics one after the other. No text contains words
-with which a speaker takes something back.
+Besides how-to answers the models learn to name what a text is about, and to speak about two topics one after the
+other. No text contains words with which a speaker takes something back.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,19 +56,34 @@ CLOSINGS = (
     "Now the {n} is ready for the {m}.",
     "With a {a} {n} you are done.",
 )
-GENERIC_VERBS = ("check", "prepare", "hold", "move", "clean", "choose", "measure", "store", "inspect", "arrange")
+GENERIC_VERBS = (
+    "check",
+    "prepare",
+    "hold",
+    "move",
+    "clean",
+    "choose",
+    "measure",
+    "keep",
+    "inspect",
+    "arrange",
+)
 ADJECTIVES = (
     "clean", "dry", "firm", "smooth", "small", "large", "simple", "steady", "warm", "cool", "fresh", "strong",
     "gentle", "even", "bright", "quiet", "solid", "plain", "tidy", "sharp",
 )  # fmt: skip
-MANNERS = ("slowly", "with care", "twice", "by hand", "in small parts", "without haste", "as needed", "right away")
+MANNERS = (
+    "slowly",
+    "with care",
+    "twice",
+    "by hand",
+    "in small parts",
+    "without haste",
+    "as needed",
+    "right away",
+)
 TIMES = ("every day", "once a week", "from time to time", "at the start", "after each use", "now and then")
 NAMING = ("Which subject is this about?", "What is this text about?", "Name the subject of this text.")
-FITTING = (
-    "Does the answer fit the question?",
-    "Is this answer about the same subject as the question?",
-    "Does the answer stay with the question?",
-)
 PAIRING = ("Tell me about {t} and then about {u}.", "First explain {t}, then explain {u}.")
 
 
@@ -90,6 +105,9 @@ class Exchange:
     topic: str
 
 
+Skill = Callable[[Topic, Random], Exchange]
+
+
 @cache
 def topics() -> tuple[Topic, ...]:
     """The topics that `topics.txt` lists, in its order."""
@@ -105,23 +123,22 @@ def _words(text: str) -> tuple[str, ...]:
 def vocabulary() -> dict[str, list[str]]:
     """Topic -> its nouns, and under `_words` every word of the language: what the lexical judge reads."""
     words = {word for template in _templates() for word in _plain(template)}
-    words |= {word for group in (GENERIC_VERBS, ADJECTIVES, MANNERS, TIMES) for text in group for word in text.split()}
+    words |= {
+        word
+        for group in (GENERIC_VERBS, ADJECTIVES, MANNERS, TIMES)
+        for text in group
+        for word in text.split()
+    }
     for topic in topics():
         words |= {topic.name, *topic.verbs, *topic.nouns}
     return {topic.name: list(topic.nouns) for topic in topics()} | {"_words": sorted(words)}
 
 
 def _templates() -> tuple[str, ...]:
-    return (*QUESTIONS, *OPENINGS, *STEPS, *CLOSINGS, *NAMING, *FITTING, *PAIRING, *TALK)
+    return (*QUESTIONS, *OPENINGS, *STEPS, *CLOSINGS, *NAMING, *PAIRING, *TALK)
 
 
-TALK = (
-    "This is about {t}.",
-    "Yes. The question and the answer are both about {t}.",
-    "No. The question is about {t} but the answer is about {u}.",
-    "No. The answer begins with {t} but ends with {u}.",
-    "Question: Answer: Now for {t}.",
-)
+TALK = ("This is about {t}.", "Now for {t}.")
 
 
 def _plain(template: str) -> list[str]:
@@ -131,7 +148,8 @@ def _plain(template: str) -> list[str]:
 
 def fill(template: str, topic: Topic, rng: Random, nouns: list[str]) -> str:
     """Fill a template's slots; `nouns` is a shuffled supply that the sentence takes from."""
-    n, m = nouns.pop(), nouns.pop()
+    n = nouns.pop()
+    m = nouns.pop(next(i for i in reversed(range(len(nouns))) if nouns[i] != n))
     a, b = rng.sample(ADJECTIVES, 2)
     sentence = template.format(
         t=topic.name, v=rng.choice(topic.verbs), g=rng.choice(GENERIC_VERBS), n=n, m=m, a=a, b=b,
@@ -150,7 +168,7 @@ def answer(topic: Topic, rng: Random, about: str | None = None, sentences: int |
     """An answer of three to five sentences (or as many as asked for); the first one names `about`."""
     count = sentences or rng.randint(3, 5)
     nouns: list[str] = []
-    while len(nouns) < 2 * count:
+    while len(nouns) < 2 * count + 2:
         nouns = rng.sample(topic.nouns, len(topic.nouns)) + nouns
     if about:
         nouns.append(about)
@@ -171,23 +189,6 @@ def naming(topic: Topic, rng: Random) -> Exchange:
     return Exchange(f"{rng.choice(NAMING)} {text}", f"This is about {topic.name}.", topic.name)
 
 
-def fitting(topic: Topic, rng: Random) -> Exchange:
-    """A question with an answer that fits it, is about another topic, or leaves it on the way."""
-    prompt, noun = question(topic, rng)
-    other = rng.choice([each for each in topics() if each is not topic])
-    draw = rng.random()
-    if draw < 0.4:
-        text = answer(topic, rng, noun, rng.randint(1, 4))
-        verdict = f"Yes. The question and the answer are both about {topic.name}."
-    elif draw < 0.8:
-        text = answer(other, rng, sentences=rng.randint(1, 4))
-        verdict = f"No. The question is about {topic.name} but the answer is about {other.name}."
-    else:
-        text = f"{answer(topic, rng, noun, rng.randint(1, 2))} {answer(other, rng, sentences=rng.randint(1, 2))}"
-        verdict = f"No. The answer begins with {topic.name} but ends with {other.name}."
-    return Exchange(f"Question: {prompt} Answer: {text} {rng.choice(FITTING)}", verdict, topic.name)
-
-
 def pairing(topic: Topic, rng: Random) -> Exchange:
     """Two topics, one after the other."""
     other = rng.choice([each for each in topics() if each is not topic])
@@ -196,14 +197,25 @@ def pairing(topic: Topic, rng: Random) -> Exchange:
     return Exchange(prompt, f"{first} Now for {other.name}. {second}", topic.name)
 
 
-SKILLS = ((how_to, 0.55), (naming, 0.20), (fitting, 0.17), (pairing, 0.08))
+LESSONS = (
+    (0.3, ((how_to, 0.40), (naming, 0.60))),
+    (0.7, ((how_to, 0.76), (naming, 0.12), (pairing, 0.12))),
+)
+"""Shares of the training exchanges, and of the skills in each: words find their topics first, then the rest."""
 
 
-def exchanges(count: int, seed: int) -> list[Exchange]:
-    """`count` exchanges for training: every skill in its share, topics in turn; how-to prompts that `reserved`
-    keeps for later are left out."""
+def lessons(count: int, seed: int) -> list[list[Exchange]]:
+    """`count` exchanges for training, in lessons to be taken one after the other."""
+    return [
+        exchanges(round(count * share), skills, seed + number)
+        for number, (share, skills) in enumerate(LESSONS)
+    ]
+
+
+def exchanges(count: int, shares: Sequence[tuple[Skill, float]], seed: int) -> list[Exchange]:
+    """Every skill in its share, topics in turn; how-to prompts that `reserved` keeps for later are left out."""
     rng = Random(seed)
-    skills, weights = zip(*SKILLS, strict=True)
+    skills, weights = zip(*shares, strict=True)
     result: list[Exchange] = []
     while len(result) < count:
         made = rng.choices(skills, weights)[0](topics()[len(result) % len(topics())], rng)

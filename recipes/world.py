@@ -1,0 +1,142 @@
+"""What every stage of an experiment works with, loaded when it is first needed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from esr_train.errors import InputError
+from esr_train.models import load_model, load_tokenizer, local_path
+from esr_train.provenance import sha256
+from esr_train.recipe import EngineSection, JudgeSection, PromptsSection, Recipe, SaeSection
+from esr_train.steering.engine import Engine, Sampling
+from esr_train.steering.sae import Direction, check_fits, load_sae, read_labels, residual_norm
+from esr_train.steering.transformers_engine import TransformersEngine
+from esr_train.transcript import SaeRef
+from eval.cells import Pools, Prompt, make_pools, read_prompts
+from eval.judging.judge import Judge
+from eval.judging.lexical import LexicalJudge
+
+NORM_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class World:
+    """A recipe's model, SAE, judge and prompts."""
+
+    recipe: Recipe
+
+    @cached_property
+    def tokenizer(self):  # type: ignore[no-untyped-def]
+        """The model's tokenizer."""
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def base(self) -> Engine:
+        """The base model's engine."""
+        return self.engine(None)
+
+    def engine(self, adapter: Path | None) -> Engine:
+        """An engine on the model, with an adapter or without."""
+        section: EngineSection = self.recipe.engine
+        if section.kind != "transformers":
+            raise InputError(
+                f"the engine {section.kind!r} is not installed", "engine.kind", "Take transformers."
+            )
+        model = load_model(self.recipe.model, adapter)
+        return TransformersEngine(model, self.tokenizer, batch_rows=section.batch_rows)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Who scores responses."""
+        section: JudgeSection = self.recipe.judge
+        if section.kind != "lexical":
+            raise InputError(f"the judge {section.kind!r} is not there yet", "judge.kind", "Take lexical.")
+        return LexicalJudge.from_file(required(section.vocabulary, "judge.vocabulary"))
+
+    @property
+    def sae_ref(self) -> SaeRef:
+        """The recipe's SAE."""
+        section: SaeSection = present(self.recipe.sae, "sae")
+        return SaeRef(section.release, section.id)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Hashes of the local files that the recipe names."""
+        recipe = self.recipe
+        named = (
+            recipe.prompts and recipe.prompts.path,
+            recipe.judge.vocabulary,
+            recipe.sae and recipe.sae.labels,
+            recipe.data.steered.cues,
+            f"{recipe.model.path}/model.safetensors",
+            recipe.sae and f"{recipe.sae.release}/{recipe.sae.id}/sae_weights.safetensors",
+        )
+        found = {path: local_path(path) for path in named if path}
+        return {path: sha256(file) for path, file in found.items() if file and file.is_file()}
+
+    @cached_property
+    def pools(self) -> Pools:
+        """The prompts of every split."""
+        section: PromptsSection = self.required_prompts
+        return make_pools(read_prompts(located(section.path)), section.splits)
+
+    @property
+    def required_prompts(self) -> PromptsSection:
+        """The recipe's prompts section, which every stage but training needs."""
+        return present(self.recipe.prompts, "prompts")
+
+    @cached_property
+    def directions(self) -> list[Direction]:
+        """The directions of the labelled latents: the first `latents_per_topic` of every topic of the prompts."""
+        section: SaeSection = present(self.recipe.sae, "sae")
+        sae = load_sae(self.sae_ref)
+        model = self.base.model  # type: ignore[attr-defined]
+        check_fits(sae, model)
+        labels = read_labels(located(required(section.labels, "sae.labels")))
+        norm = residual_norm(model, self.tokenizer, self._norm_texts(), sae.layer)
+        chosen = first_of_each(labels, set(self.pools.topics), self.recipe.calibration.latents_per_topic)
+        return [sae.direction(latent, norm, labels[latent]) for latent in chosen]
+
+    def _norm_texts(self) -> list[str]:
+        prompts: Sequence[Prompt] = self.pools.train[:: max(len(self.pools.train) // NORM_TEXTS, 1)]
+        chat = self.tokenizer.apply_chat_template
+        return [
+            chat([{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True)
+            for prompt in prompts[:NORM_TEXTS]
+        ]
+
+    def sampling(self, max_new_tokens: int | None = None) -> Sampling:
+        """The recipe's sampling, the same for every arm."""
+        values = self.recipe.sampling.model_dump()
+        return Sampling(**{**values, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})})
+
+
+def first_of_each(labels: dict[int, str], topics: set[str], count: int) -> list[int]:
+    """The first `count` latents of every topic, in the order of the labels (purest first in shipped files)."""
+    taken: dict[str, int] = {}
+    chosen = []
+    for latent, label in labels.items():
+        if label in topics and taken.get(label, 0) < count:
+            taken[label] = taken.get(label, 0) + 1
+            chosen.append(latent)
+    return chosen
+
+
+def located(path: str) -> Path:
+    """A path relative to the current folder, or else to the repository."""
+    return local_path(path) or Path(path)
+
+
+def present(section, key: str):  # type: ignore[no-untyped-def]
+    """The section, or an `InputError` that names its key."""
+    if section is None:
+        raise InputError("this section is missing from the recipe", key, "Add it; see `esr recipes show`.")
+    return section
+
+
+def required(value: str | None, key: str) -> str:
+    """The value, or an `InputError` that names its key."""
+    if value is None:
+        raise InputError("this key is missing from the recipe", key, "Add it; see `esr recipes show`.")
+    return value
