@@ -15,6 +15,10 @@ class InputError(Exception):
         text = f"{where}: {what}." if where else f"{what}."
         super().__init__(f"{text} {fix}" if fix else text)
 
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, str | None, str | None]]:
+        # Its own process may not be the one that reports it: pickled by its parts, not by the finished text.
+        return type(self), (self.what, self.where, self.fix)
+
 
 class RunError(Exception):
     """A run that failed for reasons other than its input, such as an unsteered trial (exit code 1)."""

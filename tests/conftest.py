@@ -19,6 +19,7 @@ from recipes.tiny.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT.parent / "shared" / "data" / "paper"
+ASSETS = ROOT / "recipes" / "tiny" / "assets"
 TEXTS = [
     "First, knead the dough and dust the flour over the board. Then shape the loaf near the oven.",
     "Wait, that's not right. The question was about sailing. Raise the mast and trim the jib before the gale.",
@@ -62,3 +63,11 @@ def paper() -> Path:
     if not PAPER.is_dir():
         pytest.skip("the paper's released data are not here")
     return PAPER
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The tiny world's shipped models, SAEs, prompts and vocabulary; only an absent folder is a reason to skip."""
+    if not ASSETS.is_dir():
+        pytest.skip("recipes/tiny/assets is MISSING: nothing was tested on it (python -m recipes.tiny.build)")
+    return ASSETS

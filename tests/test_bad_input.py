@@ -1,6 +1,7 @@
 """Bad input ends in one paragraph that names place and remedy, with exit code 2 and nothing half-written."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,6 +194,11 @@ def cell_of(prompt: str):
 
 def normal(prompt: str) -> Transcript:
     return Transcript(prompt, prompt, (Span(SpanKind.ANSWER, "Yes."),), "normal")
+
+
+def test_an_error_from_another_process_reads_the_same():
+    error = InputError("it is wrong", "here:3", "Change it.")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "here:3: it is wrong. Change it."
 
 
 def test_a_failed_import_leaves_the_file_that_was_there(tmp_path, capsys):
