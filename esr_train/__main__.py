@@ -13,31 +13,69 @@ from esr_train.recipe import Recipe, dump_recipe, load_recipe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or show what would be trained on; returns the exit code (2: bad input, 1: failed run)."""
     prepare()
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["merge"]:
+        options = _merge_parser().parse_args(words[1:])
+        return guarded(lambda: _merge(options), options.debug)
+    options = _parser().parse_args(words)
     return guarded(lambda: _run(options), options.debug)
 
 
 def _run(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
-    arm = options.arm or next(iter(recipe.arms))
-    if arm not in recipe.arms:
-        raise InputError(f"the recipe has no arm {arm!r}", "--arm", f"It has {', '.join(recipe.arms)}.")
+    recipe, arm = _recipe_and_arm(options)
     if options.dry_run or options.dump_tokens:
         _show(recipe, arm, options)
     else:
         _train(recipe, arm)
 
 
+def _recipe_and_arm(options: argparse.Namespace) -> tuple[Recipe, str]:
+    recipe = load_recipe(options.recipe, options.overrides)
+    arm = options.arm or next(iter(recipe.arms))
+    if arm not in recipe.arms:
+        raise InputError(f"the recipe has no arm {arm!r}", "--arm", f"It has {', '.join(recipe.arms)}.")
+    return recipe, arm
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="esr train", description="Train one arm of a recipe.")
-    parser.add_argument("recipe", help="recipe file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lora.r=16")
-    parser.add_argument("--arm", help="which of the recipe's arms; the first one unless given")
+    usage = "esr train RECIPE [key=value ...] [options]\n       esr train merge RECIPE --out FOLDER [options]"
+    parser = argparse.ArgumentParser(prog="esr train", usage=usage, description="Train one arm of a recipe.")
+    _add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on, and stop")
     parser.add_argument("--rows", type=int, default=3, help="rows to preview with --dry-run")
     parser.add_argument("--dump-tokens", type=Path, metavar="FILE", help="write ids and labels as JSONL")
     add_debug(parser)
     return parser
+
+
+def _merge_parser() -> argparse.ArgumentParser:
+    purpose = "Merge a trained adapter into its base model, freshly loaded, and compare the two."
+    parser = argparse.ArgumentParser(prog="esr train merge", description=purpose)
+    _add_recipe(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or not there")
+    add_debug(parser)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lora.r=16")
+    parser.add_argument("--arm", help="which of the recipe's arms; the first one unless given")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    recipe, arm = _recipe_and_arm(options)
+    from esr_train.training.adapter import is_complete, merge
+    from esr_train.training.trainer import adapter_folder
+
+    folder = adapter_folder(arm, recipe.directory)
+    if not is_complete(folder):
+        raise InputError("there is no finished adapter", str(folder), "Train it first.")
+    merged = merge(recipe.model, folder, options.out)
+    print(
+        f"merged: {merged.folder}; on a probe prompt the largest difference of a logit is "
+        f"{merged.largest_difference:.3g}, the largest logit {merged.largest_logit:.3g}"
+    )
 
 
 def _train(recipe: Recipe, arm: str) -> None:

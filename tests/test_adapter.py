@@ -1,17 +1,22 @@
 """An adapter that would do nothing is refused; a merged model is the adapter's."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from training_world import recipe, write_world
+from transformers import AutoTokenizer, GenerationConfig
 
+from esr_train.__main__ import main
 from esr_train.errors import InputError, RunError
-from esr_train.models import load_model
+from esr_train.models import end_of_turn_id, load_model
+from esr_train.recipe import dump_recipe
 from esr_train.training.adapter import check_saved, final_metrics, is_complete, merge, model_card
 from esr_train.training.settings import lora_config
+from esr_train.training.trainer import adapter_folder
 
 
 @pytest.fixture
@@ -48,6 +53,23 @@ def test_a_merged_model_gives_the_adapters_logits(adapter, tmp_path):
     assert (tuned - plain).abs().max() > 1e-2
     with pytest.raises(InputError, match="not empty"):
         merge(section.model, folder, tmp_path / "merged")
+
+
+def test_the_merge_command_says_what_it_changed_and_the_model_stops_at_the_end_of_turn(adapter, tmp_path, capsys):
+    section, folder = adapter
+    (tmp_path / "r.yaml").write_text(dump_recipe(section))
+    command = ["merge", "r.yaml", "--arm", "tuned", "--out", "merged"]
+    assert main(command) == 2
+    assert "no finished adapter" in capsys.readouterr().err
+    shutil.copytree(folder, adapter_folder("tuned", section.directory))
+    assert main(command) == 0
+    assert "merged: merged; on a probe prompt the largest difference of a logit is " in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    generation = GenerationConfig.from_pretrained("merged")
+    assert end_of_turn_id(tokenizer) in generation.eos_token_id
+    assert generation.pad_token_id == tokenizer.pad_token_id
+    assert tokenizer.chat_template
+    assert not list((tmp_path / "merged").glob("adapter*"))
 
 
 def test_an_adapter_of_another_base_is_not_merged(adapter, tmp_path):

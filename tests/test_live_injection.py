@@ -11,9 +11,9 @@ from trl.trainer.utils import add_fused_lm_head
 from esr_train.errors import RunError
 from esr_train.recipe import LiveSection
 from esr_train.training.batches import Collator
-from esr_train.training.dataset import read_rows, table, to_dataset
+from esr_train.training.dataset import read_rows, singly, table, to_dataset
 from esr_train.training.flow import Watch, check_flow
-from esr_train.training.live import LiveInjection, draw
+from esr_train.training.live import COLUMNS, LiveInjection, draw
 from esr_train.training.settings import lora_config
 from esr_train.transcript import write_transcripts
 
@@ -30,7 +30,7 @@ def world(tmp_path, family):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data = 0.05 * torch.randn_like(weight)
-    batch = Collator(family.tokenizer.pad_token_id)(list(to_dataset(rows, table(rows))))
+    batch = Collator(family.tokenizer.pad_token_id)(list(to_dataset(singly(rows), table(rows))))
     vectors = torch.randn(len(table(rows)), 64)
     return model, batch, LiveInjection(LiveSection(), vectors, LAYER, seed=5)
 
@@ -61,9 +61,9 @@ def test_every_steered_token_gets_exactly_its_own_vector_and_no_other_token_anyt
 def test_assistant_positions_begin_at_the_first_reply_token(world):
     _, batch, live = world
     settings = LiveSection(positions="assistant")
-    owner, _ = LiveInjection(settings, live.vectors, LAYER, 5).placement(batch, batch["attention_mask"])
+    owner, _ = LiveInjection(settings, live.vectors, LAYER, 5).placement(batch)
     for row in range(4):
-        start, length = int(batch["reply_start"][row]), int(batch["attention_mask"][row].sum())
+        start, length = int(batch["reply"][row].nonzero()[0]), int(batch["attention_mask"][row].sum())
         wanted = [-1] * start + [row] * (length - start) + [-1] * (owner.shape[1] - length)
         assert 0 < start < length
         assert owner[row].tolist() == wanted
@@ -85,9 +85,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(world, reentra
 
 def test_strength_zero_and_share_zero_are_the_plain_loss(world):
     model, batch, live = world
-    inputs = {
-        name: value for name, value in batch.items() if name not in ("vector", "reach", "reply_start", "key")
-    }
+    inputs = {name: value for name, value in batch.items() if name not in COLUMNS}
     plain = model(**inputs, use_cache=False, fused_lm_head=True).loss.item()
     for settings in (LiveSection(strength=(0.0, 0.0)), LiveSection(share=0.0)):
         assert gradients(model, batch, LiveInjection(settings, live.vectors, LAYER, 5))[0] == plain

@@ -16,6 +16,7 @@ from training_world import recipe, transcripts, write_world
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from esr_train.recipe import dump_recipe
+from esr_train.training.adapter import merge
 from esr_train.training.checkpoints import last_checkpoint
 from esr_train.training.settings import lora_config, sft_config
 from esr_train.training.trainer import train
@@ -110,9 +111,7 @@ def test_a_finished_or_begun_training_is_not_continued_with_another_recipe(small
     with pytest.raises(InputError, match=r"lora\.r: 4 -> 8"):
         train(recipe(args={"num_train_epochs": 1}, lora={"r": 8}), "tuned", section.directory)
     begun = small / "runs" / "u"
-    write_json(
-        begun / "adapter" / "tuned" / "checkpoints" / "provenance.json", {"arm": "tuned", "world_size": 2}
-    )
+    write_json(begun / "adapter" / "tuned" / "checkpoints" / "provenance.json", {"arm": "tuned", "world_size": 2})
     (begun / "data").mkdir()
     (begun / "data" / "tuned.jsonl").write_text((small / "runs/t/data/tuned.jsonl").read_text())
     with pytest.raises(InputError, match="world_size: 2 -> 1"):
@@ -124,7 +123,7 @@ def test_a_finished_or_begun_training_is_not_continued_with_another_recipe(small
     [
         ({"args": {"learning_rat": 1}}, "train.args.learning_rat.*Did you mean learning_rate"),
         ({"args": {"fp16": True}}, "train.args.fp16.*model.dtype"),
-        ({"args": {"packing": True}}, "train.args.packing.*own steering"),
+        ({"args": {"packing": True, "packing_strategy": "wrapped"}}, "train.args.packing_strategy.*cuts rows"),
         ({"args": {"lr_scheduler_type": "cosin"}}, "train.args.*cosin"),
         ({"lora": {"rank": 4}}, "train.lora.rank"),
         ({"lora": {"r": 0}}, "train.lora"),
@@ -205,10 +204,15 @@ def test_a_training_killed_in_its_second_epoch_ends_as_if_it_never_was(small):
 
 
 @pytest.mark.slow
-def test_nf4_trains_on_the_cpu(small, llama):
+def test_nf4_trains_and_merges_on_the_cpu(small):
+    """Merged into the unquantised base, with what 4 bits had rounded away left as it was there."""
     section = recipe(args={"num_train_epochs": 1}, quantization="nf4")
     folder = train(section, "tuned", section.directory)
-    assert (folder / "adapter_model.safetensors").is_file()
+    weights = load_file(str(folder / "adapter_model.safetensors"))
+    assert any("lora_B" in name and bool(weight.any()) for name, weight in weights.items())
+    merged = merge(section.model, folder, small / "merged")
+    assert merged.largest_difference < 1e-4 * merged.largest_logit
+    assert "quantization_config" not in json.loads((small / "merged" / "config.json").read_text())
 
 
 def test_rows_of_the_world_are_of_different_lengths():

@@ -9,7 +9,7 @@ from training_world import LAYER, recipe, transcripts
 from esr_train.errors import InputError, RunError
 from esr_train.masking import label
 from esr_train.training.batches import Collator, LengthGrouped
-from esr_train.training.dataset import dump_tokens, hold_out, read_rows, statistics, table, to_dataset
+from esr_train.training.dataset import dump_tokens, hold_out, read_rows, singly, statistics, table, to_dataset
 from esr_train.training.preview import preview
 from esr_train.transcript import Span, SpanKind, Transcript, write_transcripts
 
@@ -22,15 +22,13 @@ def rows_of(tmp_path, family, made: list[Transcript], **options):
 def test_the_batch_holds_exactly_the_labels_of_masking(tmp_path, family):
     made = transcripts()
     rows = rows_of(tmp_path, family, made)
-    batch = Collator(family.tokenizer.pad_token_id)(list(to_dataset(rows, table(rows))))
+    batch = Collator(family.tokenizer.pad_token_id)(list(to_dataset(singly(rows), table(rows))))
     for place, transcript in enumerate(made):
         wanted = label(family.tokenizer, transcript, "masked")
         length = len(wanted.input_ids)
         assert batch["input_ids"][place, :length].tolist() == list(wanted.input_ids)
         assert batch["labels"][place, :length].tolist() == list(wanted.labels)
-        assert batch["attention_mask"][place].tolist() == [1] * length + [0] * (
-            batch["labels"].shape[1] - length
-        )
+        assert batch["attention_mask"][place].tolist() == [1] * length + [0] * (batch["labels"].shape[1] - length)
         assert set(batch["labels"][place, length:].tolist()) <= {-100}
 
 
@@ -38,9 +36,9 @@ def test_a_row_is_steered_by_its_own_latent_relative_to_the_threshold(tmp_path, 
     made = transcripts(steered=2, normal=1)
     made[1] = dataclasses.replace(made[1], meta={"threshold": {"raw": 3.0, "norm": 0.5}})
     rows = rows_of(tmp_path, llama, made)
-    columns = to_dataset(rows, table(rows))
-    assert columns["vector"][:] == [0, 1, -1]
-    assert columns["reach"][:] == [4.0, 3.0, 0.0]
+    columns = to_dataset(singly(rows), table(rows))
+    assert columns["vector"][:] == [[0], [1], [-1]]
+    assert columns["reach"][:] == [[4.0], [3.0], [0.0]]
     assert [latent.index for latent in table(rows)] == [0, 1]
     first = rows[0].labelled.offsets[rows[0].reply_start]
     assert rows[0].labelled.text[first[0] :].startswith("First, knead")
@@ -68,13 +66,13 @@ def test_data_that_cannot_be_trained_on_are_refused(tmp_path, llama):
     elsewhere = dataclasses.replace(made[1], steering=dataclasses.replace(made[1].steering, layer=LAYER + 1))
     with pytest.raises(InputError, match="different layers"):
         rows_of(tmp_path, llama, [made[0], elsewhere])
-    with pytest.raises(InputError, match="'s0'.*max_length 20"):
+    with pytest.raises(InputError, match=r"'s0'.*max_length 20"):
         rows_of(tmp_path, llama, made, max_length=20)
 
 
 def test_a_batch_without_a_trained_token_is_refused():
     with pytest.raises(RunError, match="no trained token"):
-        Collator(0)([{"input_ids": [5, 6], "labels": [5, -100]}])
+        Collator(0)([{"input_ids": [5, 6], "labels": [5, -100], "lengths": [2], "reply_start": [0]}])
 
 
 def test_statistics_dump_and_preview_show_what_is_trained(tmp_path, llama):
@@ -92,9 +90,7 @@ def test_statistics_dump_and_preview_show_what_is_trained(tmp_path, llama):
         "labels": list(rows[0].labelled.labels),
     }
     shown = preview(rows[0], colour=False)
-    assert shown.endswith(
-        "[[ Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>]]\n"
-    ) or (
+    assert shown.endswith("[[ Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>]]\n") or (
         shown.endswith("[[ Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>]]")
     )
 
@@ -112,7 +108,17 @@ def test_batches_hold_rows_of_like_length_in_an_order_of_seed_and_epoch_alone():
     first, again = (list(LengthGrouped(lengths, 4, 3, lambda: 1)) for _ in range(2))
     assert first == again != list(LengthGrouped(lengths, 4, 3, lambda: 2))
     assert sorted(first) == list(range(38))
-    spread = [
-        max(batch) - min(batch) for batch in ([lengths[i] for i in first[k : k + 4]] for k in range(0, 36, 4))
-    ]
+    spread = [max(batch) - min(batch) for batch in ([lengths[i] for i in first[k : k + 4]] for k in range(0, 36, 4))]
     assert max(spread) <= 6
+
+
+def test_the_templates_own_date_header_in_the_papers_rows_is_not_said_twice(tmp_path, family, paper):
+    file = paper / "dataset_masked_ratio_50pct_train.jsonl"
+    (tmp_path / "paper.jsonl").write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    rows = read_rows(
+        recipe(family.name, live=False, format="segments", max_length=4096), tmp_path / "paper.jsonl", family.tokenizer
+    )
+    assert len(rows) == 3
+    assert not any("Cutting Knowledge" in row.labelled.text for row in rows)
+    segments = json.loads((tmp_path / "paper.jsonl").read_text().splitlines()[0])["segments"]
+    assert segments[-1]["text"].replace("<|eot_id|>", "").strip() in rows[0].labelled.text

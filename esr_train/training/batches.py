@@ -1,9 +1,12 @@
-"""Which rows go together, and how they are padded."""
+"""Which rows go together, and how they are packed and padded."""
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from esr_train.errors import RunError
@@ -34,9 +37,7 @@ class LengthGrouped(Sampler[int]):
         order = torch.randperm(len(self._lengths), generator=generator).tolist()
         pool = self._batch * POOL
         for start in range(0, len(order), pool):
-            order[start : start + pool] = sorted(
-                order[start : start + pool], key=lambda row: -self._lengths[row]
-            )
+            order[start : start + pool] = sorted(order[start : start + pool], key=lambda row: -self._lengths[row])
         batches = [order[start : start + self._batch] for start in range(0, len(order), self._batch)]
         # A short batch must stay last, or every later batch would straddle two groups.
         last = [batches.pop()] if len(batches[-1]) < self._batch else []
@@ -44,32 +45,92 @@ class LengthGrouped(Sampler[int]):
         return iter([row for batch in shuffled + last for row in batch])
 
 
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows dealt to sequences of at most `capacity` tokens, whole (best-fit decreasing); [sequences][rows].
+
+    A row longer than `capacity` is alone in its sequence.
+    """
+    room: list[tuple[int, int]] = []
+    packed: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        found = bisect_left(room, (lengths[row], -1))
+        if found < len(room):
+            left, number = room.pop(found)
+        else:
+            left, number = capacity, len(packed)
+            packed.append([])
+        packed[number].append(row)
+        insort(room, (left - lengths[row], number))
+    return packed
+
+
 class Collator:
-    """Rows to a right-padded batch: `input_ids`, `attention_mask`, `labels` [rows, positions], others [rows].
+    """Sequences of one or more rows to a right-padded batch.
+
+    The batch holds `input_ids` and `labels` [sequences, positions], and `attention_mask` or, where rows are packed,
+    `position_ids` of the same shape, which begin at 0 with every row and with every padding token: from their
+    breaks transformers infers who may see whom. For the steering it holds `document` (the row's number in the batch,
+    -1 for padding) and `reply` [sequences, positions], and `vector`, `reach` and `key` [rows].
 
     Args:
         pad_token_id: fills `input_ids`; labels are filled with -100.
+        packed: whether sequences hold more than one row.
+        flat: put all sequences into one, as flash attention wants packed rows.
 
     Raises:
         RunError: for a batch without a single trained token, whose loss of 0 would look like success.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad = pad_token_id
+    def __init__(self, pad_token_id: int, packed: bool = False, flat: bool = False) -> None:
+        self._pad, self._packed, self._flat = pad_token_id, packed, flat
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        ids, labels = torch.full(shape, self._pad), torch.full(shape, IGNORED)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for place, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[place, :length] = torch.tensor(row["input_ids"])
-            labels[place, :length] = torch.tensor(row["labels"])
-            mask[place, :length] = 1
+    def __call__(self, sequences: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pieces = [_Piece.of(sequence, number) for number, sequence in _numbered(sequences)]
+        if self._flat:
+            pieces = [_Piece(*(torch.cat(parts) for parts in zip(*map(astuple, pieces), strict=True)))]
+        labels = _padded([piece.labels for piece in pieces], IGNORED)
         if not (labels[:, 1:] != IGNORED).any():
             raise RunError("a batch has no trained token: its loss would be 0 whatever the model says.")
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        for name in ("vector", "reach", "reply_start", "key"):
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows])
-        return batch
+        document = _padded([piece.document for piece in pieces], -1)
+        batch = {"input_ids": _padded([piece.input_ids for piece in pieces], self._pad), "labels": labels}
+        if self._packed:
+            batch["position_ids"] = _padded([piece.place for piece in pieces], 0)
+        else:
+            batch["attention_mask"] = (document >= 0).long()
+        columns = {
+            name: torch.tensor([value for sequence in sequences for value in sequence[name]])
+            for name in ("vector", "reach", "key")
+        }
+        return {**batch, **columns, "document": document, "reply": _padded([piece.reply for piece in pieces], False)}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One sequence, everything [positions]: tokens, labels, whose token it is, its place in the row, if in a reply."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    document: torch.Tensor
+    place: torch.Tensor
+    reply: torch.Tensor
+
+    @staticmethod
+    def of(sequence: dict[str, Any], first: int) -> "_Piece":
+        lengths = torch.tensor(sequence["lengths"])
+        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        place = torch.arange(len(document)) - (lengths.cumsum(0) - lengths)[document]
+        reply = place >= torch.tensor(sequence["reply_start"])[document]
+        ids, labels = torch.tensor(sequence["input_ids"]), torch.tensor(sequence["labels"])
+        return _Piece(ids, labels, document + first, place, reply)
+
+
+def _numbered(sequences: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Sequences with the number of the first row of each."""
+    first = 0
+    for sequence in sequences:
+        yield first, sequence
+        first += len(sequence["lengths"])
+
+
+def _padded(rows: Sequence[torch.Tensor], filling: int | bool) -> torch.Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=filling)

@@ -1,9 +1,10 @@
 """Transcripts become rows of token ids, labels and steering; figures and tokens for a person to check."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from esr_train.errors import InputError
 from esr_train.files import write_jsonl
 from esr_train.masking import IGNORED, Labelled, label
 from esr_train.recipe import Recipe
+from esr_train.training.batches import best_fit
 from esr_train.transcript import SaeRef, Steering, Transcript, read_transcripts
+
+_DATE_HEADER = re.compile(r"\ACutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n*")
 
 HELD_OUT = 0.05
 """Share of the rows whose loss is watched where `train.args.eval_strategy` asks for it (the paper's)."""
@@ -64,9 +68,7 @@ def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) ->
     transcripts = _read(recipe, data)
     if not transcripts:
         raise InputError("there are no training rows", str(data), "Generate data first.")
-    repeated = [
-        key for key, count in Counter(transcript.id for transcript in transcripts).items() if count > 1
-    ]
+    repeated = [key for key, count in Counter(transcript.id for transcript in transcripts).items() if count > 1]
     if repeated:
         raise InputError(f"{len(repeated)} ids occur more than once, such as {repeated[0]!r}", str(data))
     rows = [_row(recipe, tokenizer, transcript) for transcript in transcripts]
@@ -80,7 +82,13 @@ def _read(recipe: Recipe, data: Path) -> list[Transcript]:
         return read_transcripts(data)
     from esr_train.interchange import read_segments
 
-    return read_segments(data)
+    return [_without_header(transcript) for transcript in read_segments(data)]
+
+
+def _without_header(transcript: Transcript) -> Transcript:
+    """Segments hold rendered text; what Llama's template writes by itself must not be said twice."""
+    said = _DATE_HEADER.sub("", transcript.system or "").strip()
+    return replace(transcript, system=said or None)
 
 
 def _row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> TrainingRow:
@@ -124,24 +132,37 @@ def table(rows: Sequence[TrainingRow]) -> list[Latent]:
     return sorted(found, key=lambda latent: (latent.sae.release, latent.sae.id, latent.index))
 
 
-def to_dataset(rows: Sequence[TrainingRow], latents: Sequence[Latent]) -> Dataset:
-    """Rows as columns: `input_ids`, `labels`, `length`, and the steering as plain numbers.
+def to_dataset(sequences: Sequence[Sequence[TrainingRow]], latents: Sequence[Latent]) -> Dataset:
+    """Sequences of one or more rows as columns: tokens and labels one after the other, the rest a list of the rows'.
 
-    `vector` is the place in `latents` (-1: unsteered), `reach` the strength in decoder rows at one times the
-    threshold, `reply_start` the first reply token, `key` a number that stands for the id in random draws.
+    `length` is the sequence's, `lengths` are the rows'; `vector` is the place in `latents` (-1: unsteered), `reach`
+    the strength in decoder rows at one times the threshold, `reply_start` the first reply token of the row, `key` a
+    number that stands for the id in random draws.
     """
     place = {latent: index for index, latent in enumerate(latents)}
     return Dataset.from_dict(
         {
-            "input_ids": [list(row.labelled.input_ids) for row in rows],
-            "labels": [list(row.labelled.labels) for row in rows],
-            "length": [len(row.labelled.input_ids) for row in rows],
-            "vector": [place[row.latent] if row.latent else -1 for row in rows],
-            "reach": [row.reach for row in rows],
-            "reply_start": [row.reply_start for row in rows],
-            "key": [row_key(row.labelled.id) for row in rows],
+            "input_ids": [[token for row in rows for token in row.labelled.input_ids] for rows in sequences],
+            "labels": [[token for row in rows for token in row.labelled.labels] for rows in sequences],
+            "length": [sum(len(row.labelled.input_ids) for row in rows) for rows in sequences],
+            "lengths": [[len(row.labelled.input_ids) for row in rows] for rows in sequences],
+            "vector": [[place[row.latent] if row.latent else -1 for row in rows] for rows in sequences],
+            "reach": [[row.reach for row in rows] for rows in sequences],
+            "reply_start": [[row.reply_start for row in rows] for rows in sequences],
+            "key": [[row_key(row.labelled.id) for row in rows] for rows in sequences],
         }
     )
+
+
+def singly(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+    """Every row a sequence of its own."""
+    return [[row] for row in rows]
+
+
+def packed(rows: Sequence[TrainingRow], max_length: int) -> list[list[TrainingRow]]:
+    """Rows packed whole into sequences of at most `max_length` tokens."""
+    numbers = best_fit([len(row.labelled.input_ids) for row in rows], max_length)
+    return [[rows[number] for number in sequence] for sequence in numbers]
 
 
 def row_key(name: str) -> int:
@@ -149,9 +170,7 @@ def row_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
-def hold_out(
-    rows: Sequence[TrainingRow], share: float = HELD_OUT
-) -> tuple[list[TrainingRow], list[TrainingRow]]:
+def hold_out(rows: Sequence[TrainingRow], share: float = HELD_OUT) -> tuple[list[TrainingRow], list[TrainingRow]]:
     """Training rows and held-out rows (at least one), dealt by their ids' hashes.
 
     Raises:

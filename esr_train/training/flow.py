@@ -11,10 +11,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from esr_train.errors import RunError
-from esr_train.models import decoder_layers
+from esr_train.models import bare_model, decoder_layers
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.intervention import Add
 from esr_train.training.live import COLUMNS, LiveInjection
+
+LEAK = 1e-3
+"""Relative change of a logit that bfloat16 kernels may show without any leak."""
 
 
 class Watch:
@@ -109,7 +112,7 @@ def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) 
     columns = {name: batch[name] for name in COLUMNS}
     inputs = {name: value for name, value in batch.items() if name not in COLUMNS}
     programs = live.programs(columns, epoch=0)
-    owner, reply = live.placement(columns, inputs["attention_mask"])
+    owner, reply = live.placement(columns)
     # Not evaluation mode, in which bitsandbytes repacks 4-bit weights on the CPU.
     model.train()
     for module in dropout:
@@ -137,6 +140,40 @@ def _check_strength_zero(
             steered = _loss(model, inputs)
     if not torch.equal(plain, steered):
         raise RunError(f"live injection: strength 0 changes the loss ({plain.item()} -> {steered.item()}).")
+
+
+@torch.no_grad()
+def check_packing(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Refuse packing where a row sees the rows before it in the sequence.
+
+    Args:
+        model: not yet wrapped for distributed training.
+        batch: collated, at least two packed rows in the first sequence, on the model's device.
+
+    Raises:
+        RunError: if other tokens in the first row change what the model says at the end of the last one.
+    """
+    document, ids = batch["document"][:1], batch["input_ids"][:1]
+    positions = batch["position_ids"][:1]
+    length = int((document[0] >= 0).sum())
+    other = torch.where(document == document[0, 0], (ids + 1) % bare_model(model).config.vocab_size, ids)
+    training = model.training
+    dropout = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    model.train()
+    for module in dropout:
+        module.eval()
+    try:
+        said, changed = (
+            model(input_ids=tokens[:, :length], position_ids=positions[:, :length], use_cache=False).logits[0, -1]
+            for tokens in (ids, other)
+        )
+    finally:
+        model.train(training)
+    if (said - changed).abs().max() > LEAK * said.abs().max():
+        raise RunError(
+            "packing: a row sees the rows that are packed before it. Leave out train.args.packing, or take another "
+            "model.attn_implementation."
+        )
 
 
 def _loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from esr_train.steering.sae import load_sae
 from esr_train.training.dataset import Latent
 from esr_train.transcript import SaeRef
 
-COLUMNS = ("vector", "reach", "reply_start", "key")
+COLUMNS = ("vector", "reach", "key", "document", "reply")
 """The steering columns of a batch; the model never sees them."""
 
 
@@ -83,7 +83,7 @@ class LiveInjection:
         return reach * (low + place * (high - low)) if chosen < self.settings.share else 0.0
 
     def programs(self, columns: dict[str, torch.Tensor], epoch: int) -> list[tuple[Add, ...]]:
-        """One program for each row of a batch; empty for an unsteered row."""
+        """One program for each row of a batch, packed or not; empty for an unsteered row."""
         programs: list[tuple[Add, ...]] = []
         rows = zip(*(columns[name].tolist() for name in ("vector", "reach", "key")), strict=True)
         for vector, reach, key in rows:
@@ -102,22 +102,17 @@ class LiveInjection:
         if not any(programs):
             yield
             return
-        owner, reply = self.placement(columns, inputs["attention_mask"])
+        owner, reply = self.placement(columns)
         with SteeringHook(model, programs) as hook:
             hook.place(owner, reply)
             yield
 
-    def placement(
-        self, columns: dict[str, torch.Tensor], attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Owner (-1: nobody) and reply mask of every token, both [rows, positions]."""
-        rows, positions = attention_mask.shape
-        device = attention_mask.device
-        place = torch.arange(positions, device=device).expand(rows, positions)
-        reply = (place >= columns["reply_start"][:, None].to(device)) & attention_mask.bool()
-        steered = reply if self.settings.positions == "assistant" else attention_mask.bool()
-        owner = torch.arange(rows, device=device)[:, None].expand(rows, positions)
-        return torch.where(steered, owner, -1), reply
+    def placement(self, columns: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Owner (-1: nobody) and reply mask of every token, both [sequences, positions]."""
+        document, reply = columns["document"], columns["reply"]
+        if self.settings.positions == "assistant":
+            return torch.where(reply, document, -1), reply
+        return document, reply
 
     def delta(self, programs: Sequence[Sequence[Add]], owner: torch.Tensor) -> torch.Tensor:
         """What every token gets under these programs, [rows, positions, d_model] float32 on the CPU."""

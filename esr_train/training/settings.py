@@ -51,7 +51,8 @@ DECIDED_ELSEWHERE = {
     "dataset_kwargs": "The trainer prepares the rows.",
     "completion_only_loss": "Set train.loss.",
     "assistant_only_loss": "Set train.loss.",
-    "padding_free": "Rows are batched by length.",
+    "padding_free": "Set train.args.packing, which pads next to nothing.",
+    "eval_packing": "Held-out rows are not packed.",
     "eos_token": "The chat template's end-of-turn token is trained.",
     "pad_token": "The tokenizer's padding token is used.",
     "auto_find_batch_size": "A changed batch size is another experiment; set per_device_train_batch_size.",
@@ -69,7 +70,7 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
 
     Raises:
         InputError: an unknown key (near matches are named), one that is decided elsewhere, a value that
-            SFTConfig refuses, or packing where documents would see each other.
+            SFTConfig refuses, or packing that cuts rows.
     """
     given = dict(recipe.train.args)
     fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
@@ -77,11 +78,11 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
     for key in given:
         if key in DECIDED_ELSEWHERE:
             raise InputError("this is not set here", f"train.args.{key}", DECIDED_ELSEWHERE[key])
-    if given.get("packing"):
+    if given.pop("packing", False) and (strategy := given.pop("packing_strategy", "bfd")) != "bfd":
         raise InputError(
-            "rows are not packed: each carries its own steering",
-            "train.args.packing",
-            "Leave it out; rows of like length are batched together, which wastes few tokens on padding.",
+            f"the packing strategy {strategy!r} cuts rows, and with them detours from their corrections",
+            "train.args.packing_strategy",
+            "Leave it out: bfd packs whole rows.",
         )
     on_cpu = trains_on_cpu(recipe)
     values = {
@@ -103,9 +104,7 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
     try:
         return SFTConfig(**values)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train.args"
-        ) from error
+        raise InputError(f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train.args") from error
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
@@ -121,9 +120,12 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     try:
         return LoraConfig(**{**LORA_DEFAULTS, **given})
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"LoRA refuses these settings ({str(error).splitlines()[0]})", "train.lora"
-        ) from error
+        raise InputError(f"LoRA refuses these settings ({str(error).splitlines()[0]})", "train.lora") from error
+
+
+def packs(recipe: Recipe) -> bool:
+    """Whether several rows share a sequence (`train.args.packing`)."""
+    return bool(recipe.train.args.get("packing"))
 
 
 def trains_on_cpu(recipe: Recipe) -> bool:

@@ -24,10 +24,10 @@ from esr_train.training.adapter import finish, is_complete
 from esr_train.training.batches import Collator, LengthGrouped
 from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress, flops_per_token
 from esr_train.training.checkpoints import last_checkpoint, remove_checkpoints
-from esr_train.training.dataset import TrainingRow, hold_out, read_rows, table, to_dataset
-from esr_train.training.flow import Watch, check_flow, verified
+from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows, singly, table, to_dataset
+from esr_train.training.flow import Watch, check_flow, check_packing, verified
 from esr_train.training.live import COLUMNS, LiveInjection, load_vectors
-from esr_train.training.settings import lora_config, sft_config, trains_on_cpu
+from esr_train.training.settings import lora_config, packs, sft_config, trains_on_cpu
 
 ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
 """Given the model in training and its tokenizer, makes the behavioural probe."""
@@ -55,7 +55,7 @@ class EsrTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch, both under the rows' steering."""
-        self._meter.count(int(inputs["attention_mask"].sum()), int((inputs["labels"] != IGNORED).sum()))
+        self._meter.count(int((inputs["document"] >= 0).sum()), int((inputs["labels"] != IGNORED).sum()))
         epoch = int(self.state.epoch or 0)
         watching = self._watching(model, inputs, epoch)
         with self._steering(model, inputs, epoch), watching:
@@ -86,11 +86,12 @@ class EsrTrainer(SFTTrainer):
         """Under DeepSpeed, check the injection in the first micro-batch that has a steered row."""
         if self._live is None or not self._unchecked:
             return nullcontext()
-        programs = self._live.programs({name: inputs[name] for name in COLUMNS}, epoch)
+        columns = {name: inputs[name] for name in COLUMNS}
+        programs = self._live.programs(columns, epoch)
         if not any(programs):
             return nullcontext()
         self._unchecked = False
-        owner, _ = self._live.placement({name: inputs[name] for name in COLUMNS}, inputs["attention_mask"])
+        owner, _ = self._live.placement(columns)
         return verified(Watch(model, self._live.layer), self._live.delta(programs, owner))
 
     def _steering(self, model: Any, inputs: dict[str, Any], epoch: int) -> AbstractContextManager[None]:
@@ -228,6 +229,8 @@ def build_trainer(
     """
     training, watched = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
     latents = table(rows)
+    together = packs(recipe)
+    sequences = packed(training, args.max_length) if together else singly(training)
     if live:
         live.check_fits(model)
     on_cpu = trains_on_cpu(recipe)
@@ -238,17 +241,15 @@ def build_trainer(
             meter=Meter(count_parameters(model), args.world_size, on_cpu),
             model=model,
             args=args,
-            data_collator=Collator(tokenizer.pad_token_id),
-            train_dataset=to_dataset(training, latents),
-            eval_dataset=to_dataset(watched, latents) if watched else None,
+            data_collator=Collator(tokenizer.pad_token_id, together, flat=together and _is_flash(recipe)),
+            train_dataset=to_dataset(sequences, latents),
+            eval_dataset=to_dataset(singly(watched), latents) if watched else None,
             processing_class=tokenizer,
             peft_config=lora,
             callbacks=[Progress()],
         )
     except ValueError as error:
-        raise InputError(
-            f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train"
-        ) from error
+        raise InputError(f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train") from error
     trainer.remove_callback(PrinterCallback)
     _assert_deepspeed(trainer)
     if args.load_best_model_at_end:
@@ -257,9 +258,13 @@ def build_trainer(
         every = recipe.train.probe.every
         log = functools.partial(Trainer.log, trainer)
         trainer.add_callback(BehaviourProbe(probe(trainer.model, tokenizer), every, log))
-    if live and trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
-        _check_injection(trainer, training, latents, live)
+    if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        _check_before_training(trainer, training, latents, live, together)
     return trainer
+
+
+def _is_flash(recipe: Recipe) -> bool:
+    return recipe.model.attn_implementation == "flash_attention_2"
 
 
 def _assert_deepspeed(trainer: EsrTrainer) -> None:
@@ -270,14 +275,23 @@ def _assert_deepspeed(trainer: EsrTrainer) -> None:
         raise RunError(f"DeepSpeed was asked for, but accelerate runs {found}.")
 
 
-def _check_injection(
-    trainer: EsrTrainer, rows: Sequence[TrainingRow], latents: Sequence[Any], live: LiveInjection
+def _check_before_training(
+    trainer: EsrTrainer,
+    rows: Sequence[TrainingRow],
+    latents: Sequence[Any],
+    live: LiveInjection | None,
+    together: bool,
 ) -> None:
     by_length = sorted(rows, key=lambda row: len(row.labelled.input_ids))
-    steered = next(row for row in by_length if row.latent)
-    other = next((row for row in by_length if row is not steered), steered)
-    batch = trainer.data_collator(list(to_dataset([steered, other], latents)))
-    check_flow(trainer.model, {name: value.to(trainer.args.device) for name, value in batch.items()}, live)
+    first = next((row for row in by_length if row.latent), by_length[0]) if live else by_length[0]
+    other = next((row for row in by_length if row is not first), first)
+    sequences = [[first, other]] if together else [[first], [other]]
+    batch = trainer.data_collator(list(to_dataset(sequences, latents)))
+    placed = {name: value.to(trainer.args.device) for name, value in batch.items()}
+    if together:
+        check_packing(trainer.model, placed)
+    if live:
+        check_flow(trainer.model, placed, live)
 
 
 def _close(trainer: EsrTrainer, folder: Path, keep: bool) -> None:
