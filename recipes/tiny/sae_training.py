@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from recipes.tiny.architecture import SAE_LAYER
 
-LATENTS = 1024
-ACTIVE = 12
-BATCH = 2048
+LATENTS = 1792
+ACTIVE = 16
+SAMPLES = 800_000
+BATCH = 1024
 PURITY = 0.5
 """Least share of a latent's activation that must fall on one topic for the latent to get that topic's label."""
 
@@ -38,28 +39,34 @@ def residuals(model: PreTrainedModel, rows: list[list[int]], description: str) -
     return found
 
 
-def train_sae(
-    model: PreTrainedModel, states: torch.Tensor, samples: int, seed: int, name: str
-) -> BatchTopKTrainingSAE:
-    """Train a BatchTopK SAE on `states` [tokens, d_model], drawn at random with a seed."""
+def train_sae(states: torch.Tensor, seed: int, name: str) -> BatchTopKTrainingSAE:
+    """Train a BatchTopK SAE on `states` [tokens, d_model], drawn at random with a seed.
+
+    It is trained on states scaled to a mean norm of sqrt(d_model), where sae-lens' defaults work well; the scale
+    is folded into the weights afterwards.
+    """
     torch.manual_seed(seed)
+    d_model = states.shape[1]
+    scale = d_model**0.5 / float(states.norm(dim=-1).mean())
     config = BatchTopKTrainingSAEConfig(
-        d_in=states.shape[1],
+        d_in=d_model,
         d_sae=LATENTS,
         k=ACTIVE,
-        normalize_activations="expected_average_only_in",
-        metadata=SAEMetadata(
-            model_name=name, hook_name=f"blocks.{SAE_LAYER}.hook_resid_post", prepend_bos=True
-        ),
+        metadata=SAEMetadata(model_name=name, hook_name=f"blocks.{SAE_LAYER}.hook_resid_post", prepend_bos=True),
     )
     sae = BatchTopKTrainingSAE(config)
-    sae.b_dec.data = states.mean(dim=0)
+    sae.b_dec.data = states.mean(dim=0) * scale
+    steps = SAMPLES // BATCH
     settings = SAETrainerConfig(
-        total_training_samples=samples, train_batch_size_samples=BATCH, lr=1e-3, lr_end=1e-4, device="cpu",
-        lr_warm_up_steps=50, lr_decay_steps=samples // BATCH // 3, dead_feature_window=150,
-        n_batches_for_norm_estimate=20,
+        total_training_samples=SAMPLES, train_batch_size_samples=BATCH, lr=2e-3, lr_end=2e-4, device="cpu",
+        lr_warm_up_steps=50, lr_decay_steps=steps // 3, dead_feature_window=steps // 5,
     )  # fmt: skip
-    return SAETrainer(settings, sae, _draws(states, seed)).fit()
+    sae = SAETrainer(settings, sae, _draws(states * scale, seed)).fit()
+    sae.W_enc.data *= scale
+    sae.W_dec.data /= scale
+    sae.b_dec.data /= scale
+    sae.topk_threshold /= scale  # sae-lens compares activation times decoder norm with it
+    return sae
 
 
 def _draws(states: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
