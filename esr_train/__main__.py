@@ -87,9 +87,9 @@ def _train(recipe: Recipe, arm: str) -> None:
 
 def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
     from esr_train.models import load_tokenizer
-    from esr_train.training.dataset import dump_tokens, read_rows, statistics
+    from esr_train.training.dataset import dump_tokens, packed, read_rows, statistics
     from esr_train.training.preview import preview
-    from esr_train.training.settings import lora_config, sft_config
+    from esr_train.training.settings import lora_config, packs, sft_config
     from esr_train.training.trainer import adapter_folder, data_file
 
     section = recipe.for_arm(arm)
@@ -103,6 +103,8 @@ def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
         print(dump_recipe(section))
         for key, value in statistics(rows).items():
             print(f"{key}: {value}")
+        if packs(section):
+            print(f"packed sequences: {len(packed(rows, section.train.max_length))}")
         for row in rows[: options.rows]:
             print("\n" + preview(row, colour=sys.stdout.isatty()))
 

@@ -117,6 +117,28 @@ def test_nf4_under_zero3_is_refused(tmp_path, llama):
     assert "NF4 weights cannot be sharded by ZeRO-3" in launched.stderr
 
 
+@pytest.mark.slow
+def test_the_papers_file_trains_through_accelerate_launch(tmp_path, llama, paper):
+    write_world(tmp_path, llama)
+    shipped = yaml.safe_load((SHIPPED / "accelerate" / "zero2.yaml").read_text())
+    shipped["deepspeed_config"]["deepspeed_config_file"] = str(SHIPPED / "deepspeed" / "zero2.json")
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(shipped))
+    args = {"max_steps": 3, "per_device_train_batch_size": 1}
+    data = str(paper / "dataset_masked_ratio_50pct_train.jsonl")
+    section = recipe(live=False, args=args, data=data, format="segments", max_length=4096)
+    (tmp_path / "paper.yaml").write_text(dump_recipe(section.model_copy(update={"name": "paper"})))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml"]
+    command += ["--main_process_port", str(free_port()), "-m", "esr_train", "paper.yaml"]
+    launched = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=540)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    steps, weights = result(tmp_path, "paper")
+    assert len(steps) == 3
+    assert all(0 < loss < 20 and grad_norm > 0 for loss, grad_norm in steps)
+    assert any("lora_B" in name and bool(weight.any()) for name, weight in weights.items())
+    record = json.loads((tmp_path / "runs/paper/adapter/tuned/provenance.json").read_text())
+    assert (record["world_size"], record["data"]["rows"]) == (2, 918)
+
+
 def test_the_shipped_configurations_are_complete():
     files = sorted(path.name for path in (SHIPPED / "accelerate").glob("*.yaml"))
     assert files == ["ddp.yaml", "zero1.yaml", "zero2.yaml", "zero3-multinode.yaml", "zero3.yaml"]

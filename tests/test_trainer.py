@@ -10,16 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from training_world import recipe, transcripts, write_world
+from transformers import TrainerControl, TrainerState
 
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from esr_train.recipe import dump_recipe
 from esr_train.training.adapter import merge
+from esr_train.training.callbacks import BehaviourProbe, Observation
 from esr_train.training.checkpoints import last_checkpoint
 from esr_train.training.settings import lora_config, sft_config
-from esr_train.training.trainer import train
+from esr_train.training.trainer import PATIENCE, train
 
 ROOT = Path(__file__).parent.parent
 NO_DROPOUT = {"r": 4, "lora_dropout": 0.0}
@@ -86,6 +89,15 @@ def test_held_out_rows_and_checkpoints_that_are_kept(small):
     assert last_checkpoint(folder / "checkpoints", 1) is not None
 
 
+def test_training_stops_when_the_held_out_loss_no_longer_falls_and_keeps_the_best(small):
+    watch = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    args = {"num_train_epochs": 12, "learning_rate": 0.3, "lr_scheduler_type": "constant", **watch}
+    section = recipe(args=args, live=False)
+    log = json.loads((train(section, "tuned", section.directory) / "training_log.json").read_text())
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert len(losses) == losses.index(min(losses)) + 1 + PATIENCE < 12
+
+
 def test_the_probe_is_logged_beside_the_loss_and_changes_nothing(small):
     plain = log_of(recipe(), "runs/plain")
     section, seen = recipe(probe={"every": 2}), []
@@ -94,7 +106,7 @@ def test_the_probe_is_logged_beside_the_loss_and_changes_nothing(small):
         def probe(step: int) -> dict[str, float]:
             assert not model.training
             seen.append(step)
-            return {"restarts": 0.25}
+            return Observation({"restarts": 0.25}, ({"response": f"at {step}"}, {"response": "calm"}))
 
         return probe
 
@@ -103,6 +115,27 @@ def test_the_probe_is_logged_beside_the_loss_and_changes_nothing(small):
     assert seen == [2, 4, 6]
     assert [entry["step"] for entry in log if entry.get("probe_restarts") == 0.25] == seen
     assert steps(log) == steps(plain)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["response"]) for row in samples[::2]] == [(2, "at 2"), (4, "at 4"), (6, "at 6")]
+    assert len(samples) == 6
+
+
+def test_samples_of_steps_that_are_done_again_are_not_kept_twice(tmp_path):
+    seen: list[dict] = []
+    callback = BehaviourProbe(
+        lambda step: Observation({}, ({"made": len(seen)},)), 1, seen.append, tmp_path / "s.jsonl"
+    )
+    for step in (1, 2, 3, 2):
+        state = TrainerState(global_step=step, is_world_process_zero=True)
+        callback.on_step_end(None, state, TrainerControl(), model=torch.nn.Linear(1, 1))
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "made": 0}, {"step": 2, "made": 3}]
+
+
+def test_a_probe_that_nobody_hands_in_is_said_to_be_left_out(small, capsys):
+    section = recipe(probe={"every": 1}, args={"num_train_epochs": 1})
+    train(section, "tuned", section.directory)
+    assert "train.probe is left out" in capsys.readouterr().err
 
 
 def test_a_finished_or_begun_training_is_not_continued_with_another_recipe(small):
@@ -124,12 +157,14 @@ def test_a_finished_or_begun_training_is_not_continued_with_another_recipe(small
         ({"args": {"learning_rat": 1}}, "train.args.learning_rat.*Did you mean learning_rate"),
         ({"args": {"fp16": True}}, "train.args.fp16.*model.dtype"),
         ({"args": {"packing": True, "packing_strategy": "wrapped"}}, "train.args.packing_strategy.*cuts rows"),
+        ({"args": {"report_to": "trackio"}}, "train.args.report_to.*pip install trackio"),
         ({"args": {"lr_scheduler_type": "cosin"}}, "train.args.*cosin"),
         ({"lora": {"rank": 4}}, "train.lora.rank"),
         ({"lora": {"r": 0}}, "train.lora"),
     ],
 )
-def test_settings_that_do_not_exist_or_do_harm_are_refused(tmp_path, options, message):
+def test_settings_that_do_not_exist_or_do_harm_are_refused(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("esr_train.training.settings.find_spec", lambda name: None)
     section = recipe(**options)
     with pytest.raises(InputError, match=message):
         _ = sft_config(section, tmp_path), lora_config(section)

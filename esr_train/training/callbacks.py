@@ -3,15 +3,33 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-Probe = Callable[[int], dict[str, float]]
-"""Called with the step; returns what to log, such as the restart rate with and without steering."""
+from esr_train.files import read_jsonl, write_jsonl
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a probe found.
+
+    Args:
+        figures: to log, such as the restart rate with and without steering.
+        samples: a few responses as JSON objects, for a person to read.
+    """
+
+    figures: dict[str, float]
+    samples: tuple[dict[str, Any], ...] = ()
+
+
+Probe = Callable[[int], Observation]
+"""Called with the step."""
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -126,16 +144,17 @@ class Progress(TrainerCallback):
 
 
 class BehaviourProbe(TrainerCallback):
-    """Calls the probe every so many steps and hands what it found to the log.
+    """Calls the probe every so many steps, hands its figures to the log and writes its samples beside it.
 
     Args:
         probe: generates under steering with the model as it is now and judges; it runs on every process.
         every: steps between two calls.
         log: the trainer's.
+        samples: JSONL file for the samples, each with the step it was made at.
     """
 
-    def __init__(self, probe: Probe, every: int, log: Callable[[dict[str, float]], None]) -> None:
-        self._probe, self._every, self._log = probe, every, log
+    def __init__(self, probe: Probe, every: int, log: Callable[[dict[str, float]], None], samples: Path) -> None:
+        self._probe, self._every, self._log, self._samples = probe, every, log, samples
 
     def on_step_end(
         self,
@@ -147,15 +166,26 @@ class BehaviourProbe(TrainerCallback):
     ) -> None:
         if state.global_step % self._every:
             return
+        found = self._observe(state.global_step, model)
+        if state.is_world_process_zero:
+            self._write(state.global_step, found.samples)
+        asked = control.should_log
+        self._log({f"probe_{key}": value for key, value in found.figures.items()})
+        # Logging takes back the wish to log, and this step's loss may still be waiting for it.
+        control.should_log = asked
+
+    def _observe(self, step: int, model: Any) -> Observation:
         training, random_state = model.training, torch.get_rng_state()
         model.eval()
         try:
-            found = self._probe(state.global_step)
+            return self._probe(step)
         finally:
             # Watching must not change what is watched: dropout goes on as if nothing had happened.
             model.train(training)
             torch.set_rng_state(random_state)
-        asked = control.should_log
-        self._log({f"probe_{key}": value for key, value in found.items()})
-        # Logging takes back the wish to log, and this step's loss may still be waiting for it.
-        control.should_log = asked
+
+    def _write(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        before: list[dict[str, Any]] = read_jsonl(self._samples, dict) if self._samples.exists() else []
+        # A run that goes on from a checkpoint comes by some steps again.
+        kept = [row for row in before if row["step"] < step]
+        write_jsonl(self._samples, [*kept, *({"step": step, **sample} for sample in samples)])

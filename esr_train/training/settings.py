@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
 }
 """The paper's optimisation, with rows of like length batched together."""
+
+LOGGERS = ("wandb", "trackio", "tensorboard")
 
 DECIDED_ELSEWHERE = {
     "output_dir": "The run directory decides where files go.",
@@ -102,9 +105,19 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
         "completion_only_loss": False,
     }
     try:
-        return SFTConfig(**values)
+        args = SFTConfig(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train.args") from error
+    _check_loggers(args)
+    return args
+
+
+def _check_loggers(args: SFTConfig) -> None:
+    missing = [name for name in LOGGERS if name in args.report_to and find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"{missing[0]} is not installed", "train.args.report_to", f"`pip install {missing[0]}`, or take another."
+        )
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -31,6 +32,9 @@ from esr_train.training.settings import lora_config, packs, sft_config, trains_o
 
 ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
 """Given the model in training and its tokenizer, makes the behavioural probe."""
+
+SAMPLES = "samples.jsonl"
+"""In the adapter's folder: what the probe showed of the model's responses on the way."""
 
 PATIENCE = 3
 """Evaluations without improvement after which training stops, where `load_best_model_at_end` is set."""
@@ -162,6 +166,8 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
         refuse_changes(read_json(folder / "provenance.json"), record, folder)
         return folder
     _begin(folder, record, args)
+    if section.train.probe and probe is None and args.process_index == 0:
+        print("train.probe is left out: only `esr run` has what it takes to steer and judge.", file=sys.stderr)
     live = live_injection(section, rows)
     model = load_model(section.model, quantization=section.train.quantization, for_training=True)
     trainer = build_trainer(section, args, model, tokenizer, rows, live, probe)
@@ -230,7 +236,7 @@ def build_trainer(
     training, watched = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
     latents = table(rows)
     together = packs(recipe)
-    sequences = packed(training, args.max_length) if together else singly(training)
+    sequences = packed(training, recipe.train.max_length) if together else singly(training)
     if live:
         live.check_fits(model)
     on_cpu = trains_on_cpu(recipe)
@@ -255,9 +261,10 @@ def build_trainer(
     if args.load_best_model_at_end:
         trainer.add_callback(EarlyStoppingCallback(PATIENCE))
     if probe and recipe.train.probe:
-        every = recipe.train.probe.every
+        samples = Path(str(args.output_dir)).parent / SAMPLES
         log = functools.partial(Trainer.log, trainer)
-        trainer.add_callback(BehaviourProbe(probe(trainer.model, tokenizer), every, log))
+        made = probe(trainer.model, tokenizer)
+        trainer.add_callback(BehaviourProbe(made, recipe.train.probe.every, log, samples))
     if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
         _check_before_training(trainer, training, latents, live, together)
     return trainer
