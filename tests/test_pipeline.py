@@ -1,0 +1,188 @@
+"""The whole road on a cut-down quickstart: it ends in a report, does nothing twice, and survives being killed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from esr_train.files import read_json, write_jsonl
+from esr_train.steering.sae import read_labels
+from esr_train.transcript import read_transcripts
+from eval.cells import read_prompts
+from eval.store import read_trials
+from recipes.cli import main
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+METRICS = {
+    "multi_attempt_rate", "esr_rate", "esr10_rate", "worsening_rate", "restart_rate", "first_score", "last_score",
+    "improvement", "silent_recovery_rate", "degenerate_rate", "parroting_rate", "hijack_rate",
+}  # fmt: skip
+CONDITIONS = ("steered", "unsteered", "steered_recalibrated")
+TOPICS, TRIALS = 12, 12
+REWRITTEN = {"recipe.yaml", "provenance.json", "metrics.json", "report.html"}
+"""What every call writes, because it costs nothing; all else is a stage's."""
+DYING = """
+import os, signal, sys
+folder, left, seen = sys.argv[1], int(sys.argv[2]), 0
+
+def watch(event, arguments):
+    # Every file opened for writing and every rename in the run's folder is a moment at which the run may die.
+    global seen
+    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if (writes or event == "os.rename") and folder in str(arguments[0]):
+        seen += 1
+        if seen == left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+from recipes.cli import main
+code = main(sys.argv[3:])
+print(f"moments: {seen}")
+sys.exit(code)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, the words that make it, and how many moments it had at which it could have died."""
+
+    folder: Path
+    words: list[str]
+    moments: int = 0
+
+
+def command(assets: Path, runs: Path, prompts: Path) -> list[str]:
+    """`esr run` on the quickstart, as small as every stage allows."""
+    changes = {
+        "runs": runs,
+        "model.path": assets / "llama",
+        "sae.release": assets,
+        "sae.labels": assets / "llama-sae" / "labels.jsonl",
+        "judge.vocabulary": assets / "vocabulary.json",
+        "prompts.path": prompts,
+        "prompts.splits.validation": 0.2,
+        "engine.batch_rows": 24,
+        "sampling.max_new_tokens": 48,
+        "calibration": "{rounds: 3, prompts: 2, bounds: [0.1, 2.0], max_new_tokens: 32, verify: 0}",
+        "data": "{steered: {rows: 6, max_detour_score: 90, min_answer_score: 0}, normal: {rows: 6}}",
+        "train.args.max_steps": 6,
+        "train.args.per_device_train_batch_size": 4,
+        "train.args.save_steps": 2,
+        "train.lora.r": 4,
+        "eval": f"{{trials: {TRIALS}, conditions: [{', '.join(CONDITIONS)}], bootstrap: 50}}",
+    }
+    recipe = str(ROOT / "recipes" / "tiny" / "quickstart.yaml")
+    return ["run", recipe, *(f"{key}={value}" for key, value in changes.items())]
+
+
+def dying(run: Run, moment: int) -> subprocess.CompletedProcess[str]:
+    """Run in a process of its own that is killed at a moment (0: never)."""
+    words = [sys.executable, "-c", DYING, str(run.folder), str(moment), *run.words]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+
+
+def new_run(folder: Path, assets: Path) -> Run:
+    labels = read_labels(assets / "llama-sae" / "labels.jsonl")
+    topics = sorted(set(labels.values()))[:TOPICS]
+    rows = [each for each in read_prompts(assets / "prompts.jsonl") if each.topic in topics]
+    write_jsonl(folder / "prompts.jsonl", ({"prompt": each.text, "topic": each.topic} for each in rows))
+    return Run(folder / "quickstart", command(assets, folder, folder / "prompts.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nobody interrupted."""
+    run = new_run(tmp_path_factory.mktemp("whole"), assets)
+    result = dying(run, 0)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return Run(run.folder, run.words, int(result.stdout.rpartition("moments: ")[2]))
+
+
+def stage_files(folder: Path) -> dict[str, int]:
+    """Every file of a stage and when it was written last."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in REWRITTEN]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files if path.parent.name != "figures"}
+
+
+def test_the_road_ends_in_metrics_with_the_documented_keys(finished):
+    metrics = read_json(finished.folder / "metrics.json")
+    assert metrics["schema"] == 1
+    assert set(metrics["arms"]) == {"base", "tuned"}
+    assert set(metrics["arms"]["base"]) == {"steered", "unsteered"}
+    assert set(metrics["arms"]["tuned"]) == set(CONDITIONS)
+    assert set(metrics["paired"]) == {"tuned-base"}
+    for arms in (metrics["arms"], metrics["paired"]):
+        for conditions in arms.values():
+            for found in conditions.values():
+                assert set(found) >= METRICS
+                assert all(set(each) == {"value", "low", "high", "n", "unscored"} for each in found.values())
+    steered = metrics["arms"]["tuned"]["steered"]["multi_attempt_rate"]
+    assert steered["n"] + steered["unscored"] == TRIALS
+    assert metrics["paired"]["tuned-base"]["steered"]["last_score"]["n"] == TRIALS
+
+
+def test_the_run_directory_holds_what_is_documented(finished):
+    folder = finished.folder
+    names = ("recipe.yaml", "provenance.json", "thresholds.json", "metrics.json", "report.html")
+    assert all((folder / name).is_file() for name in names)
+    assert (folder / "adapter" / "tuned" / "adapter_model.safetensors").is_file()
+    assert list((folder / "figures").glob("*.svg"))
+    rows = read_transcripts(folder / "data" / "tuned.jsonl")
+    assert (sum(row.corrects for row in rows), len(rows)) == (6, 12)
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".partial")]
+
+
+def test_both_arms_ran_the_same_cells_and_none_that_training_knew(finished):
+    base, tuned = (read_trials(finished.folder / "trials" / f"{arm}.jsonl") for arm in ("base", "tuned"))
+    cells = [
+        {json.dumps(row["cell"], sort_keys=True) for row in rows if row["condition"] == "steered"}
+        for rows in (base, tuned)
+    ]
+    assert cells[0] == cells[1]
+    assert len(cells[0]) == TRIALS
+    assert all((row["steered_tokens"] > 0) == (row["condition"] != "unsteered") for row in (*base, *tuned))
+    rows = read_transcripts(finished.folder / "data" / "tuned.jsonl")
+    taught = {row.steering.label for row in rows if row.steering}
+    assert taught
+    assert not {row.prompt for row in rows} & {row["cell"]["prompt"] for row in base}
+    assert not taught & {row["cell"]["label"] for row in base}
+
+
+def test_a_finished_run_started_again_does_nothing_new(finished):
+    before, metrics = stage_files(finished.folder), (finished.folder / "metrics.json").read_bytes()
+    assert len(before) > 10
+    assert main(finished.words) == 0
+    assert stage_files(finished.folder) == before
+    assert (finished.folder / "metrics.json").read_bytes() == metrics
+
+
+def test_a_changed_setting_repeats_its_stage_and_what_follows_only(finished, tmp_path):
+    copy = tmp_path / "quickstart"
+    shutil.copytree(finished.folder, copy)
+    before = stage_files(copy)
+    assert main([*finished.words, f"runs={tmp_path}", "train.lora.r=8"]) == 0
+    after = stage_files(copy)
+    changed = {name for name in before if after.get(name) != before[name]}
+    kept = {"thresholds.json", "data/tuned.jsonl", "trials/base.jsonl"}
+    assert kept <= set(before)
+    assert not changed & kept
+    assert {"adapter/tuned/adapter_model.safetensors", "trials/tuned.jsonl"} <= changed
+
+
+def test_a_run_killed_again_and_again_ends_in_the_same_metrics(finished, assets, tmp_path):
+    wanted = (finished.folder / "metrics.json").read_bytes()
+    run, rng = new_run(tmp_path, assets), Random(finished.moments)
+    for _ in range(3):
+        result = dying(run, rng.randrange(1, finished.moments // 2))
+        assert result.returncode == -9, result.stderr[-3000:]
+        assert not (run.folder / "metrics.json").exists()
+    result = dying(run, 0)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (run.folder / "metrics.json").read_bytes() == wanted
