@@ -4,7 +4,7 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +201,7 @@ class Experiment:
         latents = [each.direction for each in self.latents["test"]]
         return make_cells(self.world.pools.test, latents, self.recipe.eval.trials, self.recipe.seed)
 
-    def _bisect(
-        self, label: str, adapter: Path | None, latents: Sequence[Direction], scores: Path
-    ) -> list[Threshold]:
+    def _bisect(self, label: str, adapter: Path | None, latents: Sequence[Direction], scores: Path) -> list[Threshold]:
         section = self.recipe.calibration
         if adapter:
             low, high = section.bounds
@@ -286,7 +284,7 @@ class Experiment:
             stem = f"data/sources/{name}-{digest(inputs)}"
             path = self.directory / f"{stem}.jsonl"
             outputs = [f"{stem}.jsonl", f"{stem}.candidates.jsonl", f"{stem}.funnel.json"]
-            fingerprint = self.stages.do(stem, inputs, outputs, lambda n=name, w=wanted, p=path: self._collect(n, w, p))
+            fingerprint = self.stages.do(stem, inputs, outputs, partial(self._collect, name, wanted, path))
             result[name] = (path, fingerprint)
         return result
 
@@ -310,7 +308,9 @@ class Experiment:
             return normal(context, section, pools.normal)
         if name == "prompted":
             return prompted(context, section, pools.train)
-        return {"steered": steered, "contrast": contrast}[name](context, section, pools.train, self.latents["train"])
+        if name == "contrast":
+            return contrast(context, section, pools.train, self.latents["train"])
+        return steered(context, section, pools.train, self.latents["train"])
 
     def _check_held_out(self, rows: Sequence[Transcript]) -> None:
         """Refuse rows that share a prompt, a steering latent or an off-topic subject with the evaluation."""
@@ -411,9 +411,7 @@ def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
     return path
 
 
-def _notes(
-    top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
+def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     topics = top.world.pools.topics
     held_out = sorted(topic for topic, split in topics.items() if split == "test")
     cells = [row["cell"] for row in rows["base"] if row["cell"]["latent"] is not None]
