@@ -163,6 +163,23 @@ def test_a_finished_run_started_again_does_nothing_new(finished):
     assert (finished.folder / "metrics.json").read_bytes() == metrics
 
 
+def test_the_single_commands_find_the_same_run_done(finished, capsys):
+    before, metrics = stage_files(finished.folder), (finished.folder / "metrics.json").read_bytes()
+    words = finished.words[1:]
+    assert main(["eval", "calibrate", *words]) == 0
+    assert main(["data", "generate", *words]) == 0
+    assert main(["eval", "run", *words, "--arm", "tuned"]) == 0
+    names = ("thresholds.json", "data/tuned.jsonl", "trials/tuned.jsonl")
+    said = capsys.readouterr().out.splitlines()
+    assert [str(finished.folder / name) for name in names] == [line for line in said if Path(line).is_file()]
+    (finished.folder / "metrics.json").unlink()
+    assert main(["eval", "report", str(finished.folder)]) == 0
+    assert (finished.folder / "metrics.json").read_bytes() == metrics
+    assert main(["data", "stats", str(finished.folder)]) == 0
+    assert "self-correction: 6 (50.0%)" in capsys.readouterr().out
+    assert stage_files(finished.folder) == before
+
+
 def test_a_changed_setting_repeats_its_stage_and_what_follows_only(finished, tmp_path):
     copy = tmp_path / "quickstart"
     shutil.copytree(finished.folder, copy)
