@@ -196,10 +196,27 @@ def test_a_changed_setting_repeats_its_stage_and_what_follows_only(finished, tmp
 def test_a_run_killed_again_and_again_ends_in_the_same_metrics(finished, assets, tmp_path):
     wanted = (finished.folder / "metrics.json").read_bytes()
     run, rng = new_run(tmp_path, assets), Random(finished.moments)
-    for _ in range(3):
-        result = dying(run, rng.randrange(1, finished.moments // 2))
+    for _ in range(2):
+        result = dying(run, rng.randrange(1, 2 * finished.moments // 3))
         assert result.returncode == -9, result.stderr[-3000:]
         assert not (run.folder / "metrics.json").exists()
     result = dying(run, 0)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (run.folder / "metrics.json").read_bytes() == wanted
+
+
+def test_several_seeds_share_the_base_s_thresholds_and_end_in_one_report(assets, tmp_path):
+    run = new_run(tmp_path, assets)
+    small = ("train.args.max_steps=3", f"eval={{trials: {TRIALS}, conditions: [steered], bootstrap: 50}}")
+    result = dying(Run(run.folder, [*run.words, *small, "seeds=[3, 4]", "workers=2"]), 0)
+    assert result.returncode == 0, result.stderr[-3000:]
+    parts = [run.folder / f"seed-{seed}" for seed in (3, 4)]
+    counts = [read_json(folder / "metrics.json")["arms"]["tuned"]["steered"]["last_score"]["n"] for folder in parts]
+    assert counts == [TRIALS, TRIALS]
+    together = read_json(run.folder / "metrics.json")
+    assert together["arms"]["tuned"]["steered"]["last_score"]["n"] == 2 * TRIALS
+    assert together["paired"]["tuned-base"]["steered"]["last_score"]["n"] == 2 * TRIALS
+    thresholds = [read_json(folder / "thresholds.json")["thresholds"] for folder in (run.folder, *parts)]
+    assert thresholds[0] == thresholds[1] == thresholds[2]
+    cells = [{row["cell"]["seed"] for row in read_trials(folder / "trials" / "base.jsonl")} for folder in parts]
+    assert not cells[0] & cells[1]
