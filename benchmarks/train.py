@@ -1,0 +1,276 @@
+"""Our training against plain TRL: same transcripts, same model, same LoRA, same rows in a step, one thread each.
+
+    python benchmarks/train.py                  every variant, each in a process of its own; writes results/train.md
+    python benchmarks/train.py --rows 64        smaller
+
+Plain TRL is `SFTTrainer` with its defaults and prompt-completion masking. To have the same objective, ours trains the
+whole reply (`train.loss: unmasked`) in the first rows of the table; the last row masks the detours, as our recipes do.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results" / "train.md"
+MAX_LENGTH, ROWS_OF_A_STEP, LAYER = 1024, 8, 2
+VOCABULARY = 4096
+LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+WORDS = """the a of to in and is on with for it that this then from by at as you your add take put hold cut fold turn
+slowly gently well first next last before after until water oil salt dough rope sail knife board paper glue wood nail
+paint brush sand soil seed leaf root stem stone wheel chain brake pump light lens film scale chord beat tune page line
+word note proof sum line angle circle ratio force mass heat steam ice wind cloud rain river hill road map coin price
+loan bond share yarn hook stitch seam cloth thread needle clay kiln glaze bowl plate spoon bread crust yeast""".split()  # noqa: SIM905
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "trl": ("plain TRL (defaults, prompt-completion masking)", {}),
+    "grouped": ("ours, rows of like length together (our default)", {}),
+    "packed": ("ours, packed", {"packing": True, "per_device_train_batch_size": 2}),
+    "live": ("ours, rows of like length, live injection", {"live": True}),
+    "masked": ("ours, rows of like length, detours masked", {"loss": "masked"}),
+}
+
+
+def main() -> None:
+    """Run every variant and write the table, or run the one that is named and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        print(json.dumps(measure(options.variant, options.rows, options.epochs)))
+        return
+    load = os.getloadavg()
+    found = {name: in_process(name, options) for name in VARIANTS}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(page(found, options, load, os.getloadavg()), encoding="utf-8")
+    print(RESULTS.read_text(encoding="utf-8"))
+
+
+def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """A variant's figures, measured in a process of its own so that its peak memory is its own."""
+    threads = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = ["--variant", name, "--rows", str(options.rows), "--epochs", str(options.epochs)]
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(variant: str, rows: int, epochs: int) -> dict[str, float]:
+    """Train one variant: real tokens a second, seconds, peak memory above the start's, held-out loss."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        kept = transcripts(rows + 32)
+        write_world(kept)
+        training, held_out = kept[:rows], kept[rows:]
+        before = memory()
+        run = train_trl if variant == "trl" else train_ours
+        seconds, model = run(training, variant, epochs)
+        peak = memory() - before
+        tokens = sum(lengths(training)) * epochs
+        return {
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "peak_gib": peak,
+            "loss": loss_on(model, held_out, "unmasked"),
+            "loss_masked": loss_on(model, held_out, "masked"),
+            "tokens": tokens,
+            "longest": max(lengths(training)),
+            "mean": tokens / epochs / rows,
+        }
+
+
+def memory() -> float:
+    """The most this process has held so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def transcripts(rows: int) -> list[Any]:
+    """Half self-correction rows, half normal ones, with the wide spread of lengths that answers have."""
+    from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript
+
+    rng = random.Random(0)
+    made = []
+    for number in range(rows):
+        answer = Span(SpanKind.ANSWER, text(rng, median=130))
+        prompt = f"{text(rng, median=12)}?"
+        if number % 2:
+            made.append(Transcript(f"n{number}", prompt, (answer,), "normal"))
+            continue
+        detour = Span(SpanKind.OFF_TOPIC, text(rng, median=60))
+        cue = Span(SpanKind.CUE, " Wait, that is not right. ")
+        steering = Steering(SaeRef("saes", "first"), LAYER, number % 8, None, Strength(raw=1.0, norm=1.0))
+        made.append(Transcript(f"s{number}", prompt, (detour, cue, answer), "steered", steering=steering))
+    return made
+
+
+def text(rng: random.Random, median: float) -> str:
+    """Sentences whose number of words is log-normal; common words come first in the list and are drawn more often."""
+    count = min(max(int(median * math.exp(rng.gauss(0, 0.8))), 3), 600)
+    words = rng.choices(WORDS, [1 / (place + 2) for place in range(len(WORDS))], k=count)
+    return " ".join(word + ("." if place % 11 == 10 else "") for place, word in enumerate(words)).strip()
+
+
+def write_world(rows: list[Any]) -> None:
+    """Model and tokenizer with random weights, an SAE, and the training file, in the current directory."""
+    import torch
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from recipes.tiny.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer([row.content for row in rows], "llama", vocab_size=600)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
+    special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **shape, **special))
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=256, d_sae=8))
+    sae.W_dec.data = 0.1 * torch.randn_like(sae.W_dec)
+    sae.cfg.metadata.hook_name = f"blocks.{LAYER}.hook_resid_post"
+    sae.save_model("saes/first")
+
+
+def recipe(variant: str, epochs: int) -> Any:
+    """Ours as a recipe; checkpointing on and the learning rate as in plain TRL's run."""
+    from esr_train.recipe import Recipe
+
+    extra = dict(VARIANTS[variant][1])
+    live, loss = extra.pop("live", False), extra.pop("loss", "unmasked")
+    args = {
+        "per_device_train_batch_size": ROWS_OF_A_STEP,
+        "gradient_accumulation_steps": 1,
+        **COMMON,
+        "num_train_epochs": epochs,
+        **extra,
+    }
+    train = {"args": args, "lora": LORA, "max_length": MAX_LENGTH, "loss": loss}
+    model = {"path": "model", "dtype": "float32", "attn_implementation": "sdpa", "device": "cpu"}
+    return Recipe.model_validate(
+        {"name": "bench", "model": model, "train": {**train, **({"live": {}} if live else {})}}
+    )
+
+
+COMMON = {
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "gradient_checkpointing": True,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+"""The same for both: TRL checkpoints gradients by default, too."""
+
+
+def train_ours(rows: list[Any], variant: str, epochs: int) -> tuple[float, Any]:
+    """Train with this project; seconds of the training loop and the model."""
+    from esr_train.models import load_model
+    from esr_train.training.trainer import train
+    from esr_train.transcript import write_transcripts
+
+    section = recipe(variant, epochs)
+    write_transcripts(Path("runs/bench/data/tuned.jsonl"), rows)
+    folder = train(section, "tuned", section.directory)
+    log = json.loads((folder / "training_log.json").read_text())
+    return log[-1]["train_runtime"], load_model(section.model, folder)
+
+
+def train_trl(rows: list[Any], variant: str, epochs: int) -> tuple[float, Any]:
+    """Train with plain TRL: conversational prompt and completion, everything else at its default."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    said = [{"prompt": turn("user", row.prompt), "completion": turn("assistant", row.content)} for row in rows]
+    common = {**COMMON, "max_length": MAX_LENGTH, "per_device_train_batch_size": ROWS_OF_A_STEP}
+    args = SFTConfig("trl", use_cpu=True, bf16=False, num_train_epochs=epochs, disable_tqdm=True, **common)
+    lora = LoraConfig(task_type="CAUSAL_LM", **LORA)
+    trainer = SFTTrainer("model", args=args, train_dataset=Dataset.from_list(said), peft_config=lora)
+    seconds = trainer.train().metrics["train_runtime"]
+    return seconds, trainer.model.eval()
+
+
+def turn(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def labelled(rows: list[Any], policy: Any) -> list[Any]:
+    from esr_train.masking import label
+    from esr_train.models import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe("grouped", 1).model)
+    return [label(tokenizer, row, policy) for row in rows]
+
+
+def lengths(rows: list[Any]) -> list[int]:
+    """Real tokens of every row."""
+    return [len(row.input_ids) for row in labelled(rows, "unmasked")]
+
+
+def loss_on(model: Any, rows: list[Any], policy: str) -> float:
+    """Mean loss of a trained token of rows nobody trained on."""
+    import torch
+
+    total = count = 0.0
+    with torch.no_grad():
+        for row in labelled(rows, policy):
+            ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+            trained = int((labels[:, 1:] != -100).sum())
+            total += model(input_ids=ids, labels=labels).loss.item() * trained
+            count += trained
+    return total / count
+
+
+def page(found: dict[str, dict[str, float]], options: argparse.Namespace, before: Any, after: Any) -> str:
+    """The result as Markdown."""
+    from esr_train.provenance import versions
+
+    plain = found["trl"]
+    lines = [
+        "# Training speed against plain TRL",
+        "",
+        f"`python benchmarks/train.py --rows {options.rows} --epochs {options.epochs} --threads {options.threads}`",
+        "",
+        f"{options.rows} transcripts, {plain['tokens'] / options.epochs:,.0f} tokens "
+        f"(mean {plain['mean']:.0f}, longest {plain['longest']:.0f}). A Llama of 6 layers, 256 wide, vocabulary "
+        f"{VOCABULARY}, random weights, float32, LoRA r 16, {ROWS_OF_A_STEP} rows in a step (packed: 2 sequences of at most "
+        f"{MAX_LENGTH} tokens), gradient checkpointing on everywhere. Real tokens: padding does not count. Peak memory "
+        "is what the process held above what it held before training. Held-out loss: 32 rows, the whole reply | from "
+        "the cue on.",
+        "",
+        "| variant | real tokens/s | against plain TRL | peak memory (GiB) | held-out loss |",
+        "|---|---|---|---|---|",
+    ]
+    for name, figures in found.items():
+        ratio = figures["tokens_per_second"] / plain["tokens_per_second"]
+        losses = f"{figures['loss']:.3f} \\| {figures['loss_masked']:.3f}"
+        lines.append(
+            f"| {VARIANTS[name][0]} | {figures['tokens_per_second']:,.0f} | {ratio:.2f} x "
+            f"| {figures['peak_gib']:.2f} | {losses} |"
+        )
+    kinds = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    lines += [
+        "",
+        f"CPU, {options.threads} thread(s) of {os.cpu_count()}; load average {before[0]:.1f} at the beginning, "
+        f"{after[0]:.1f} at the end. {kinds}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
