@@ -247,8 +247,8 @@ def page(found: dict[str, dict[str, float]], options: argparse.Namespace, before
         "",
         f"{options.rows} transcripts, {plain['tokens'] / options.epochs:,.0f} tokens "
         f"(mean {plain['mean']:.0f}, longest {plain['longest']:.0f}). A Llama of 6 layers, 256 wide, vocabulary "
-        f"{VOCABULARY}, random weights, float32, LoRA r 16, {ROWS_OF_A_STEP} rows in a step (packed: 2 sequences of at most "
-        f"{MAX_LENGTH} tokens), gradient checkpointing on everywhere. Real tokens: padding does not count. Peak memory "
+        f"{VOCABULARY}, random weights, float32, LoRA r 16, {ROWS_OF_A_STEP} rows in a step (packed: 2 sequences of at "
+        f"most {MAX_LENGTH} tokens), gradient checkpointing on. Real tokens: padding does not count. Peak memory "
         "is what the process held above what it held before training. Held-out loss: 32 rows, the whole reply | from "
         "the cue on.",
         "",
