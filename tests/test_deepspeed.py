@@ -123,7 +123,7 @@ def test_the_papers_file_trains_through_accelerate_launch(tmp_path, llama, paper
     shipped = yaml.safe_load((SHIPPED / "accelerate" / "zero2.yaml").read_text())
     shipped["deepspeed_config"]["deepspeed_config_file"] = str(SHIPPED / "deepspeed" / "zero2.json")
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(shipped))
-    args = {"max_steps": 3, "per_device_train_batch_size": 1}
+    args = {"max_steps": 3, "per_device_train_batch_size": 1, "optim": "adamw_bnb_8bit"}
     data = str(paper / "dataset_masked_ratio_50pct_train.jsonl")
     section = recipe(live=False, args=args, data=data, format="segments", max_length=4096)
     (tmp_path / "paper.yaml").write_text(dump_recipe(section.model_copy(update={"name": "paper"})))

@@ -98,6 +98,18 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_keeps_the_bes
     assert len(losses) == losses.index(min(losses)) + 1 + PATIENCE < 12
 
 
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_optimiser_states_in_eight_bits(small, optim):
+    """Matrices of fewer than 4,096 weights keep 32 bits, so the rank is high enough here."""
+    section = recipe(args={"optim": optim, "num_train_epochs": 1}, lora={"r": 64, "lora_dropout": 0.0})
+    section_32 = recipe(args={"num_train_epochs": 1}, lora={"r": 64, "lora_dropout": 0.0})
+    eight, full = (steps(log_of(each, f"runs/{name}")) for name, each in (("eight", section), ("full", section_32)))
+    assert eight[0] == full[0]
+    assert eight != full
+    for one, other in zip(eight, full, strict=True):
+        assert one[0] == pytest.approx(other[0], rel=0.02)
+
+
 def test_the_probe_is_logged_beside_the_loss_and_changes_nothing(small):
     plain = log_of(recipe(), "runs/plain")
     section, seen = recipe(probe={"every": 2}), []
