@@ -58,9 +58,7 @@ def collect(source: str, wanted: int, make: Make, path: Path, chunk: int) -> Col
     store = TrialStore(path)
     kept = sum(row["transcript"] is not None for row in store.rows())
     number = len(store.keys())
-    with tqdm(
-        total=wanted, initial=min(kept, wanted), desc=f"{source} rows", unit="row", mininterval=1
-    ) as bar:
+    with tqdm(total=wanted, initial=min(kept, wanted), desc=f"{source} rows", unit="row", mininterval=1) as bar:
         while kept < wanted:
             if number >= CANDIDATES_PER_ROW * wanted + chunk:
                 raise RunError(_too_few(source, wanted, kept, _funnel(store)))

@@ -1,5 +1,6 @@
 """What every source of rows works with."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,9 +25,7 @@ class SteerableLatent:
     def steering(self, norm: float) -> Steering:
         """This latent at a strength, as a transcript records it."""
         direction = self.direction
-        return Steering(
-            direction.sae, direction.layer, direction.latent, direction.label, direction.strength(norm)
-        )
+        return Steering(direction.sae, direction.layer, direction.latent, direction.label, direction.strength(norm))
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ class Context:
     def generate(self, asked: Sequence["Asked"]) -> list[Completion]:
         """One completion for each of `asked`, in order."""
         requests = [
-            Request(
-                str(number), each.prompt, prefix=each.prefix, interventions=each.interventions, seed=each.seed
-            )
+            Request(str(number), each.prompt, prefix=each.prefix, interventions=each.interventions, seed=each.seed)
             for number, each in enumerate(asked)
         ]
         return self.engine.generate(requests, self.sampling)
@@ -79,6 +76,12 @@ def cut_sentences(text: str, count: int) -> str:
     """The first `count` sentences of a text, without the whitespace around them."""
     found = sentences(text)[:count]
     return text[: found[-1][1]].strip() if found else ""
+
+
+def cut_words(text: str, count: int) -> str:
+    """The first `count` words of a text, as they stand there."""
+    ends = [match.end() for match in re.finditer(r"\S+", text)][:count]
+    return text[: ends[-1]].strip() if ends else ""
 
 
 def joined(*parts: tuple[SpanKind, str]) -> tuple[Span, ...]:

@@ -16,16 +16,12 @@ def normal(context: Context, section: NormalSection, prompts: Sequence[Prompt]) 
     def make(numbers: Sequence[int]) -> list[Outcome]:
         chosen = [prompts[number % len(prompts)] for number in numbers]
         seeds = [candidate_rng(context.seed, "normal", number).randrange(SEEDS) for number in numbers]
-        completions = context.generate(
-            [Asked(prompt.text, seed) for prompt, seed in zip(chosen, seeds, strict=True)]
-        )
+        completions = context.generate([Asked(prompt.text, seed) for prompt, seed in zip(chosen, seeds, strict=True)])
         texts = [completion.text.strip() for completion in completions]
         scores = context.scores([JudgeItem(p.text, text) for p, text in zip(chosen, texts, strict=True)])
         return [
             _outcome(context, section, number, prompt, text, score, completion.finish_reason)
-            for number, prompt, text, score, completion in zip(
-                numbers, chosen, texts, scores, completions, strict=True
-            )
+            for number, prompt, text, score, completion in zip(numbers, chosen, texts, scores, completions, strict=True)
         ]
 
     return make

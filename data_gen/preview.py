@@ -81,8 +81,7 @@ def _heading(transcript: Transcript) -> str:
         return f"{transcript.id} ({transcript.source})"
     name = f" {steering.label!r}" if steering.label else ""
     return (
-        f"{transcript.id} ({transcript.source}; latent {steering.latent}{name}, "
-        f"strength {steering.strength.norm:.2f})"
+        f"{transcript.id} ({transcript.source}; latent {steering.latent}{name}, strength {steering.strength.norm:.2f})"
     )
 
 
@@ -98,9 +97,7 @@ def _visible(text: str) -> str:
 
 def _print_legend(console: Console) -> None:
     pieces = [(f"{kind}  ", STYLES[kind]) for kind in SpanKind]
-    console.print(
-        Text.assemble(*pieces, "(with a tokenizer: ", ("trained", TRAINED), " ", ("masked", MASKED), ")")
-    )
+    console.print(Text.assemble(*pieces, "(with a tokenizer: ", ("trained", TRAINED), " ", ("masked", MASKED), ")"))
 
 
 def _print_mask(console: Console, labelled: Labelled) -> None:

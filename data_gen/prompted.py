@@ -71,6 +71,4 @@ def _outcome(
         "scores": {"off_topic": off_topic, "answer": answer},
     }
     spans = joined(*zip(kinds, texts, strict=True))
-    return Outcome(
-        Transcript(f"prompted-{context.seed}-{number:07d}", prompt.text, spans, "prompted", meta=meta)
-    )
+    return Outcome(Transcript(f"prompted-{context.seed}-{number:07d}", prompt.text, spans, "prompted", meta=meta))

@@ -6,10 +6,11 @@ from pathlib import Path
 from random import Random
 
 from data_gen.collect import Make, Outcome, candidate_rng
-from data_gen.context import SEEDS, Asked, Context, SteerableLatent, cut_sentences, joined, other_topic
+from data_gen.context import SEEDS, Asked, Context, SteerableLatent, cut_sentences, cut_words, joined, other_topic
 from esr_train.errors import InputError
 from esr_train.files import read_text
 from esr_train.recipe import ContrastSection, SteeredSection
+from esr_train.steering.engine import Completion
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
 from eval.judging.attempts import attempts
@@ -54,11 +55,11 @@ def steered(
         drawn = [_draw(context, "steered", number, prompts, latents, section.strength) for number in numbers]
         _detour(context, section, drawn)
         for candidate in drawn:
-            candidate.parts.append((SpanKind.CUE, candidate.rng.choice(cues)))
+            candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
         again = [each for each in drawn if not each.reason and each.rng.random() < section.second_detour]
         _detour(context, section, again)
         for candidate in again:
-            candidate.parts.append((SpanKind.CUE, candidate.rng.choice(cues)))
+            candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
         _answer(context, section.min_answer_score, drawn)
         return [_outcome(context, "steered", candidate) for candidate in drawn]
 
@@ -77,9 +78,7 @@ def contrast(
             candidate.parts.append((SpanKind.ANSWER, completion.text.strip()))
             if completion.finish_reason != "stop":
                 candidate.reason = "answer too long"
-        _keep_scored(
-            context, drawn, "answer", lambda score: score >= section.min_answer_score, "answer off-topic"
-        )
+        _keep_scored(context, drawn, "answer", lambda score: score >= section.min_answer_score, "answer off-topic")
         return [_outcome(context, "contrast", candidate) for candidate in drawn]
 
     return make
@@ -113,20 +112,29 @@ def _detour(context: Context, section: SteeredSection, candidates: list[_Candida
     going = [candidate for candidate in candidates if not candidate.reason]
     completions = context.generate([_asked(context, candidate) for candidate in going])
     for candidate, completion in zip(going, completions, strict=True):
-        low, high = section.cut
-        text = cut_sentences(completion.text, candidate.rng.randint(int(low), int(high)))
+        text = _cut(section, candidate.rng, completion)
         candidate.parts.append((SpanKind.OFF_TOPIC, text))
         if not text:
             candidate.reason = "detour empty"
-        elif completion.finish_reason == "length" and text == completion.text.strip():
-            candidate.reason = "detour too long"
-        elif len(attempts(candidate.text)) > len(
-            [1 for kind, _ in candidate.parts if kind is SpanKind.OFF_TOPIC]
-        ):
+        elif len(attempts(candidate.text)) > sum(kind is SpanKind.OFF_TOPIC for kind, _ in candidate.parts):
             candidate.reason = "detour restarts by itself"
-    _keep_scored(
-        context, going, "off_topic", lambda score: score < section.max_detour_score, "detour on-topic"
-    )
+    _keep_scored(context, going, "off_topic", lambda score: score < section.max_detour_score, "detour on-topic")
+
+
+def _cut(section: SteeredSection, rng: Random, completion: Completion) -> str:
+    """Some sentences of a detour, or some words where it is cut in mid-sentence or its sentences run on."""
+    count = rng.randint(*map(int, section.cut))
+    text = cut_sentences(completion.text, count)
+    endless = completion.finish_reason == "length" and text == completion.text.strip()
+    if endless or len(text.split()) > section.cut_words[1] or rng.random() < section.mid_sentence:
+        return cut_words(text, rng.randint(*map(int, section.cut_words)))
+    return text
+
+
+def _cue(cues: Sequence[str], candidate: _Candidate) -> str:
+    """A cue; after a detour that was cut in mid-sentence the speaker breaks off first."""
+    cue = candidate.rng.choice(cues)
+    return cue if candidate.text.endswith((".", "!", "?")) else f"... {cue}"
 
 
 def _answer(context: Context, least: float, candidates: list[_Candidate]) -> None:
