@@ -96,7 +96,9 @@ def result(folder: Path, name: str) -> tuple[list[tuple[float, float]], dict]:
 def test_two_processes_equal_one(tmp_path, family, stage, packing):
     options = {"family": family.name, "packing": packing, "max_length": 200 if packing else 512}
     rows = 2 if packing else 4
-    write_world(tmp_path, family, transcripts(steered=16, normal=8) if packing else None)
+    # An even number of sequences: accelerate fills an uneven last step up with rows of the first.
+    steered = {"llama": 20, "gemma": 16}[family.name]
+    write_world(tmp_path, family, transcripts(steered, normal=8) if packing else None)
     write_recipe(tmp_path, "single", batch=rows, **options)
     command = [sys.executable, "-m", "esr_train", "single.yaml"]
     subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True)
