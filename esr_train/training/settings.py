@@ -113,7 +113,7 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
 
 
 def _check_loggers(args: SFTConfig) -> None:
-    missing = [name for name in LOGGERS if name in args.report_to and find_spec(name) is None]
+    missing = [name for name in LOGGERS if name in (args.report_to or []) and find_spec(name) is None]
     if missing:
         raise InputError(
             f"{missing[0]} is not installed", "train.args.report_to", f"`pip install {missing[0]}`, or take another."
