@@ -85,9 +85,11 @@ def cut_words(text: str, count: int) -> str:
 
 
 def joined(*parts: tuple[SpanKind, str]) -> tuple[Span, ...]:
-    """Spans of a reply, set apart by one space, which belongs to the later span."""
-    spans = [Span(kind, text if number == 0 else f" {text}") for number, (kind, text) in enumerate(parts)]
-    return tuple(spans)
+    """Spans of a reply, set apart by one space, which belongs to the later span, unless that opens a paragraph."""
+    return tuple(
+        Span(kind, text if number == 0 or text.startswith("\n") else f" {text}")
+        for number, (kind, text) in enumerate(parts)
+    )
 
 
 def other_topic(prompt: Prompt, latents: Sequence[SteerableLatent]) -> list[SteerableLatent]:

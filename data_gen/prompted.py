@@ -16,7 +16,7 @@ MIN_ANSWER_SCORE = 80.0
 
 def prompted(context: Context, section: PromptedSection, prompts: Sequence[Prompt]) -> Make:
     """Makes rows whose detour is the model's unsteered answer to a question about another topic."""
-    cues = read_cues(None)
+    cues = read_cues(section.cues)
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
         rngs = [candidate_rng(context.seed, "prompted", number) for number in numbers]

@@ -9,6 +9,7 @@ from data_gen.collect import Make, Outcome, candidate_rng
 from data_gen.context import SEEDS, Asked, Context, SteerableLatent, cut_sentences, cut_words, joined, other_topic
 from esr_train.errors import InputError
 from esr_train.files import read_text
+from esr_train.models import local_path
 from esr_train.recipe import ContrastSection, SteeredSection
 from esr_train.steering.engine import Completion
 from esr_train.transcript import SpanKind, Transcript
@@ -34,12 +35,13 @@ class _Candidate:
 
     @property
     def text(self) -> str:
-        return " ".join(text for _, text in self.parts)
+        return "".join(span.text for span in joined(*self.parts))
 
 
 def read_cues(path: str | None) -> list[str]:
     """Cues, one a line; the shipped set for None."""
-    cues = [line.strip() for line in read_text(path or CUES).splitlines() if line.strip()]
+    file = (local_path(path) or path) if path else CUES
+    cues = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not cues:
         raise InputError("there is no cue in the file", path, "Write one cue a line.")
     return cues
@@ -132,9 +134,9 @@ def _cut(section: SteeredSection, rng: Random, completion: Completion) -> str:
 
 
 def _cue(cues: Sequence[str], candidate: _Candidate) -> str:
-    """A cue; after a detour that was cut in mid-sentence the speaker breaks off first."""
+    """A cue; after a detour that was cut in mid-sentence it opens a new paragraph."""
     cue = candidate.rng.choice(cues)
-    return cue if candidate.text.endswith((".", "!", "?")) else f"... {cue}"
+    return cue if candidate.text.endswith((".", "!", "?")) else f"\n\n{cue}"
 
 
 def _answer(context: Context, least: float, candidates: list[_Candidate]) -> None:

@@ -120,6 +120,7 @@ class PromptedSection(Section):
 
     rows: Count = 0
     cut: Range = (1, 4)
+    cues: str | None = Field(None, description="text file, one cue a line; None takes the shipped set")
     writer: str | None = Field(
         None, description="a name for inspect_ai's model API; None: the model itself answers another question"
     )

@@ -306,6 +306,12 @@ class Experiment:
         )
         if name == "normal":
             return normal(context, section, pools.normal)
+        if name == "prompted" and section.writer:
+            raise InputError(
+                "detours cannot be written by another model yet",
+                "data.prompted.writer",
+                "Leave it out (the model's own answers to other questions are the detours), or import rows.",
+            )
         if name == "prompted":
             return prompted(context, section, pools.train)
         if name == "contrast":

@@ -69,6 +69,7 @@ class World:
             recipe.judge.vocabulary,
             recipe.sae and recipe.sae.labels,
             recipe.data.steered.cues,
+            recipe.data.prompted.cues,
             f"{recipe.model.path}/model.safetensors",
             recipe.sae and f"{recipe.sae.release}/{recipe.sae.id}/sae_weights.safetensors",
         )

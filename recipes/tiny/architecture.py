@@ -38,8 +38,8 @@ def build_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="eager"))
-    config = Gemma2Config(
+        return LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="eager"))  # type: ignore[call-arg]
+    config = Gemma2Config(  # type: ignore[call-arg]
         **shape,
         query_pre_attn_scalar=32,
         sliding_window=64,

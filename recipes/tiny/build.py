@@ -81,7 +81,7 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fold
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model.float()
 
