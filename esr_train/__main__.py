@@ -15,9 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["merge"]:
-        options = _merge_parser().parse_args(words[1:])
+        options = _merge_parser().parse_intermixed_args(words[1:])
         return guarded(lambda: _merge(options), options.debug)
-    options = _parser().parse_args(words)
+    options = _parser().parse_intermixed_args(words)
     return guarded(lambda: _run(options), options.debug)
 
 

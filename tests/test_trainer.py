@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_world import recipe, transcripts, write_world
 from transformers import TrainerControl, TrainerState
 
+from esr_train.__main__ import main
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from esr_train.recipe import dump_recipe
@@ -205,6 +206,22 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path, 2) is None
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"log_hist')
     assert last_checkpoint(tmp_path, 1) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_dry_run_shows_recipe_figures_and_masks_and_trains_nothing(small, capsys):
+    """Overrides may stand behind the flag."""
+    (small / "r.yaml").write_text(dump_recipe(recipe()))
+    assert main(["r.yaml", "--dry-run", "--rows", "1", "train.loss=unmasked", "train.args.packing=true"]) == 0
+    shown = capsys.readouterr().out
+    for wanted in (
+        "loss: unmasked",
+        "rows per source: {'normal': 4, 'steered': 8}",
+        "straddling tokens: ",
+        "[[First, knead",
+    ):
+        assert wanted in shown
+    assert "packed sequences: " in shown
+    assert not (small / "runs" / "t" / "adapter").exists()
 
 
 def test_bad_input_is_one_paragraph_and_exit_code_two(small):
