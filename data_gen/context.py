@@ -80,7 +80,7 @@ def cut_sentences(text: str, count: int) -> str:
 
 def cut_words(text: str, count: int) -> str:
     """The first `count` words of a text, as they stand there."""
-    ends = [match.end() for match in re.finditer(r"\S+", text)][:count]
+    ends = [match.end() for match in re.finditer(r"\S{1,12}", text)][:count]
     return text[: ends[-1]].strip() if ends else ""
 
 

@@ -123,9 +123,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     return next((token for token in _ENDS_OF_TURN if token in known), str(tokenizer.eos_token))
 
 
-def find_controls(
-    tokenizer: PreTrainedTokenizerBase, text: str, contents: Sequence[Range]
-) -> tuple[Range, ...]:
+def find_controls(tokenizer: PreTrainedTokenizerBase, text: str, contents: Sequence[Range]) -> tuple[Range, ...]:
     """Where control tokens stand in `text` outside the ranges in `contents`, which are in order."""
     names = sorted(_special_tokens(tokenizer), key=len, reverse=True)
     pattern = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
@@ -153,9 +151,7 @@ def _apply(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         has_system = messages[0]["role"] == "system"
         raise InputError(
@@ -210,9 +206,7 @@ def _place_spans(transcript: Transcript, start: int, end: int) -> tuple[tuple[Sp
     return tuple(placed)
 
 
-def _encode_plain(
-    tokenizer: PreTrainedTokenizerBase, text: str, split_special_tokens: bool = False
-) -> Encoded:
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, split_special_tokens: bool = False) -> Encoded:
     found = tokenizer(
         text,
         add_special_tokens=False,

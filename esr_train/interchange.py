@@ -167,9 +167,7 @@ def _from_messages(row: Any, name: str) -> Transcript:
     said = [(message["role"], message["content"]) for message in row["messages"]]
     roles = [role for role, _ in said]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(
-            f"one prompt and one reply are needed, after at most one system message; roles: {roles}"
-        )
+        raise ValueError(f"one prompt and one reply are needed, after at most one system message; roles: {roles}")
     reply = said[-1][1]
     ranges = row.get("spans") or [{"kind": "answer", "start": 0, "end": len(reply)}]
     borders = [0, *(span["end"] for span in ranges)]

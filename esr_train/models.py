@@ -262,11 +262,7 @@ def check_adapter(model: nn.Module, where: str) -> None:
     weights = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     empty = next((name for name, weight in weights.items() if weight.numel() == 0), None)
     if empty:
-        raise RunError(
-            f"{where}: the adapter's weight {empty} is empty. It was not gathered before it was saved."
-        )
+        raise RunError(f"{where}: the adapter's weight {empty} is empty. It was not gathered before it was saved.")
     ups = [weight for name, weight in weights.items() if "lora_B" in name]
     if not any(bool(weight.any()) for weight in ups):
-        raise RunError(
-            f"{where}: every B matrix of the adapter is zero, so it changes nothing. It was not trained."
-        )
+        raise RunError(f"{where}: every B matrix of the adapter is zero, so it changes nothing. It was not trained.")

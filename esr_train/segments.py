@@ -24,9 +24,7 @@ _HEADERS = (
         r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
         re.DOTALL,
     ),
-    re.compile(
-        r"(?:<bos>)?<start_of_turn>user\n(?P<prompt>.*?)<end_of_turn>\n<start_of_turn>model\n", re.DOTALL
-    ),
+    re.compile(r"(?:<bos>)?<start_of_turn>user\n(?P<prompt>.*?)<end_of_turn>\n<start_of_turn>model\n", re.DOTALL),
 )
 _TURN = re.compile(r"<\|start_header_id\|>|<start_of_turn>")
 _END = re.compile(r"(?:<\|eot_id\|>|<end_of_turn>\n?)?\Z")
@@ -66,9 +64,7 @@ def from_segments(row: Any, name: str, line: int, report: "ImportReport") -> Tra
     text = "".join(piece for _, piece in pieces)
     header = next((match for pattern in _HEADERS if (match := pattern.match(text))), None)
     if header is None:
-        raise ValueError(
-            "the template text is neither Llama 3's nor Gemma's, or the first turn is not a user's"
-        )
+        raise ValueError("the template text is neither Llama 3's nor Gemma's, or the first turn is not a user's")
     end = _END.search(text, header.end())
     assert end is not None
     reply = _between(pieces, header.end(), end.start())
@@ -125,9 +121,7 @@ def _spans(reply: Sequence[Piece], line: int, report: "ImportReport") -> Iterato
         yield from (Span(kind, part) for kind, part in parts if part)
 
 
-def _kept(
-    row: dict[str, Any], pieces: list[Piece], header: str, reply: list[Piece], end: str
-) -> dict[str, Any]:
+def _kept(row: dict[str, Any], pieces: list[Piece], header: str, reply: list[Piece], end: str) -> dict[str, Any]:
     """What a transcript has no place for and an export needs."""
     kept: dict[str, Any] = {"header": header, "end": end}
     if _join(header, reply, end) != pieces:
@@ -142,9 +136,7 @@ def _report_oddities(
     if any(before[-1].isalnum() and after[0].isalnum() for (_, before), (_, after) in pairwise(reply)):
         report.cut_mid_word.append(line)
     if any(label for label, _ in _between(pieces, 0, start)):
-        report.problems.append(
-            f"line {line}: the prompt is labelled for training; transcripts never train it"
-        )
+        report.problems.append(f"line {line}: the prompt is labelled for training; transcripts never train it")
     if not end:
         report.problems.append(f"line {line}: no end-of-turn token; training adds one")
     elif not pieces[-1][0]:

@@ -128,9 +128,7 @@ def work(latents: int, section: CalibrationSection) -> int:
     return latents * (section.rounds * section.prompts + section.verify)
 
 
-def updated(
-    density: np.ndarray, grid: np.ndarray, at: float, scores: Sequence[float], target: float
-) -> np.ndarray:
+def updated(density: np.ndarray, grid: np.ndarray, at: float, scores: Sequence[float], target: float) -> np.ndarray:
     """The posterior [points] after `scores` (0-100) were seen at the strength `at`.
 
     With s the scores' mean (0-1) and m their number, the mean score at `at` is above the target with
@@ -171,9 +169,7 @@ def _thresholds(
         strength = latent.strength(norm)
         ends = float(low[place]), float(high[place])
         result.append(
-            Threshold(
-                latent.latent, latent.label, strength.norm, strength.raw, *ends, int(seen[place]), bound
-            )
+            Threshold(latent.latent, latent.label, strength.norm, strength.raw, *ends, int(seen[place]), bound)
         )
     return result
 
@@ -202,9 +198,7 @@ class _Lockstep:
         ]
         kept = {row["key"]: row["scores"] for row in self.store.rows()} if self.store else {}
         missing = [place for place, key in enumerate(keys) if key not in kept]
-        found = self._measure(
-            name, [(self.latents[place], float(norms[place])) for place in missing], prompts, count
-        )
+        found = self._measure(name, [(self.latents[place], float(norms[place])) for place in missing], prompts, count)
         rows = [{"key": keys[place], "scores": scores} for place, scores in zip(missing, found, strict=True)]
         if self.store:
             self.store.append(rows)
@@ -242,8 +236,7 @@ class _Lockstep:
             for (latent, _, prompt, _), completion in zip(asked, completions, strict=True)
         ]
         first = [
-            None if each.error or not each.attempts else each.attempts[0].score
-            for each in self.judge.judge(items)
+            None if each.error or not each.attempts else each.attempts[0].score for each in self.judge.judge(items)
         ]
         groups = [first[start : start + count] for start in range(0, len(first), count)]
         return [[score for score in group if score is not None] for group in groups]
@@ -309,9 +302,7 @@ def load_thresholds(path: Path | str, key: Mapping[str, Any]) -> list[Threshold]
         names = [each.name for each in fields(Threshold)]
         thresholds = [Threshold(**{name: row[name] for name in names}) for row in rows]
     except (TypeError, KeyError) as error:
-        raise InputError(
-            f"this is not a file of thresholds ({error!r})", str(path), "Calibrate again."
-        ) from None
+        raise InputError(f"this is not a file of thresholds ({error!r})", str(path), "Calibrate again.") from None
     wanted = json.loads(json.dumps(key))
     differing = [name for name in {**wanted, **frozen} if wanted.get(name) != frozen.get(name)]
     if differing:

@@ -37,9 +37,7 @@ def read_prompts(path: Path | str) -> list[Prompt]:
     """
     prompts = read_jsonl(path, _prompt)
     if not prompts:
-        raise InputError(
-            "there is no prompt in the file", str(path), 'Write {"prompt", "topic"}, one a line.'
-        )
+        raise InputError("there is no prompt in the file", str(path), 'Write {"prompt", "topic"}, one a line.')
     counts = Counter(fingerprint(prompt.text) for prompt in prompts)
     for prompt in prompts:
         if counts[fingerprint(prompt.text)] > 1:
@@ -250,9 +248,7 @@ def check_disjoint(training: Side, evaluation: Side) -> None:
         prints = {fingerprint(text) for text in ours}
         shared[name] = [text for text in sorted(theirs) if fingerprint(text) in prints]
     shared["latent"] = sorted(training.latents & evaluation.latents, key=repr)
-    found = [
-        f"{len(both)} {name}{'s' * (len(both) > 1)} ({_some(both)})" for name, both in shared.items() if both
-    ]
+    found = [f"{len(both)} {name}{'s' * (len(both) > 1)} ({_some(both)})" for name, both in shared.items() if both]
     if found:
         raise InputError(
             f"training and evaluation share {', '.join(found)}",

@@ -160,9 +160,7 @@ def summarise(
     base = groups.get("base", {})
     paired = {
         f"{arm}-base": {
-            condition: {
-                name: difference(rows, base[condition], name, bootstrap, seed).to_json() for name in METRICS
-            }
+            condition: {name: difference(rows, base[condition], name, bootstrap, seed).to_json() for name in METRICS}
             for condition, rows in conditions.items()
             if condition in base
         }
@@ -172,9 +170,7 @@ def summarise(
     return {"schema": 1, "arms": arms, "paired": paired}
 
 
-def estimate(
-    trials: Sequence[Trial], name: str, bootstrap: int = statistics.RESAMPLES, seed: int = 0
-) -> Estimate:
+def estimate(trials: Sequence[Trial], name: str, bootstrap: int = statistics.RESAMPLES, seed: int = 0) -> Estimate:
     """One metric over trials, clustered by `cluster_of`; value None and n 0 where it is undefined."""
     metric = METRICS[name]
     found = [(metric.of(trial), cluster_of(trial)) for trial in trials]
@@ -197,9 +193,7 @@ def difference(
     return statistics.paired(values, clusters, unscored, bootstrap, seed, of_rates=METRICS[name].is_rate)
 
 
-def differences(
-    trials: Sequence[Trial], base: Sequence[Trial], name: str
-) -> tuple[list[float], list[Any], int]:
+def differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> tuple[list[float], list[Any], int]:
     """Per shared cell: the difference and its cluster; and how many shared cells are unscored."""
     of, theirs = METRICS[name].of, {pair_key(trial): trial for trial in base}
     values, clusters, unscored = [], [], 0

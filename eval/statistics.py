@@ -142,9 +142,7 @@ def two_way_interval(
     return float(low), float(high)
 
 
-def sign_flip(
-    differences: ArrayLike, clusters: Sequence[Hashable], draws: int = 10_000, seed: int = 0
-) -> float | None:
+def sign_flip(differences: ArrayLike, clusters: Sequence[Hashable], draws: int = 10_000, seed: int = 0) -> float | None:
     """Two-sided p-value that arms do not differ: each cluster's summed difference is as likely
     to have the other sign.
 
@@ -174,9 +172,7 @@ def wilson(events: float, n: int, deff: float = 1.0, clusters: int | None = None
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def clopper_pearson(
-    events: float, n: int, deff: float = 1.0, clusters: int | None = None
-) -> tuple[float, float]:
+def clopper_pearson(events: float, n: int, deff: float = 1.0, clusters: int | None = None) -> tuple[float, float]:
     """Clopper and Pearson's interval at the effective sample size (Korn & Graubard 1998)."""
     from scipy.stats import beta
 

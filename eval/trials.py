@@ -112,9 +112,7 @@ def trial_key(arm: str, condition: str, cell: Cell) -> str:
 
 def _check_steering(arm: str, chunk: Sequence[tuple[str, Cell]], completions: Sequence[Completion]) -> None:
     if len(completions) != len(chunk):
-        raise RunError(
-            f"{arm}: the engine returned {len(completions)} completions for {len(chunk)} requests."
-        )
+        raise RunError(f"{arm}: the engine returned {len(completions)} completions for {len(chunk)} requests.")
     for (key, cell), completion in zip(chunk, completions, strict=True):
         if (completion.steered_tokens > 0) != (cell.latent is not None):
             wanted = "unsteered" if cell.latent is None else f"steered by latent {cell.latent}"

@@ -86,9 +86,7 @@ def _recipes(arguments: Sequence[str]) -> int:
 def shipped() -> list[Path]:
     """Every recipe file that the package ships, at any depth."""
     settings = {"accelerate", "deepspeed", "assets"}
-    return sorted(
-        path for path in FOLDER.rglob("*.yaml") if not settings & set(path.relative_to(FOLDER).parts)
-    )
+    return sorted(path for path in FOLDER.rglob("*.yaml") if not settings & set(path.relative_to(FOLDER).parts))
 
 
 def find_recipe(name: str) -> Path:
@@ -100,9 +98,7 @@ def find_recipe(name: str) -> Path:
     for path in shipped():
         if name in (_name(path), f"{_name(path)}.yaml"):
             return path
-    raise InputError(
-        f"there is no shipped recipe {name!r}", None, f"There are {', '.join(map(_name, shipped()))}."
-    )
+    raise InputError(f"there is no shipped recipe {name!r}", None, f"There are {', '.join(map(_name, shipped()))}.")
 
 
 def _name(path: Path) -> str:

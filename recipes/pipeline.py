@@ -30,8 +30,9 @@ from eval.calibration import (
     save_thresholds,
     work,
 )
-from eval.cells import Cell, Side, check_disjoint, make_cells, split_latents, unsteered
+from eval.cells import Cell, Side, Split, check_disjoint, make_cells, split_latents, unsteered
 from eval.metrics import summarise
+from eval.probe import MakeProbe, probing
 from eval.report.page import write_report
 from eval.store import TrialStore, read_trials
 from eval.trials import Steerer, progress_bar, run_trials
@@ -340,9 +341,21 @@ class Experiment:
         folder = self.directory / "adapter" / arm
         print(f"train {arm}", flush=True)
         fingerprint = self.stages.do(
-            f"train/{arm}", inputs, [f"adapter/{arm}"], lambda: _discard(train(self.recipe, arm, self.directory))
+            f"train/{arm}",
+            inputs,
+            [f"adapter/{arm}"],
+            lambda: _discard(train(self.recipe, arm, self.directory, probe=self._probe(section))),
         )
         return folder, fingerprint
+
+    def _probe(self, section: Recipe) -> MakeProbe | None:
+        """The behavioural probe on validation cells, where the arm asks for one."""
+        if section.train.probe is None:
+            return None
+        latents = [each.direction for each in self.latents["validation"]]
+        cells = make_cells(self.world.pools.validation, latents, section.train.probe.trials, self.recipe.seed)
+        steerer = self._steerer(None, "validation")
+        return probing(self.world.judge, cells, steerer, self.world.sampling(), self.recipe.engine.batch_rows)
 
     def _trials(self, arm: str, adapter: Path | None, trained: str = "base") -> None:
         """Run the arm's trials in every condition; a recalibrated one first measures the arm's own thresholds."""
@@ -387,10 +400,10 @@ class Experiment:
     def _steerable(self, norms: dict[int, float] | None) -> list[Cell]:
         return self.cells if norms is None else [cell for cell in self.cells if cell.latent in norms]
 
-    def _steerer(self, norms: dict[int, float] | None) -> Steerer:
-        test = self.latents["test"]
-        base = {each.direction.latent: each.threshold for each in test}
-        directions = {each.direction.latent: each.direction for each in test}
+    def _steerer(self, norms: dict[int, float] | None, split: Split = "test") -> Steerer:
+        latents = self.latents[split]
+        base = {each.direction.latent: each.threshold for each in latents}
+        directions = {each.direction.latent: each.direction for each in latents}
         return Steerer(directions, base if norms is None else norms, self.recipe.engine.positions)
 
     def trials(self) -> dict[str, list[dict[str, Any]]]:

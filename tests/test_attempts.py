@@ -57,9 +57,7 @@ def test_the_second_attempt_begins_at_the_first_word_of_the_restart():
 
 
 def test_cue_sentences_that_follow_each_other_are_one_restart():
-    response = (
-        "Knead it. Wait, that's not right. I was talking about bread. You asked about sails. Raise the mast."
-    )
+    response = "Knead it. Wait, that's not right. I was talking about bread. You asked about sails. Raise the mast."
     assert texts(response, find_cues(response)) == [
         "Wait, that's not right. I was talking about bread. You asked about sails."
     ]

@@ -81,10 +81,7 @@ class FakeJudge:
     name = "fake"
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Judgement]:
-        return [
-            Judgement((Attempt(0, 1, float(item.response)), Attempt(1, 2, 100.0)), self.name)
-            for item in items
-        ]
+        return [Judgement((Attempt(0, 1, float(item.response)), Attempt(1, 2, 100.0)), self.name) for item in items]
 
 
 def latents(count: int = 60) -> list[FakeDirection]:
@@ -107,9 +104,7 @@ def test_thresholds_are_found_under_noise():
 
 def test_the_posterior_interval_holds_most_thresholds():
     found = measured(FakeEngine(), latents())
-    inside = [
-        each.low <= latent.threshold <= each.high for each, latent in zip(found, latents(), strict=True)
-    ]
+    inside = [each.low <= latent.threshold <= each.high for each, latent in zip(found, latents(), strict=True)]
     assert np.mean(inside) >= 0.9
     assert np.median([each.high - each.low for each in found]) < 0.5
 
@@ -150,9 +145,7 @@ def test_without_verification_nothing_is_asked_after_the_last_round():
 
 
 def test_a_latent_that_hits_a_bound_is_flagged():
-    strong, fits, weak = measured(
-        FakeEngine(), [FakeDirection(0, -0.5), FakeDirection(1, 0.8), FakeDirection(2, 5.0)]
-    )
+    strong, fits, weak = measured(FakeEngine(), [FakeDirection(0, -0.5), FakeDirection(1, 0.8), FakeDirection(2, 5.0)])
     assert (strong.bound, fits.bound, weak.bound) == ("low", None, "high")
 
 
@@ -263,9 +256,7 @@ def test_frozen_thresholds_come_back(tmp_path: Path):
 )
 def test_thresholds_of_another_setting_are_refused_by_name(tmp_path: Path, name: str, other: dict):
     save_thresholds(tmp_path / "thresholds.json", KEY, [])
-    with pytest.raises(
-        InputError, match=rf"thresholds\.json: the thresholds were frozen for another {name} \("
-    ):
+    with pytest.raises(InputError, match=rf"thresholds\.json: the thresholds were frozen for another {name} \("):
         load_thresholds(tmp_path / "thresholds.json", other)
 
 

@@ -101,9 +101,7 @@ def test_spans_lie_where_their_text_is(family: Family) -> None:
 
 
 def test_white_space_that_the_template_trims_shifts_no_span(family: Family) -> None:
-    rendered = render(
-        family.tokenizer, transcript(" \nThe jib.", " Wait.", " Smooth it.\n ", prompt="\n How? ")
-    )
+    rendered = render(family.tokenizer, transcript(" \nThe jib.", " Wait.", " Smooth it.\n ", prompt="\n How? "))
     assert pieces(rendered) == ["The jib.", " Wait.", " Smooth it."]
 
 

@@ -30,9 +30,7 @@ def sae() -> LoadedSae:
     return LoadedSae(SaeRef("test", "random"), LAYER, WIDTH, 96, module.requires_grad_(False))
 
 
-def outputs(
-    model: nn.Module, layer: int, ids: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def outputs(model: nn.Module, layer: int, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """What leaves `layer`, hooks included."""
     kept: list[torch.Tensor] = []
     handle = decoder_layers(model)[layer].register_forward_hook(
@@ -47,9 +45,7 @@ def outputs(
 
 
 def ids_of(family, rows: int = 3, positions: int = 5) -> torch.Tensor:
-    return torch.randint(
-        10, len(family.tokenizer), (rows, positions), generator=torch.Generator().manual_seed(1)
-    )
+    return torch.randint(10, len(family.tokenizer), (rows, positions), generator=torch.Generator().manual_seed(1))
 
 
 def owners(rows: int, positions: int) -> torch.Tensor:
@@ -143,9 +139,7 @@ def test_several_documents_in_one_row_keep_their_own_vectors(family):
     with SteeringHook(family.model, [[Add(LAYER, vector(0))], [], [Add(LAYER, vector(2))]]) as hook:
         hook.place(torch.tensor([[0, 0, 1, 2, 2, 2]]))
         after = outputs(family.model, LAYER, ids)
-    assert torch.equal(
-        after - before != 0, torch.tensor([1, 1, 0, 1, 1, 1])[None, :, None].bool().expand(1, 6, WIDTH)
-    )
+    assert torch.equal(after - before != 0, torch.tensor([1, 1, 0, 1, 1, 1])[None, :, None].bool().expand(1, 6, WIDTH))
     assert hook.counts() == {LAYER: [2, 0, 3]}
 
 
@@ -197,9 +191,7 @@ def test_interventions_of_a_row_follow_one_another(family, sae):
     with SteeringHook(family.model, [[add, clamp], [clamp, add, ablate], [clamp, again]]) as hook:
         hook.place(owners(3, 5))
         after = outputs(family.model, LAYER, ids)
-    torch.testing.assert_close(
-        after[0], reference(sae, before[0] + vector(4), [5], 4.0), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(after[0], reference(sae, before[0] + vector(4), [5], 4.0), atol=1e-4, rtol=1e-4)
     moved = reference(sae, before[1], [5], 4.0) + vector(4)
     torch.testing.assert_close(after[1], reference(sae, moved, [5, 6], 0.0), atol=1e-4, rtol=1e-4)
     twice = reference(sae, reference(sae, before[2], [5], 4.0), [7], 2.0)

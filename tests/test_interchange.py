@@ -22,10 +22,7 @@ SEGMENTS_FILE, NORMAL_FILE = "dataset_masked_ratio_50pct_train.jsonl", "dataset_
 
 
 def write(path: Path, *rows: list[tuple[bool, str]], **more: Any) -> Path:
-    lines = [
-        json.dumps({**more, "segments": [{"label": label, "text": text} for label, text in row]})
-        for row in rows
-    ]
+    lines = [json.dumps({**more, "segments": [{"label": label, "text": text} for label, text in row]}) for row in rows]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -91,9 +88,7 @@ def test_the_paper_s_normal_answers_are_one_answer_each(paper: Path) -> None:
 
 @pytest.mark.parametrize(("head", "end"), [(HEAD, "<|eot_id|>"), (GEMMA, "<end_of_turn>\n")])
 def test_template_text_of_both_families_is_stripped(tmp_path: Path, head: str, end: str) -> None:
-    path = write(
-        tmp_path / "x.jsonl", [(False, head + "The jib.\n\n"), (True, f"Wait, no.\n\nSmooth it.{end}")]
-    )
+    path = write(tmp_path / "x.jsonl", [(False, head + "The jib.\n\n"), (True, f"Wait, no.\n\nSmooth it.{end}")])
     (transcript,), report = import_file(path, "segments")
     assert (transcript.id, transcript.prompt, transcript.system) == ("x-1", "How?", None)
     assert spans(transcript) == [(OFF, "The jib.\n\n"), (CUE, "Wait, no."), (ANSWER, "\n\nSmooth it.")]
@@ -170,9 +165,7 @@ def test_oddities_are_reported_with_their_lines(tmp_path: Path) -> None:
         ([], "a row is a JSON object"),
     ],
 )
-def test_rows_that_are_no_conversation_are_refused_with_file_and_line(
-    tmp_path: Path, row: Any, message: str
-) -> None:
+def test_rows_that_are_no_conversation_are_refused_with_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
     path = write(tmp_path / "x.jsonl", LAYOUTS["normal"])
     path.write_text(path.read_text() + "\n" + json.dumps(row))
     with pytest.raises(InputError, match=rf"x\.jsonl:3: .*{message}"):

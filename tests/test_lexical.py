@@ -12,9 +12,7 @@ WORDS = ["how do i", "the raise trim a before", "and near is with", "then for it
 PROMPT = "How do I raise the mast?"
 
 
-def judged(
-    response: str, prompt: str = PROMPT, label: str | None = "baking", words: bool = False
-) -> Judgement:
+def judged(response: str, prompt: str = PROMPT, label: str | None = "baking", words: bool = False) -> Judgement:
     judge = LexicalJudge({**VOCABULARY, "_words": WORDS} if words else VOCABULARY)
     return judge.judge([JudgeItem(prompt, response, label)])[0]
 
@@ -128,9 +126,7 @@ def test_the_judges_name_tells_vocabularies_apart():
 def test_a_word_of_two_topics_is_refused(tmp_path: Path):
     path = tmp_path / "vocabulary.json"
     path.write_text(json.dumps({"sailing": ["mast"], "building": ["mast"]}))
-    with pytest.raises(
-        InputError, match=r"vocabulary\.json: 'mast' belongs to both 'sailing' and 'building'"
-    ):
+    with pytest.raises(InputError, match=r"vocabulary\.json: 'mast' belongs to both 'sailing' and 'building'"):
         LexicalJudge.from_file(path)
 
 

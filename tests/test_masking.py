@@ -118,9 +118,7 @@ def test_tokens_with_empty_offsets_carry_no_label() -> None:
         ("answer_only", "Smooth. No."),
     ],
 )
-def test_each_policy_trains_its_spans_and_the_end_of_turn(
-    family: Family, policy: Policy, expected: str
-) -> None:
+def test_each_policy_trains_its_spans_and_the_end_of_turn(family: Family, policy: Policy, expected: str) -> None:
     spans = [(ANSWER, "Smooth."), (OFF, " Trim."), (CUE, " Wait."), (ANSWER, " No.")]
     labelled = label(family.tokenizer, row(*spans), policy)
     kept = [value for value in labelled.labels if value != IGNORED]
@@ -196,18 +194,14 @@ def test_two_bos_are_refused(family: Family) -> None:
 def test_labels_that_decode_to_other_text_are_refused(llama: Family) -> None:
     tokenizer = deepcopy(llama.tokenizer)
     tokenizer._tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(
-        InputError, match=r"row 'r7': the labelled tokens decode to 'smooth it\.<\|eot_id\|>'"
-    ):
+    with pytest.raises(InputError, match=r"row 'r7': the labelled tokens decode to 'smooth it\.<\|eot_id\|>'"):
         label(tokenizer, row((ANSWER, "Smooth it.")))
 
 
 spans_strategy = st.lists(
     st.tuples(
         st.sampled_from(list(SpanKind)),
-        st.lists(st.sampled_from([*"aeth. \n\tWoé😀,", "Wait", "the", "<|eot_id|>"]), min_size=1).map(
-            "".join
-        ),
+        st.lists(st.sampled_from([*"aeth. \n\tWoé😀,", "Wait", "the", "<|eot_id|>"]), min_size=1).map("".join),
     ),
     min_size=1,
     max_size=7,

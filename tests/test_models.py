@@ -67,9 +67,7 @@ def test_relative_paths_are_taken_from_the_current_directory(folders, monkeypatc
     assert load_tokenizer(section("llama")).eos_token == "<|eot_id|>"
 
 
-@pytest.mark.parametrize(
-    "path", ["./nowhere", "/nowhere/at/all", "recipes/tiny/assets/nothing", "not-a-hub-id"]
-)
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "recipes/tiny/assets/nothing", "not-a-hub-id"])
 def test_a_model_that_is_not_there_is_bad_input(path):
     for load in (load_model, load_tokenizer):
         with pytest.raises(InputError, match=r"model\.path"):

@@ -128,9 +128,7 @@ def test_the_residual_norm_is_the_median_without_bos(family):
         with torch.no_grad():
             states = family.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         norms.append(states[2][0, 1:].norm(dim=-1))
-    assert residual_norm(family.model, family.tokenizer, texts, 1) == pytest.approx(
-        float(torch.cat(norms).median())
-    )
+    assert residual_norm(family.model, family.tokenizer, texts, 1) == pytest.approx(float(torch.cat(norms).median()))
 
 
 def test_a_rendered_text_does_not_get_a_second_bos(family):

@@ -48,9 +48,7 @@ def drawn(logits: torch.Tensor, seeds: list[int], sampling: Sampling, width: int
 
 def test_the_argmax_of_noisy_logits_is_a_sample_from_the_softmax():
     logits, temperature = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]), 0.7
-    found = torch.bincount(
-        torch.tensor(drawn(logits, list(range(20_000)), Sampling(temperature))), minlength=5
-    )
+    found = torch.bincount(torch.tensor(drawn(logits, list(range(20_000)), Sampling(temperature))), minlength=5)
     expected = torch.softmax(logits.double() / temperature, 0) * 20_000
     assert chisquare(found.numpy(), expected.numpy()).pvalue > 1e-3
 

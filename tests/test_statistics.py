@@ -202,9 +202,7 @@ def test_the_sign_flip_test_rejects_a_true_null_as_often_as_it_says(latents: int
     rng = np.random.default_rng(0)
     clusters = [i // 4 for i in range(latents * 4)]
     values = [
-        statistics.sign_flip(
-            rng.normal(0, 1, latents)[clusters] + rng.normal(0, 1, latents * 4), clusters, 500
-        )
+        statistics.sign_flip(rng.normal(0, 1, latents)[clusters] + rng.normal(0, 1, latents * 4), clusters, 500)
         for _ in range(300)
     ]
     rejected = [value is not None and value <= 0.05 for value in values]

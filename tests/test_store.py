@@ -94,9 +94,7 @@ def test_a_doubled_row_in_the_file_is_an_error_with_its_line(tmp_path: Path) -> 
         TrialStore(path)
 
 
-@pytest.mark.parametrize(
-    "text", ["line\nbreak", "\u2028 \u0085 \r", "lone \ud83d surrogate", 'quote " \\u0041']
-)
+@pytest.mark.parametrize("text", ["line\nbreak", "\u2028 \u0085 \r", "lone \ud83d surrogate", 'quote " \\u0041'])
 def test_any_text_survives(tmp_path: Path, text: str) -> None:
     store = TrialStore(tmp_path / "base.jsonl")
     store.append([trial(1, text), trial(2)])
@@ -124,9 +122,7 @@ def test_a_killed_writer_loses_no_trial_it_reported(tmp_path: Path) -> None:
     path = tmp_path / "base.jsonl"
     reported: list[str] = []
     for _ in range(3):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
-        )
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout
         reported += [writer.stdout.readline().strip() for _ in range(5)]
         writer.send_signal(signal.SIGKILL)

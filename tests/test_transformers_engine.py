@@ -171,10 +171,7 @@ def test_a_row_that_was_not_steered_is_an_error_that_names_the_request(family, m
         place(self, torch.where(owner == 1, -1, owner) if owner.shape[1] == 1 else owner, reply)
 
     monkeypatch.setattr(SteeringHook, "place", broken)
-    requests = [
-        Request(f"row-{n}", prompt, interventions=(Add(LAYER, vector(n)),))
-        for n, prompt in enumerate(PROMPTS)
-    ]
+    requests = [Request(f"row-{n}", prompt, interventions=(Add(LAYER, vector(n)),)) for n, prompt in enumerate(PROMPTS)]
     with pytest.raises(RunError, match=r"'row-\d'.*layer 1 steered \d+ tokens where \d+ were asked for"):
         TransformersEngine(family.model, family.tokenizer).generate(requests, GREEDY)
 

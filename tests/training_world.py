@@ -29,9 +29,7 @@ def transcripts(steered: int = 8, normal: int = 4) -> list[Transcript]:
             Span(SpanKind.CUE, " Wait, that's not right."),
             Span(SpanKind.ANSWER, " " + ANSWERS[i % 3]),
         )
-        steering = Steering(
-            SaeRef("saes", "first"), LAYER, i % LATENTS, None, Strength(raw=4.0 + i, norm=1.0)
-        )
+        steering = Steering(SaeRef("saes", "first"), LAYER, i % LATENTS, None, Strength(raw=4.0 + i, norm=1.0))
         made.append(Transcript(f"s{i}", "How do I fold a fitted sheet?", spans, "steered", steering=steering))
     for i in range(normal):
         answer = Span(SpanKind.ANSWER, ANSWERS[i % 3] * (1 + i % 2))
@@ -51,9 +49,7 @@ def write_world(folder: Path, family: Any, rows: list[Transcript] | None = None)
     write_transcripts(folder / "runs" / "t" / "data" / "tuned.jsonl", transcripts() if rows is None else rows)
 
 
-def recipe(
-    family: str = "llama", live: bool = True, args: dict[str, Any] | None = None, **train: Any
-) -> Recipe:
+def recipe(family: str = "llama", live: bool = True, args: dict[str, Any] | None = None, **train: Any) -> Recipe:
     """A recipe for the world: fp32 on the CPU, no warm-up, so that every step changes the adapter."""
     settings = {
         "per_device_train_batch_size": 4,

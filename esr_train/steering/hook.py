@@ -110,9 +110,7 @@ class _Layer:
         self._increment: torch.Tensor | None = None
         self._steps: list[Any] = []
         # Padded by one entry so that owner -1 reads False.
-        self._always = torch.tensor(
-            [any(i.positions == "all" for i in program) for program in programs] + [False]
-        )
+        self._always = torch.tensor([any(i.positions == "all" for i in program) for program in programs] + [False])
         self._in_reply = torch.tensor([bool(program) for program in programs] + [False])
 
     def place(self, placement: Placement) -> None:
@@ -150,9 +148,7 @@ class _Layer:
         steered = always[owner] | (in_reply[owner] & reply)
         increment = torch.zeros(len(self._always), dtype=torch.long, device=owner.device)
         # Owner -1 is counted in the last entry, which nobody reads.
-        self._increment = increment.scatter_add_(
-            0, owner.flatten() % len(self._always), steered.flatten().long()
-        )
+        self._increment = increment.scatter_add_(0, owner.flatten() % len(self._always), steered.flatten().long())
 
     def _count(self, device: torch.device) -> None:
         self.counted = True
@@ -224,9 +220,7 @@ class _EncodeStage:
     def take(self, owner: int, intervention: Intervention) -> None:
         assert not isinstance(intervention, Add)
         latents = (
-            (intervention.latent,)
-            if isinstance(intervention, Clamp)
-            else tuple(dict.fromkeys(intervention.latents))
+            (intervention.latent,) if isinstance(intervention, Clamp) else tuple(dict.fromkeys(intervention.latents))
         )
         value = intervention.value if isinstance(intervention, Clamp) else 0.0
         setting = _Setting(owner, latents, value, intervention.positions == "all")
@@ -247,9 +241,7 @@ class _EncodeStage:
 class _Edit:
     """One SAE's settings under a placement: h += sum_k (value - a_k(h)) * W_dec[k] at the chosen tokens."""
 
-    def __init__(
-        self, sae: LoadedSae, settings: Sequence[_Setting], owner: torch.Tensor, reply: torch.Tensor
-    ) -> None:
+    def __init__(self, sae: LoadedSae, settings: Sequence[_Setting], owner: torch.Tensor, reply: torch.Tensor) -> None:
         self._sae = sae
         longest = max(len(setting.latents) for setting in settings)
         padded = [[*setting.latents, *[0] * (longest - len(setting.latents))] for setting in settings]
@@ -301,6 +293,4 @@ def _check(model: Any, intervention: Intervention) -> None:
     width = hidden_size(model)
     found = intervention.vector.shape if isinstance(intervention, Add) else (intervention.sae.d_model,)
     if tuple(found) != (width,):
-        raise InputError(
-            f"a direction of shape {tuple(found)} does not fit a residual stream {width} wide", what
-        )
+        raise InputError(f"a direction of shape {tuple(found)} does not fit a residual stream {width} wide", what)

@@ -88,9 +88,7 @@ class LoadedSae:
         row = self.row(latent).cpu()
         norm = float(row.norm())
         if norm == 0:
-            raise InputError(
-                f"latent {latent} has a decoder row of zeros", _name(self.ref), "Take another latent."
-            )
+            raise InputError(f"latent {latent} has a decoder row of zeros", _name(self.ref), "Take another latent.")
         return Direction(self.ref, self.layer, latent, label, row / norm, norm, residual_norm)
 
 
@@ -214,9 +212,7 @@ def read_labels(path: Path | str) -> dict[int, str]:
         return _labels(path, ((reader.line_num, row) for row in reader), "index_in_sae", "label")
     if path.suffix == ".json":
         return _json_labels(path)
-    raise InputError(
-        "labels are read from .json, .jsonl, .jsonl.gz or .csv", str(path), "Rename or convert it."
-    )
+    raise InputError("labels are read from .json, .jsonl, .jsonl.gz or .csv", str(path), "Rename or convert it.")
 
 
 def _name(ref: SaeRef) -> str:
@@ -243,9 +239,7 @@ def _from_directory(ref: SaeRef, device: str) -> Any:
 
     known = get_pretrained_saes_directory()
     if ref.release not in known:
-        raise _unknown(
-            f"no folder {ref.release}/{ref.id} and no sae-lens release", ref.release, known, "sae.release"
-        )
+        raise _unknown(f"no folder {ref.release}/{ref.id} and no sae-lens release", ref.release, known, "sae.release")
     ids = known[ref.release].saes_map
     if ref.id not in ids:
         raise _unknown(f"in the release {ref.release} there is no SAE", ref.id, ids, "sae.id")
@@ -263,9 +257,7 @@ def _from_directory(ref: SaeRef, device: str) -> Any:
 def _unknown(what: str, name: str, known: Iterable[str], where: str) -> InputError:
     near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.4)
     fix = (
-        f"Near matches: {', '.join(near)}."
-        if near
-        else "See the table of pretrained SAEs in sae-lens' documentation."
+        f"Near matches: {', '.join(near)}." if near else "See the table of pretrained SAEs in sae-lens' documentation."
     )
     return InputError(f"{what} {name!r}", where, fix)
 
@@ -310,9 +302,7 @@ def _labels(path: Path, rows: Iterable[tuple[int, Any]], index: str, label: str)
             # Neuronpedia holds several explanations of a latent; the first is the one its page shows.
             found.setdefault(int(row[index]), str(row[label]))
         except (KeyError, TypeError, ValueError):
-            raise InputError(
-                f"a label needs {index!r} (a whole number) and {label!r}", f"{path}:{number}"
-            ) from None
+            raise InputError(f"a label needs {index!r} (a whole number) and {label!r}", f"{path}:{number}") from None
     if not found:
         raise InputError("the file holds no labels", str(path))
     return found

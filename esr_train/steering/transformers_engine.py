@@ -84,10 +84,7 @@ class TransformersEngine:
         ):
             _decode(_Batch(self.model, rows, sampling), hook, self._stop_ids)
             counts = hook.counts()
-        return [
-            self._completion(row, {at: c[number] for at, c in counts.items()})
-            for number, row in enumerate(rows)
-        ]
+        return [self._completion(row, {at: c[number] for at, c in counts.items()}) for number, row in enumerate(rows)]
 
     def _completion(self, row: _Row, counts: dict[int, int]) -> Completion:
         steered = _checked(row, counts)
@@ -111,9 +108,7 @@ class _Batch:
         self.ids = torch.tensor(padded, device=device)
         column = torch.arange(self.width, device=device)
         self.mask = (column >= torch.tensor(pads, device=device)[:, None]).long()
-        starts = torch.tensor(
-            [pad + row.reply_start for row, pad in zip(rows, pads, strict=True)], device=device
-        )
+        starts = torch.tensor([pad + row.reply_start for row, pad in zip(rows, pads, strict=True)], device=device)
         self.reply = column >= starts[:, None]
         self.owner = torch.arange(len(rows), device=device)
         self.seeds = row_seeds([row.request.seed for row in rows], device)

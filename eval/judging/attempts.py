@@ -13,9 +13,7 @@ Range = tuple[int, int]
 """Start and end of a stretch of text, in characters, end excluded."""
 
 _END = re.compile(r"[.!?…]+[\"')\]”*_]*(?=\s|$)|\n+")
-_BREAK = re.compile(
-    r"\s*(?:—|–|--|\s-\s|\.\.\.|…|;)\s*|,\s+(?:and |but )?(?=(?:wait|hold on|oops|scratch)\b)", re.I
-)
+_BREAK = re.compile(r"\s*(?:—|–|--|\s-\s|\.\.\.|…|;)\s*|,\s+(?:and |but )?(?=(?:wait|hold on|oops|scratch)\b)", re.I)
 _MARKUP = r"[*_#>(\s]*(?:-\s+)?"
 _FILLER = (
     r"(?:(?:oh dear|oh no|dear me|oh|ah|um+|uh+|erm?|okay|ok|well|so|but|and|anyway|anyhow|now|right"
@@ -208,9 +206,7 @@ def find_cues(response: str) -> list[Range]:
         if running and (opening == start or weak or follows):
             cues[-1] = (cues[-1][0], end)
         elif opening is not None or (follows and waiting is not None):
-            cues.append(
-                (waiting if waiting is not None and opening in (None, start) else opening or start, end)
-            )
+            cues.append((waiting if waiting is not None and opening in (None, start) else opening or start, end))
         elif weak and plain[:start].strip():
             waiting = start if waiting is None else waiting
             continue

@@ -64,9 +64,7 @@ def svg_of(draw: Callable[["Axes"], None], arms: Sequence[str], height: float = 
         draw(axes)
         if arms:
             marks = [Line2D([], [], marker="o", ls="", ms=5, color=c) for c in arm_colours(arms).values()]
-            canvas.legend(
-                marks, list(arms), loc="outside upper left", ncols=min(len(arms), 4), handletextpad=0.1
-            )
+            canvas.legend(marks, list(arms), loc="outside upper left", ncols=min(len(arms), 4), handletextpad=0.1)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

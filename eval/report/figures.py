@@ -167,9 +167,7 @@ def first_against_last(material: Material) -> Figure | None:
 
     caption = "Steered responses with several attempts; above the line the last is better than the first."
     svg = svg_of(draw, list(material.rows_by_arm))
-    return Figure(
-        "first_vs_last", "What a restart is worth", caption, svg, [("arm", "first", "last", "key"), *points]
-    )
+    return Figure("first_vs_last", "What a restart is worth", caption, svg, [("arm", "first", "last", "key"), *points])
 
 
 def restart_positions(material: Material) -> Figure | None:

@@ -107,9 +107,7 @@ def _groups(arms: Mapping[str, Any], signed: bool = False) -> list[dict[str, Any
 def _cell(found: Mapping[str, Any], name: str, signed: bool) -> dict[str, Any]:
     estimate = found.get(name)
     text = shown(estimate, METRICS[name].is_rate, signed) or {"value": "–", "interval": "", "unscored": ""}
-    clear = bool(
-        signed and estimate and estimate["low"] is not None and estimate["low"] * estimate["high"] > 0
-    )
+    clear = bool(signed and estimate and estimate["low"] is not None and estimate["low"] * estimate["high"] > 0)
     return {**text, "clear": clear}
 
 
@@ -127,8 +125,7 @@ def _everything(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
         for condition in sorted({name for found in arms.values() for name in found}, key=_condition_order)
         for name in METRICS
         for arm, found in arms.items()
-        if (estimate := found.get(condition, {}).get(name))
-        and (text := shown(estimate, METRICS[name].is_rate))
+        if (estimate := found.get(condition, {}).get(name)) and (text := shown(estimate, METRICS[name].is_rate))
     ]
 
 

@@ -68,9 +68,7 @@ def build(family: str, seed: int, out: Path) -> str:
 
 def build_shared(out: Path, seed: int) -> None:
     """Write the prompts (none of which the models were trained on) and the judge's vocabulary."""
-    rows = (
-        {"prompt": each.prompt, "topic": each.topic} for each in reserved_questions(PROMPTS_PER_TOPIC, seed)
-    )
+    rows = ({"prompt": each.prompt, "topic": each.topic} for each in reserved_questions(PROMPTS_PER_TOPIC, seed))
     write_jsonl(out / "prompts.jsonl", rows)
     write_json(out / "vocabulary.json", vocabulary())
 
@@ -86,9 +84,7 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fold
     model.float()
 
 
-def _build_sae(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, family: str, seed: int
-) -> str:
+def _build_sae(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, family: str, seed: int) -> str:
     """Train the SAE on answers of every topic; returns what it explains and covers, in words."""
     rng = Random(seed + 1)
     answers = [how_to(topic, rng) for _ in range(40) for topic in topics()]

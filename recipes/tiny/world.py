@@ -123,12 +123,7 @@ def _words(text: str) -> tuple[str, ...]:
 def vocabulary() -> dict[str, list[str]]:
     """Topic -> its nouns, and under `_words` every word of the language: what the lexical judge reads."""
     words = {word for template in _templates() for word in _plain(template)}
-    words |= {
-        word
-        for group in (GENERIC_VERBS, ADJECTIVES, MANNERS, TIMES)
-        for text in group
-        for word in text.split()
-    }
+    words |= {word for group in (GENERIC_VERBS, ADJECTIVES, MANNERS, TIMES) for text in group for word in text.split()}
     for topic in topics():
         words |= {topic.name, *topic.verbs, *topic.nouns}
     return {topic.name: list(topic.nouns) for topic in topics()} | {"_words": sorted(words)}
@@ -206,10 +201,7 @@ LESSONS = (
 
 def lessons(count: int, seed: int) -> list[list[Exchange]]:
     """`count` exchanges for training, in lessons to be taken one after the other."""
-    return [
-        exchanges(round(count * share), skills, seed + number)
-        for number, (share, skills) in enumerate(LESSONS)
-    ]
+    return [exchanges(round(count * share), skills, seed + number) for number, (share, skills) in enumerate(LESSONS)]
 
 
 def exchanges(count: int, shares: Sequence[tuple[Skill, float]], seed: int) -> list[Exchange]:
