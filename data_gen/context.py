@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from esr_train.steering.engine import Completion, Engine, Request, Sampling
 from esr_train.steering.intervention import Intervention, Positions
@@ -48,13 +48,14 @@ class Context:
     model: str
     seed: int
 
-    def generate(self, asked: Sequence["Asked"]) -> list[Completion]:
-        """One completion for each of `asked`, in order."""
+    def generate(self, asked: Sequence["Asked"], max_new_tokens: int | None = None) -> list[Completion]:
+        """One completion for each of `asked`, in order; `max_new_tokens` shortens them."""
         requests = [
             Request(str(number), each.prompt, prefix=each.prefix, interventions=each.interventions, seed=each.seed)
             for number, each in enumerate(asked)
         ]
-        return self.engine.generate(requests, self.sampling)
+        sampling = replace(self.sampling, max_new_tokens=max_new_tokens) if max_new_tokens else self.sampling
+        return self.engine.generate(requests, sampling)
 
     def scores(self, items: Sequence[JudgeItem]) -> list[float | None]:
         """The score of each response taken as one attempt; None where the judge failed."""

@@ -112,7 +112,7 @@ def _asked(context: Context, candidate: _Candidate) -> Asked:
 def _detour(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
     """Let the steered model write on, and cut it after some sentences; refuse what is still on topic."""
     going = [candidate for candidate in candidates if not candidate.reason]
-    completions = context.generate([_asked(context, candidate) for candidate in going])
+    completions = context.generate([_asked(context, candidate) for candidate in going], section.max_new_tokens)
     for candidate, completion in zip(going, completions, strict=True):
         text = _cut(section, candidate.rng, completion)
         candidate.parts.append((SpanKind.OFF_TOPIC, text))

@@ -101,6 +101,7 @@ class SteeredSection(Section):
     cut: Range = Field((1, 4), description="sentences of the detour")
     cut_words: Range = Field((4, 40), description="words of a detour that is cut in mid-sentence")
     mid_sentence: Fraction = Field(0.0, description="share of detours cut in mid-sentence; endless ones always are")
+    max_new_tokens: AtLeastOne | None = Field(None, description="most tokens of a detour; None: as in `sampling`")
     second_detour: Fraction = Field(0.0, description="share of rows with two detours before the answer")
     max_detour_score: float = 50.0
     min_answer_score: float = 80.0
