@@ -28,8 +28,8 @@ from recipes.tiny.tokenizer import build_tokenizer
 from recipes.tiny.world import how_to, lessons, reserved_questions, topics, vocabulary
 
 ASSETS = Path(__file__).parent / "assets"
-EXCHANGES = {"llama": 45_000, "gemma": 62_000}
-"""Training exchanges of each family's model; soft-capping makes Gemma-2 the slower learner."""
+EXCHANGES = {"llama": 45_000, "gemma": 45_000}
+"""Training exchanges of each family's model."""
 VOCABULARY_SIZE = 4096
 PROMPTS_PER_TOPIC = 14
 

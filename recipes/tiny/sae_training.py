@@ -17,8 +17,9 @@ LATENTS = 1792
 ACTIVE = 16
 SAMPLES = 800_000
 BATCH = 1024
-PURITY = 0.5
-"""Least share of a latent's activation that must fall on one topic for the latent to get that topic's label."""
+ALIGNED = 0.35
+PURITY = 0.1
+"""Least cosine with a topic's direction, and least share of activation on it, of a latent with that topic's label."""
 
 
 @torch.no_grad()
@@ -95,7 +96,11 @@ def explained_variance(sae: SAE, states: torch.Tensor) -> float:
 
 @torch.no_grad()
 def label_latents(sae: SAE, states: list[torch.Tensor], owners: list[str]) -> list[dict[str, object]]:
-    """Label a latent with the topic on which most of its activation falls, purest first.
+    """Label a latent with the topic that its decoder row points to, best aligned first.
+
+    A topic's direction is the mean of its states less the mean of all. Latents that fire on one word of a topic
+    are as selective as those that stand for the topic, but steer to that word alone; the direction tells them
+    apart.
 
     Args:
         sae: the inference SAE.
@@ -103,27 +108,26 @@ def label_latents(sae: SAE, states: list[torch.Tensor], owners: list[str]) -> li
         owners: the topic of each answer; topics must occur equally often.
 
     Returns:
-        Rows of a Neuronpedia-like export: `index`, `description` (the topic), `purity` (share of the latent's
-        activation on that topic), `density` (share of that topic's tokens on which it is active).
+        Rows of a Neuronpedia-like export: `index`, `description` (the topic), `cosine` (decoder row with the
+        topic's direction), `purity` (share of the latent's activation on that topic).
     """
     names = sorted(set(owners))
+    sums = torch.zeros(len(names), sae.cfg.d_in)
     mass = torch.zeros(len(names), sae.cfg.d_sae)
-    active, tokens = torch.zeros_like(mass), torch.zeros(len(names), 1)
     for each, owner in zip(states, owners, strict=True):
-        acts, row = sae.encode(each), names.index(owner)
-        mass[row] += acts.sum(dim=0)
-        active[row] += (acts > 0).sum(dim=0)
-        tokens[row] += len(each)
-    purity, best = (mass / mass.sum(dim=0).clamp_min(1e-9)).max(dim=0)
-    density = (active / tokens)[best, torch.arange(sae.cfg.d_sae)]
-    order = (purity * density.sqrt()).argsort(descending=True).tolist()
+        sums[names.index(owner)] += each.mean(dim=0)
+        mass[names.index(owner)] += sae.encode(each).sum(dim=0)
+    unit = torch.nn.functional.normalize
+    directions = unit(sums / len(states) * len(names) - sums.sum(dim=0) / len(states), dim=1)
+    cosine, topic = (directions @ unit(sae.W_dec.float(), dim=1).T).max(dim=0)
+    purity = (mass / mass.sum(dim=0).clamp_min(1e-9))[topic, torch.arange(sae.cfg.d_sae)]
     return [
         {
             "index": str(latent),
-            "description": names[best[latent]],
+            "description": names[int(topic[latent])],
+            "cosine": round(float(cosine[latent]), 3),
             "purity": round(float(purity[latent]), 3),
-            "density": round(float(density[latent]), 3),
         }
-        for latent in order
-        if purity[latent] >= PURITY
+        for latent in cosine.argsort(descending=True).tolist()
+        if cosine[latent] >= ALIGNED and purity[latent] >= PURITY
     ]
