@@ -50,7 +50,7 @@ class World:
         section: JudgeSection = self.recipe.judge
         if section.kind != "lexical":
             raise InputError(f"the judge {section.kind!r} is not there yet", "judge.kind", "Take lexical.")
-        return LexicalJudge.from_file(required(section.vocabulary, "judge.vocabulary"))
+        return LexicalJudge.from_file(located(required(section.vocabulary, "judge.vocabulary")))
 
     @property
     def sae_ref(self) -> SaeRef:
