@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esr_train.command import add_debug, guarded, prepare
+from esr_train.command import add_command, guarded, prepare
 from esr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esr data", description="Make transcripts and look at them.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    generate = _command(commands, "generate", _generate, "calibrate and make the rows of a recipe's arms")
+    generate = add_command(commands, "generate", _generate, "calibrate and make the rows of a recipe's arms")
     generate.add_argument("recipe", help="recipe file (YAML)")
     generate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.steered.rows=100")
     generate.add_argument("--arm", help="only this arm's rows; every arm's unless given")
 
-    mix = _command(commands, "mix", _mix, "mix self-correction and normal rows at a share")
+    mix = add_command(commands, "mix", _mix, "mix self-correction and normal rows at a share")
     mix.add_argument("files", nargs="+", type=Path, help="transcript files")
     share = mix.add_mutually_exclusive_group()
     share.add_argument("--self-correction", type=float, metavar="SHARE", help="0 to 1; every row unless given")
@@ -44,38 +44,26 @@ def _parser() -> argparse.ArgumentParser:
     mix.add_argument("--seed", type=int, default=0, help="of the choice of rows and their order")
     mix.add_argument("--out", type=Path, required=True, help="file to write; with --sweep a folder")
 
-    _import = _command(commands, "import", _import_file, "read another format as transcripts")
+    _import = add_command(commands, "import", _import_file, "read another format as transcripts")
     _import.add_argument("file", type=Path)
     _import.add_argument("--format", choices=FORMATS, required=True)
     _import.add_argument("--out", type=Path, required=True, help="transcript file to write")
 
-    export = _command(commands, "export", _export_file, "write transcripts in another format")
+    export = add_command(commands, "export", _export_file, "write transcripts in another format")
     export.add_argument("file", type=Path, help="transcript file")
     export.add_argument("--format", choices=FORMATS, required=True)
     export.add_argument("--style", choices=("llama3", "gemma"), default="llama3", help="segments: template text")
     export.add_argument("--out", type=Path, required=True)
 
-    preview = _command(commands, "preview", _preview, "show transcripts, and what is trained of them")
+    preview = add_command(commands, "preview", _preview, "show transcripts, and what is trained of them")
     preview.add_argument("file", type=Path, help="transcript file")
     preview.add_argument("--rows", type=int, default=5, help="how many")
     preview.add_argument("--html", type=Path, metavar="OUT", help="write a page instead of printing")
     _add_mask(preview)
 
-    stats = _command(commands, "stats", _stats, "count what a transcript file or a run directory holds")
+    stats = add_command(commands, "stats", _stats, "count what a transcript file or a run directory holds")
     stats.add_argument("path", type=Path, help="transcript file or run directory")
     _add_mask(stats)
-    return parser
-
-
-def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    act: Callable[[argparse.Namespace], None],
-    purpose: str,
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
-    parser.set_defaults(act=act)
-    add_debug(parser)
     return parser
 
 

@@ -1,6 +1,6 @@
 """On-policy rows: steer, cut, cue, correct; and their contrast, steered rows that stay on topic."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -150,7 +150,9 @@ def _answer(context: Context, least: float, candidates: list[_Candidate]) -> Non
     _keep_scored(context, going, "answer", lambda score: score >= least, "answer off-topic")
 
 
-def _keep_scored(context: Context, candidates: list[_Candidate], name: str, good, reason: str) -> None:  # type: ignore[no-untyped-def]
+def _keep_scored(
+    context: Context, candidates: list[_Candidate], name: str, good: Callable[[float], bool], reason: str
+) -> None:
     """Score every candidate's newest part and refuse those that are not `good`."""
     going = [candidate for candidate in candidates if not candidate.reason]
     items = [JudgeItem(each.prompt.text, each.parts[-1][1], each.latent.direction.label) for each in going]

@@ -26,6 +26,19 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    act: Callable[[argparse.Namespace], None],
+    purpose: str,
+) -> argparse.ArgumentParser:
+    """Add a sub-command that calls `act` with its options; `purpose` is its help, without the full stop."""
+    parser = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+    parser.set_defaults(act=act)
+    add_debug(parser)
+    return parser
+
+
 def guarded(run: Callable[[], None], debug: bool) -> int:
     """Run a command; returns 0, 2 for bad input, 1 for a failed run, 130 when interrupted."""
     try:

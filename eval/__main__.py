@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esr_train.command import add_debug, guarded, prepare
+from esr_train.command import add_command, guarded, prepare
 from esr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,31 +24,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esr eval", description="Calibrate, run trials, compare, report.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    _add_recipe(_command(commands, "calibrate", _calibrate, "find each latent's threshold on the base model"))
+    _add_recipe(add_command(commands, "calibrate", _calibrate, "find each latent's threshold on the base model"))
 
-    run = _command(commands, "run", _run, "run an arm's trials, after whatever they need and is not there yet")
+    run = add_command(commands, "run", _run, "run an arm's trials, after whatever they need and is not there yet")
     _add_recipe(run)
     run.add_argument("--arm", help="base, or one of the recipe's arms; all of them unless given")
 
-    compare = _command(commands, "compare", _compare, "print a run's arms beside each other")
+    compare = add_command(commands, "compare", _compare, "print a run's arms beside each other")
     compare.add_argument("run", type=Path, metavar="RUN", help="run directory")
     compare.add_argument("--all", action="store_true", help="every metric, not only the headline's")
 
-    report = _command(commands, "report", _report, "write metrics.json and report.html anew from the trials")
+    report = add_command(commands, "report", _report, "write metrics.json and report.html anew from the trials")
     report.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe file")
     report.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.bootstrap=10000")
-    return parser
-
-
-def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    act: Callable[[argparse.Namespace], None],
-    purpose: str,
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
-    parser.set_defaults(act=act)
-    add_debug(parser)
     return parser
 
 

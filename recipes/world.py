@@ -40,7 +40,7 @@ class World:
         """An engine on the model, with an adapter or without."""
         section: EngineSection = self.recipe.engine
         if section.kind != "transformers":
-            raise InputError(f"the engine {section.kind!r} is not installed", "engine.kind", "Take transformers.")
+            raise InputError(f"the engine {section.kind!r} is not there yet", "engine.kind", "Take transformers.")
         model = load_model(self.recipe.model, adapter)
         return TransformersEngine(model, self.tokenizer, batch_rows=section.batch_rows)
 
