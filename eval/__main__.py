@@ -82,7 +82,8 @@ def _compare(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     folder = options.run if options.run.is_dir() else None
     recipe = _recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides)
-    from recipes.pipeline import experiments, report
+    from recipes.pipeline import experiments
+    from recipes.report import report
 
     top, parts = experiments(recipe, folder)
     for part in parts:

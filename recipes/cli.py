@@ -56,7 +56,7 @@ def _run(arguments: Sequence[str]) -> int:
         from esr_train.recipe import load_recipe
 
         recipe = load_recipe(options.recipe, options.overrides)
-        from recipes.pipeline import run
+        from recipes.run import run
 
         run(recipe)
 

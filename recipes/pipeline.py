@@ -1,27 +1,21 @@
-"""A whole experiment: calibrate -> data -> train -> evaluate -> report, every stage resumable."""
+"""An experiment's stages, each resumable: calibrate -> data -> train -> trials."""
 
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from data_gen.collect import Make, collect
-from data_gen.context import Context, SteerableLatent
+from data_gen.collect import collect
+from data_gen.context import SteerableLatent
 from data_gen.mixture import mix
-from data_gen.normal import normal
-from data_gen.prompted import prompted
-from data_gen.steered import contrast, steered
-from esr_train.command import prepare
-from esr_train.errors import InputError, RunError
-from esr_train.files import read_json, replacing, write_json
+from esr_train.errors import InputError
+from esr_train.files import replacing, write_json
 from esr_train.interchange import read_segments
 from esr_train.provenance import git_state, hardware, sha256, versions
 from esr_train.recipe import DataSection, Recipe, dump_recipe
 from esr_train.steering.sae import Direction
-from esr_train.transcript import Transcript, read_transcripts, write_transcripts
+from esr_train.transcript import read_transcripts, write_transcripts
 from eval.calibration import (
     Threshold,
     calibrate,
@@ -30,63 +24,17 @@ from eval.calibration import (
     save_thresholds,
     work,
 )
-from eval.cells import Cell, Side, Split, check_disjoint, make_cells, split_latents, unsteered
-from eval.metrics import summarise
+from eval.cells import Cell, Split, make_cells, split_latents, unsteered
 from eval.probe import MakeProbe, probing
-from eval.report.page import write_report
 from eval.store import TrialStore, read_trials
 from eval.trials import Steerer, progress_bar, run_trials
+from recipes.sources import UNSTEERED, check_held_out, maker
 from recipes.stages import Stages, digest
 from recipes.world import World, present
 
 RECALIBRATED = "steered_recalibrated"
 WIDER = 2.0
 """Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
-
-
-def run(recipe: Recipe) -> Path:
-    """Run everything that is not done yet; returns the report's path.
-
-    Several seeds become `seed-<n>/` run directories under one combined `metrics.json` and report; they share
-    thresholds and generated rows, and differ in mixture, training and trials.
-    """
-    top, parts = begun(recipe)
-    if parts != [top]:
-        for arm in recipe.arms:
-            top.sources(recipe.for_arm(arm).data)
-    if recipe.workers > 1 and len(parts) > 1:
-        _measure_in_processes(recipe, len(parts))
-    else:
-        for part in parts:
-            part.measure()
-    for part in parts:
-        if part is not top:
-            report(part, [part])
-    return report(top, parts)
-
-
-def _measure_in_processes(recipe: Recipe, parts: int) -> None:
-    """Measure `recipe.workers` parts at a time, each in a process with one thread; the first failure ends all."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(recipe.workers, context, _single_threaded) as pool:
-        futures = [pool.submit(_measure, recipe, number) for number in range(parts)]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _measure(recipe: Recipe, number: int) -> None:
-    experiments(recipe)[1][number].measure()
-
-
-def _single_threaded() -> None:
-    prepare()
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def begun(recipe: Recipe) -> tuple["Experiment", list["Experiment"]]:
@@ -252,7 +200,7 @@ class Experiment:
         train = self.recipe.for_arm(arm).train
         if train.data:
             read = read_transcripts if train.format == "transcripts" else read_segments
-            self._check_held_out(read(train.data))
+            check_held_out(read(train.data), self.cells)
             return sha256(train.data)
         sources = (self.shared or self).sources(section)
         path = self.directory / "data" / f"{arm}.jsonl"
@@ -262,7 +210,7 @@ class Experiment:
             if not rows:
                 raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
             mixed = mix(rows, section.self_correction, seed)
-            self._check_held_out(mixed)
+            check_held_out(mixed, self.cells)
             write_transcripts(path, mixed)
 
         inputs = {
@@ -290,47 +238,12 @@ class Experiment:
         return result
 
     def _collect(self, name: str, section: Any, path: Path) -> None:
+        latents = [] if name in UNSTEERED else self.latents["train"]
+        make = maker(name, section, self.recipe, self.world, latents)
         candidates = path.with_suffix(".candidates.jsonl")
-        found = collect(name, section.rows, self._maker(name, section), candidates, self.recipe.engine.batch_rows)
+        found = collect(name, section.rows, make, candidates, self.recipe.engine.batch_rows)
         write_json(path.with_suffix(".funnel.json"), found.funnel)
         write_transcripts(path, found.transcripts)
-
-    def _maker(self, name: str, section: Any) -> Make:
-        recipe, pools = self.recipe, self.world.pools
-        context = Context(
-            self.world.base,
-            self.world.judge,
-            self.world.sampling(),
-            recipe.engine.positions,
-            recipe.model.path,
-            recipe.seed,
-        )
-        if name == "normal":
-            return normal(context, section, pools.normal)
-        if name == "prompted" and section.writer:
-            raise InputError(
-                "detours cannot be written by another model yet",
-                "data.prompted.writer",
-                "Leave it out (the model's own answers to other questions are the detours), or import rows.",
-            )
-        if name == "prompted":
-            return prompted(context, section, pools.train)
-        if name == "contrast":
-            return contrast(context, section, pools.train, self.latents["train"])
-        return steered(context, section, pools.train, self.latents["train"])
-
-    def _check_held_out(self, rows: Sequence[Transcript]) -> None:
-        """Refuse rows that share a prompt, a steering latent or an off-topic subject with the evaluation."""
-        steerings = [row.steering for row in rows if row.steering]
-        training = Side(
-            frozenset(row.prompt for row in rows),
-            frozenset(each.latent for each in steerings),
-            frozenset(each.label for each in steerings if each.label),
-        )
-        labels = frozenset(cell.label for cell in self.cells if cell.label)
-        check_disjoint(
-            training, Side(frozenset(c.prompt for c in self.cells), frozenset(c.latent for c in self.cells), labels)
-        )
 
     def _train(self, arm: str, data: str) -> tuple[Path, str]:
         from esr_train.training.trainer import train
@@ -412,41 +325,6 @@ class Experiment:
             arm: [{**row, "seed": self.recipe.seed} for row in read_trials(self.directory / "trials" / f"{arm}.jsonl")]
             for arm in ("base", *self.recipe.arms)
         }
-
-
-def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
-    """Combine the parts' trials into `metrics.json` and `report.html` in the top directory."""
-    rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("base", *top.recipe.arms)}
-    for part in parts:
-        for arm, found in part.trials().items():
-            rows[arm] += found
-    if not rows["base"]:
-        raise RunError("there is no trial to report.")
-    metrics = summarise(rows, top.recipe.eval.bootstrap, top.recipe.seed)
-    write_json(top.directory / "metrics.json", metrics)
-    thresholds = read_json(top.directory / "thresholds.json")
-    path = write_report(top.directory, top.recipe.name, metrics, rows, thresholds, _notes(top, parts, rows))
-    print(f"report: {path}", flush=True)
-    return path
-
-
-def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    topics = top.world.pools.topics
-    held_out = sorted(topic for topic, split in topics.items() if split == "test")
-    cells = [row["cell"] for row in rows["base"] if row["cell"]["latent"] is not None]
-    latents = {cell["latent"] for cell in cells}
-    prompts = {cell["prompt"] for cell in cells}
-    return {
-        "held_out": {
-            "topics": f"{len(held_out)} of {len(topics)}: {', '.join(held_out)}",
-            "latents": f"{len(latents)} latents that stand for these topics",
-            "prompts": f"{len(prompts)} prompts on these topics",
-        },
-        "form": "adapter, not merged",
-        "judge": top.world.judge.name,
-        "model": top.recipe.model.path,
-        "seeds": ", ".join(str(part.recipe.seed) for part in parts),
-    }
 
 
 def _discard(_: Any) -> None:

@@ -1,0 +1,46 @@
+"""What an experiment found: the trials of all its seeds, combined."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from esr_train.errors import RunError
+from esr_train.files import read_json, write_json
+from eval.metrics import summarise
+from eval.report.page import write_report
+from recipes.pipeline import Experiment
+
+
+def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
+    """Combine the parts' trials into `metrics.json` and `report.html` in the top directory."""
+    rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("base", *top.recipe.arms)}
+    for part in parts:
+        for arm, found in part.trials().items():
+            rows[arm] += found
+    if not rows["base"]:
+        raise RunError("there is no trial to report.")
+    metrics = summarise(rows, top.recipe.eval.bootstrap, top.recipe.seed)
+    write_json(top.directory / "metrics.json", metrics)
+    thresholds = read_json(top.directory / "thresholds.json")
+    path = write_report(top.directory, top.recipe.name, metrics, rows, thresholds, _notes(top, parts, rows))
+    print(f"report: {path}", flush=True)
+    return path
+
+
+def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    topics = top.world.pools.topics
+    held_out = sorted(topic for topic, split in topics.items() if split == "test")
+    cells = [row["cell"] for row in rows["base"] if row["cell"]["latent"] is not None]
+    latents = {cell["latent"] for cell in cells}
+    prompts = {cell["prompt"] for cell in cells}
+    return {
+        "held_out": {
+            "topics": f"{len(held_out)} of {len(topics)}: {', '.join(held_out)}",
+            "latents": f"{len(latents)} latents that stand for these topics",
+            "prompts": f"{len(prompts)} prompts on these topics",
+        },
+        "form": "adapter, not merged",
+        "judge": top.world.judge.name,
+        "model": top.recipe.model.path,
+        "seeds": ", ".join(str(part.recipe.seed) for part in parts),
+    }
