@@ -37,6 +37,16 @@ def _parser() -> argparse.ArgumentParser:
     report = add_command(commands, "report", _report, "write metrics.json and report.html anew from the trials")
     report.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe file")
     report.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.bootstrap=10000")
+
+    power = add_command(commands, "power", _power, "trials that telling two rates apart takes")
+    power.add_argument("--run", type=Path, metavar="RUN", help="take rate and clustering from this run's base arm")
+    power.add_argument("--metric", default="multi_attempt_rate", help="with --run: which rate (multi_attempt_rate)")
+    power.add_argument("--condition", default="steered", help="with --run: which condition (steered)")
+    power.add_argument("--base", type=float, help="rate without the effect, 0 to 1; that of the run unless given")
+    power.add_argument("--other", type=float, action="append", default=[], help="rate to tell from it; may be repeated")
+    power.add_argument("--icc", type=float, help="intra-latent correlation; that of the run, or 0.05")
+    power.add_argument("--per-latent", type=int, action="append", help="trials per latent; may be repeated")
+    power.add_argument("--power", type=float, default=0.8, help="chance of seeing the difference (0.8)")
     return parser
 
 
@@ -90,6 +100,22 @@ def _report(options: argparse.Namespace) -> None:
         if part is not top:
             report(part, [part])
     report(top, parts)
+
+
+def _power(options: argparse.Namespace) -> None:
+    from eval.power import PER_LATENT, planned_from, table
+    from eval.statistics import PRIOR_ICC
+    from eval.store import read_trials
+
+    base, icc = options.base, options.icc
+    if options.run:
+        trials = read_trials(options.run / "trials" / "base.jsonl")
+        rate, found = planned_from([each for each in trials if each["condition"] == options.condition], options.metric)
+        base, icc = rate if base is None else base, found if icc is None else icc
+    if base is None:
+        raise InputError("there is no rate to start from", "--base", "Give --base, or --run RUN to take it from a run.")
+    icc = PRIOR_ICC if icc is None else icc
+    print("\n".join(table(base, icc, options.other, options.per_latent or PER_LATENT, options.power)))
 
 
 def _recipe(path: Path | str, overrides: Sequence[str]) -> "Recipe":

@@ -2,13 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from eval import statistics
-from eval.statistics import Estimate, cluster_of
 from eval.store import Trial
 
 OFF_TOPIC_BELOW = 50.0
@@ -100,12 +98,20 @@ def hijack_rate(trial: Trial) -> Value:
 
 
 def restart_position(trial: Trial) -> Value:
-    """Tokens before the second attempt, from its place in the response's characters."""
+    """Generated tokens before the second attempt begins; from its share of the characters in rows without a count."""
     if _failed(trial):
         return Gap.UNSCORED
     if len(trial["attempts"]) < 2 or not trial["response"]:
         return Gap.UNDEFINED
+    if trial.get("restart_token") is not None:
+        return float(trial["restart_token"])
     return float(trial["attempts"][1]["start"]) / len(trial["response"]) * float(trial["tokens"])
+
+
+def restart_logprob(trial: Trial) -> Value:
+    """Mean over the first attempt's sentence ends of the log-probability (nats) that a restart phrase comes next."""
+    found = trial.get("restart_logprobs")
+    return sum(value for _, value in found) / len(found) if found else Gap.UNDEFINED
 
 
 @dataclass(frozen=True)
@@ -128,86 +134,16 @@ RATES = (
     parroting_rate,
     hijack_rate,
 )
-MEANS = (first_score, last_score, improvement, restart_position)
+MEANS = (first_score, last_score, improvement, restart_position, restart_logprob)
 METRICS = {function.__name__: Metric(function, True) for function in RATES} | {
     function.__name__: Metric(function, False) for function in MEANS
 }
 
 
-def attempts_histogram(trials: Sequence[Trial]) -> dict[int, int]:
+def attempts_histogram(trials: Sequence[Trial]) -> dict[str, int]:
     """How many scored responses have 1, 2, … attempts."""
-    return dict(sorted(Counter(len(trial["attempts"]) for trial in trials if not _failed(trial)).items()))
-
-
-def summarise(
-    rows_by_arm: Mapping[str, Sequence[Trial]], bootstrap: int = statistics.RESAMPLES, seed: int = 0
-) -> dict[str, Any]:
-    """Everything metrics.json holds: every arm, condition and metric, and every arm paired with `base`.
-
-    Args:
-        rows_by_arm: the trials of each arm.
-        bootstrap: resamples.
-        seed: of the resampling; the same trials in any order give the same numbers.
-    """
-    groups = {arm: _by_condition(rows) for arm, rows in rows_by_arm.items()}
-    arms = {
-        arm: {
-            condition: {name: estimate(rows, name, bootstrap, seed).to_json() for name in METRICS}
-            for condition, rows in conditions.items()
-        }
-        for arm, conditions in groups.items()
-    }
-    base = groups.get("base", {})
-    paired = {
-        f"{arm}-base": {
-            condition: {name: difference(rows, base[condition], name, bootstrap, seed).to_json() for name in METRICS}
-            for condition, rows in conditions.items()
-            if condition in base
-        }
-        for arm, conditions in groups.items()
-        if arm != "base" and base
-    }
-    return {"schema": 1, "arms": arms, "paired": paired}
-
-
-def estimate(trials: Sequence[Trial], name: str, bootstrap: int = statistics.RESAMPLES, seed: int = 0) -> Estimate:
-    """One metric over trials, clustered by `cluster_of`; value None and n 0 where it is undefined."""
-    metric = METRICS[name]
-    found = [(metric.of(trial), cluster_of(trial)) for trial in trials]
-    unscored = sum(value is Gap.UNSCORED for value, _ in found)
-    values = [value for value, _ in found if not isinstance(value, Gap)]
-    clusters = [cluster for value, cluster in found if not isinstance(value, Gap)]
-    summary = statistics.rate if metric.is_rate else statistics.mean
-    return summary(values, clusters, unscored, bootstrap, seed)
-
-
-def difference(
-    trials: Sequence[Trial],
-    base: Sequence[Trial],
-    name: str,
-    bootstrap: int = statistics.RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
-    """One metric, trials minus base on the cells both have; a cell unscored in either arm is unscored."""
-    values, clusters, unscored = differences(trials, base, name)
-    return statistics.paired(values, clusters, unscored, bootstrap, seed, of_rates=METRICS[name].is_rate)
-
-
-def differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> tuple[list[float], list[Any], int]:
-    """Per shared cell: the difference and its cluster; and how many shared cells are unscored."""
-    of, theirs = METRICS[name].of, {pair_key(trial): trial for trial in base}
-    values, clusters, unscored = [], [], 0
-    for trial in trials:
-        partner = theirs.get(pair_key(trial))
-        if partner is None:
-            continue
-        ours, their = of(trial), of(partner)
-        if not isinstance(ours, Gap) and not isinstance(their, Gap):
-            values.append(ours - their)
-            clusters.append(cluster_of(trial))
-        elif Gap.UNSCORED in (ours, their):
-            unscored += 1
-    return values, clusters, unscored
+    counts = Counter(len(trial["attempts"]) for trial in trials if not _failed(trial))
+    return {str(attempts): counts[attempts] for attempts in sorted(counts)}
 
 
 def pair_key(trial: Trial) -> tuple[Any, ...]:
@@ -215,14 +151,6 @@ def pair_key(trial: Trial) -> tuple[Any, ...]:
     cell, strength = trial["cell"], trial["cell"].get("strength")
     along = None if strength is None else round(float(strength["raw"]), 6)
     return trial["condition"], cell["prompt"], cell.get("latent"), along, cell["seed"], trial["seed"]
-
-
-def _by_condition(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
-    """Trials of each condition, sorted by what they are, so that file order cannot change a number."""
-    groups: dict[str, list[Trial]] = {}
-    for trial in sorted(trials, key=lambda trial: repr(pair_key(trial))):
-        groups.setdefault(trial["condition"], []).append(trial)
-    return groups
 
 
 def _failed(trial: Trial) -> bool:

@@ -1,12 +1,18 @@
 """How many trials an experiment needs, planned from the clustering of an earlier one."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from eval.statistics import ALPHA, totals
+from esr_train.errors import InputError
+from eval.metrics import METRICS, Gap
+from eval.statistics import ALPHA, cluster_of, totals
+from eval.store import Trial
+
+DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2)
+PER_LATENT = (1, 4, 10, 25)
 
 
 def intra_cluster_correlation(values: ArrayLike, clusters: Sequence[Hashable]) -> float | None:
@@ -44,3 +50,62 @@ def trials_needed(
     independent = (spread / (base - other)) ** 2
     clusters = math.ceil(independent * (1 + (per_cluster - 1) * icc) / per_cluster - 1e-9)
     return clusters * per_cluster
+
+
+def planned_from(trials: Sequence[Trial], name: str) -> tuple[float, float]:
+    """A metric's rate and its intra-cluster correlation (0 where it cannot be estimated) in earlier trials.
+
+    Raises:
+        InputError: if the metric is no rate, or no trial has a value.
+    """
+    rates = [metric for metric, found in METRICS.items() if found.is_rate]
+    if name not in rates:
+        raise InputError(f"{name!r} is not a rate", "--metric", f"Take one of {', '.join(rates)}.")
+    found = [(METRICS[name].of(trial), cluster_of(trial)) for trial in trials]
+    values = [(value, cluster) for value, cluster in found if not isinstance(value, Gap)]
+    if not values:
+        raise InputError(f"no trial has a value of {name}", "--run", "Name a run whose base arm was measured.")
+    events, clusters = [value for value, _ in values], [cluster for _, cluster in values]
+    return sum(events) / len(events), max(intra_cluster_correlation(events, clusters) or 0.0, 0.0)
+
+
+def table(
+    base: float,
+    icc: float,
+    others: Sequence[float] = (),
+    per_latent: Sequence[int] = PER_LATENT,
+    power: float = 0.8,
+) -> list[str]:
+    """Lines for a terminal: trials per arm for each other rate, at several numbers of trials per latent.
+
+    Args:
+        base: the rate without the effect.
+        icc: intra-cluster correlation.
+        others: rates to be told from it; above it by `DIFFERENCES` unless given.
+        per_latent: trials per latent, a column each.
+        power: chance of seeing the difference.
+
+    Raises:
+        InputError: for numbers outside 0 to 1, or nothing to compare with.
+    """
+    _check({"--base": base, "--icc": icc, "--power": power, **{f"--other {each:g}": each for each in others}})
+    wanted = [each for each in others or [base + step for step in DIFFERENCES] if each != base and each <= 1]
+    if not wanted:
+        raise InputError("there is no other rate to compare with", "--other", "Give one that differs from --base.")
+    if not 0 < power < 1 or min(per_latent) < 1:
+        raise InputError("power lies between 0 and 1, and a latent has one trial at least", "--power, --per-latent")
+    head = f"Trials per arm to tell a rate from {base:.1%} with {power:.0%} power at 5 % (two-sided; cells not shared)"
+    rows = [["other rate", *(f"{each} per latent" for each in per_latent)]]
+    for other in wanted:
+        needed = [trials_needed(base, other, icc, each, power) for each in per_latent]
+        found = [f"{n:,} ({n // each} latents)" for n, each in zip(needed, per_latent, strict=True)]
+        rows.append([f"{other:.1%}", *found])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    return [f"{head}; intra-latent correlation {icc:.3f}", "", *lines]
+
+
+def _check(shares: Mapping[str, float]) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise InputError(f"{value:g} is not a share", name, "Give a number from 0 to 1.")

@@ -132,14 +132,22 @@ def two_way_interval(
     """
     x = np.asarray(values, dtype=float)
     rows, columns = _codes(latents), _codes(prompts)
-    if rows.max(initial=0) < 1 or columns.max(initial=0) < 1:
+    shape = int(rows.max(initial=-1)) + 1, int(columns.max(initial=-1)) + 1
+    if min(shape) < 2:
         return None, None
-    by_latent = _resamples(int(rows.max()) + 1, resamples, seed)[:, rows]
-    weights = by_latent * _resamples(int(columns.max()) + 1, resamples, seed + 1)[:, columns]
-    totals = weights.sum(axis=1)
-    means = (weights @ x)[totals > 0] / totals[totals > 0]
+    by_latent, by_prompt = _resamples(shape[0], resamples, seed), _resamples(shape[1], resamples, seed + 1)
+    # Summed per latent and prompt first, so that the work does not grow with the number of trials.
+    sums, sizes = (_table(rows, columns, shape, weights) for weights in (x, np.ones(len(x))))
+    drawn = ((by_latent @ sizes) * by_prompt).sum(axis=1)
+    means = ((by_latent @ sums) * by_prompt).sum(axis=1)[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)
+
+
+def _table(rows: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int], values: Floats) -> Floats:
+    """Sums of `values` [trials] in each row and column, [rows, columns]."""
+    flat = np.bincount(rows * shape[1] + columns, weights=values, minlength=shape[0] * shape[1])
+    return flat.reshape(shape).astype(np.float64)
 
 
 def sign_flip(differences: ArrayLike, clusters: Sequence[Hashable], draws: int = 10_000, seed: int = 0) -> float | None:
@@ -156,8 +164,25 @@ def sign_flip(differences: ArrayLike, clusters: Sequence[Hashable], draws: int =
     if len(sums) <= 12:
         patterns = (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1
         return float((np.abs((2 * patterns - 1) @ sums) >= observed).mean())
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, len(sums)))
-    return float((1 + (np.abs(signs @ sums) >= observed).sum()) / (1 + draws))
+    reached = np.abs(_signs(len(sums), draws, seed) @ sums) >= observed
+    return float((1 + reached.sum()) / (1 + draws))
+
+
+@lru_cache(maxsize=16)
+def _signs(clusters: int, draws: int, seed: int) -> Floats:
+    """Random signs, [draws, clusters]."""
+    heads = np.random.default_rng(seed).integers(0, 2, size=(draws, clusters))
+    return 2 * heads.astype(np.float64) - 1
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979), in the order given."""
+    order = sorted(range(len(values)), key=lambda place: values[place])
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def wilson(events: float, n: int, deff: float = 1.0, clusters: int | None = None) -> tuple[float, float]:

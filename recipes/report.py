@@ -6,8 +6,8 @@ from typing import Any
 
 from esr_train.errors import RunError
 from esr_train.files import read_json, write_json
-from eval.metrics import summarise
 from eval.report.page import write_report
+from eval.summary import summarise
 from recipes.pipeline import Experiment
 
 

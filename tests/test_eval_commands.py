@@ -8,8 +8,9 @@ import yaml
 
 from esr_train.files import write_json, write_jsonl
 from eval.__main__ import main as evaluate
-from eval.metrics import METRICS, summarise
+from eval.metrics import METRICS
 from eval.store import Trial, TrialStore
+from eval.summary import summarise
 from tests.conftest import ROOT
 
 TUNED_LAST = 80.0
@@ -110,3 +111,40 @@ def test_the_shipped_quickstart_can_be_named_where_a_report_is_asked_for(tmp_pat
     recipe = ROOT / "recipes" / "tiny" / "quickstart.yaml"
     assert evaluate(["report", str(recipe), f"runs={tmp_path}"]) == 2
     assert f"{tmp_path}/quickstart/trials/base.jsonl" in capsys.readouterr().err
+
+
+def test_power_says_how_many_trials_and_latents_a_difference_takes(capsys):
+    words = ["power", "--base", "0.01", "--icc", "0", "--other", "0.05", "--per-latent", "10"]
+    assert evaluate(words) == 0
+    few = int(capsys.readouterr().out.splitlines()[-1].split()[1])
+    assert 280 <= few <= 300
+    assert evaluate([*words[:3], "--icc", "0.1", *words[5:]]) == 0
+    assert int(capsys.readouterr().out.splitlines()[-1].split()[1]) == pytest.approx(1.9 * few, rel=0.05)
+
+
+def test_power_takes_rate_and_clustering_from_a_run(run, capsys):
+    assert evaluate(["power", "--run", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "from 0.0%" in said
+    assert "correlation 0.000" in said
+    assert [line.split()[0] for line in said.splitlines()[3:]] == ["1.0%", "2.0%", "5.0%", "10.0%", "20.0%"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "--base"),
+        (["--base", "1.5"], "--base: 1.5 is not a share"),
+        (["--base", "0.1", "--other", "0.1"], "no other rate"),
+        (["--base", "0.1", "--per-latent", "0"], "--per-latent"),
+        (["--run", "nowhere"], "nowhere/trials/base.jsonl"),
+    ],
+)
+def test_power_names_what_is_wrong(words, named, capsys):
+    assert evaluate(["power", *words]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_power_refuses_a_metric_that_is_no_rate(run, capsys):
+    assert evaluate(["power", "--run", str(run), "--metric", "first_score"]) == 2
+    assert "'first_score' is not a rate" in capsys.readouterr().err

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from eval.metrics import METRICS, Gap, attempts_histogram, estimate, summarise
+from eval.metrics import METRICS, Gap, attempts_histogram
+from eval.summary import estimate, summarise
 
 RESPONSE = "Knead the dough. Wait, that's wrong. Fold the sheet in half."
 
@@ -92,7 +93,7 @@ def test_flags_are_read_and_an_absent_finding_is_undefined_not_no() -> None:
 def test_a_judge_failure_is_unscored_never_zero_and_the_cue_still_counts() -> None:
     failed = trial(error="the judge timed out", cue=True, flags={})
     rows = [failed, *(trial(10, 90, latent=i) for i in range(3))]
-    for name in METRICS:
+    for name in set(METRICS) - {"restart_logprob"}:
         found = estimate(rows, name)
         expected = (4, 0) if name == "restart_rate" else (3, 1)
         assert (found.n, found.unscored) == expected, name
@@ -108,7 +109,7 @@ def test_success_has_the_multi_attempt_responses_as_its_denominator() -> None:
 
 def test_the_histogram_counts_scored_responses_by_attempts() -> None:
     rows = [trial(1), trial(2), trial(1, 2, 3), trial(error="no answer")]
-    assert attempts_histogram(rows) == {1: 2, 3: 1}
+    assert attempts_histogram(rows) == {"1": 2, "3": 1}
 
 
 def test_metrics_json_has_the_documented_shape() -> None:
@@ -118,7 +119,8 @@ def test_metrics_json_has_the_documented_shape() -> None:
     }
     rows["tuned"] += [trial(99, latent=None, strength=None, condition="unsteered", arm="tuned")]
     metrics = summarise(rows, bootstrap=200)
-    assert list(metrics) == ["schema", "arms", "paired"]
+    beside = ["within", "two_way", "sign_flip", "tests", "attempts"]
+    assert list(metrics) == ["schema", "arms", "paired", *beside]
     assert metrics["schema"] == 1
     assert {arm: set(found) for arm, found in metrics["arms"].items()} == {
         "base": {"steered"},
@@ -147,13 +149,58 @@ def test_arms_pair_only_on_the_cells_they_share() -> None:
         trial(100, latent=1, strength={"raw": 300.0, "norm": 0.9}),
         trial(100, latent=2, cell_seed=5),
         trial(100, latent=3, prompt="How do you sail?"),
-        trial(100, latent=4, condition="steered_recalibrated"),
+        trial(100, latent=4, condition="boost_x1.5"),
         trial(100, latent=5, seed=1),
         trial(error="no answer", latent=6),
     ]
     found = summarise({"base": base, "tuned": other})["paired"]["tuned-base"]
     assert set(found) == {"steered"}
     assert found["steered"]["last_score"] == {"value": 70.0, "low": None, "high": None, "n": 1, "unscored": 1}
+
+
+def test_recalibrated_trials_pair_with_the_base_s_at_its_own_thresholds() -> None:
+    base = [trial(30, latent=i) for i in range(10)]
+    stronger = {"raw": 300.0, "norm": 0.9}
+    tuned = [trial(50 + i, latent=i, condition="steered_recalibrated", strength=stronger) for i in range(4)]
+    found = summarise({"base": base, "tuned": tuned})
+    assert found["paired"]["tuned-base"]["steered_recalibrated"]["last_score"]["value"] == 21.5
+    assert found["paired"]["tuned-base"]["steered_recalibrated"]["last_score"]["n"] == 4
+
+
+def test_an_arm_s_other_conditions_are_set_against_its_steered_trials() -> None:
+    rows = [trial(30, latent=i) for i in range(10)]
+    rows += [trial(70, latent=i, condition="switched_off") for i in range(10)]
+    rows += [trial(90, latent=100 + i, condition="random_latents") for i in range(10)]
+    found = summarise({"base": rows})["within"]["base"]
+    assert set(found) == {"switched_off-steered"}
+    assert found["switched_off-steered"]["last_score"]["value"] == 40
+
+
+def test_paired_differences_come_with_a_test_that_flips_latents_and_its_adjustment() -> None:
+    base = [trial(30, latent=i // 4, cell_seed=i) for i in range(40)]
+    tuned = [trial(90, latent=i // 4, cell_seed=i) for i in range(40)]
+    metrics = summarise({"base": base, "tuned": tuned}, bootstrap=100)
+    flips = metrics["sign_flip"]["tuned-base"]["steered"]
+    assert flips["last_score"]["p"] == pytest.approx(2 / 2**10)
+    assert flips["multi_attempt_rate"]["p"] == 1
+    assert "improvement" not in flips
+    assert metrics["tests"] == len(flips)
+    assert flips["last_score"]["holm"] == pytest.approx(2 / 2**10 * metrics["tests"])
+
+
+def test_intervals_that_resample_prompts_too_stand_beside_the_clustered_ones() -> None:
+    rows = [trial(10 * (i % 5), latent=i // 5, prompt=f"prompt {i % 5}") for i in range(50)]
+    metrics = summarise({"base": rows}, bootstrap=200)
+    one, two = metrics["arms"]["base"]["steered"]["last_score"], metrics["two_way"]["arms"]["base"]["steered"]
+    assert two["last_score"]["high"] - two["last_score"]["low"] > 5 * (one["high"] - one["low"])
+    assert two["improvement"] == {"low": None, "high": None}
+
+
+def test_restart_positions_and_log_probabilities_are_read_from_the_row() -> None:
+    counted = trial(10, 90, restart_token=7, restart_logprobs=[[16, -2.0], [40, -4.0]])
+    assert METRICS["restart_position"].of(counted) == 7
+    assert METRICS["restart_logprob"].of(counted) == -3
+    assert METRICS["restart_logprob"].of(trial(10, 90)) is Gap.UNDEFINED
 
 
 def test_without_a_base_arm_nothing_is_paired() -> None:

@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from eval.metrics import summarise
 from eval.report.figures import Material, draw_figures
 from eval.report.page import write_report
 from eval.report.story import headline_arm, story
 from eval.report.transcripts import embedded, script_json
+from eval.summary import summarise
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title='owned'</script> </script><!-- <b>bold</b> & \u2028 🧺 done."

@@ -216,6 +216,22 @@ def test_the_sign_flip_test_sees_a_difference_and_is_exact_for_few_latents() -> 
     assert statistics.sign_flip([1.0, 1.0], ["a", "a"]) is None
 
 
+def test_holms_adjustment_agrees_with_a_worked_example() -> None:
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([]) == []
+
+
+def test_the_two_way_bootstrap_is_the_weighted_mean_over_trials() -> None:
+    """Against the definition: every trial weighs as often as its latent times as often as its prompt is drawn."""
+    rng = np.random.default_rng(1)
+    latents, prompts, values = rng.integers(0, 6, 50), rng.integers(0, 4, 50), rng.normal(size=50)
+    found = statistics.two_way_interval(values, latents.tolist(), prompts.tolist(), 400)
+    weights = statistics._resamples(6, 400, 0)[:, latents] * statistics._resamples(4, 400, 1)[:, prompts]
+    drawn = weights.sum(axis=1)
+    means = (weights @ values)[drawn > 0] / drawn[drawn > 0]
+    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+
+
 def test_the_power_table_agrees_with_a_simulation() -> None:
     n = trials_needed(0.1, 0.25, icc=0.1, per_cluster=10)
     assert n % 10 == 0
