@@ -58,9 +58,12 @@ class SplitSection(Section):
 
 
 class PromptsSection(Section):
-    """Prompts: a JSONL file of {"prompt", "topic"}."""
+    """Prompts: a txt, jsonl or csv file, or a data set; those without a topic are each a topic by themselves."""
 
-    path: str
+    path: str = Field(description="file, or a folder or hub name that `datasets` loads")
+    column: str = "prompt"
+    topic_column: str = "topic"
+    split: str = Field("train", description="of a data set, such as train[:500]")
     splits: SplitSection = SplitSection()
 
 

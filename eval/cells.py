@@ -11,8 +11,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from esr_train.errors import InputError
-from esr_train.files import read_jsonl
 from esr_train.recipe import SplitSection
+from esr_train.tables import read_rows
 
 if TYPE_CHECKING:
     from esr_train.steering.sae import Direction
@@ -29,29 +29,39 @@ class Prompt:
     topic: str
 
 
-def read_prompts(path: Path | str) -> list[Prompt]:
-    """Read a JSONL file of {"prompt", "topic"}.
+def read_prompts(
+    path: Path | str, column: str = "prompt", topic_column: str = "topic", split: str = "train"
+) -> list[Prompt]:
+    """Read prompts from a text, JSONL or CSV file, or from a data set (see `esr_train.tables`).
+
+    A prompt without a topic is a topic by itself.
 
     Raises:
-        InputError: naming `file:line`, for a malformed row; for an empty file or a prompt that comes twice.
+        InputError: naming `file:line`, for a malformed row or a prompt that comes twice (by `fingerprint`); for an
+            empty file.
     """
-    prompts = read_jsonl(path, _prompt)
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for where, values in read_rows(path, column, split):
+        if topic_column not in values and topic_column != "topic":
+            raise InputError(f"the row has no {topic_column!r}", where, "Name the column with the topics, or add it.")
+        prompt = _prompt(where, values[column], values.get(topic_column))
+        print_ = fingerprint(prompt.text)
+        if print_ in seen:
+            raise InputError(f"the prompt {prompt.text!r} comes twice", where, f"It was at {seen[print_]}; remove one.")
+        seen[print_] = where
+        prompts.append(prompt)
     if not prompts:
-        raise InputError("there is no prompt in the file", str(path), 'Write {"prompt", "topic"}, one a line.')
-    counts = Counter(fingerprint(prompt.text) for prompt in prompts)
-    for prompt in prompts:
-        if counts[fingerprint(prompt.text)] > 1:
-            raise InputError(f"the prompt {prompt.text!r} comes twice", str(path), "Remove one of the two.")
+        raise InputError("there is no prompt in the file", str(path), f"Write one {column} a line.")
     return prompts
 
 
-def _prompt(value: Any) -> Prompt:
-    if not isinstance(value, dict):
-        raise TypeError(f"a prompt is a JSON object, not {type(value).__name__}")
-    for key in ("prompt", "topic"):
-        if not isinstance(value[key], str) or not value[key].strip():
-            raise ValueError(f"{key} must be a text that is not empty")
-    return Prompt(value["prompt"], value["topic"])
+def _prompt(where: str, text: Any, topic: Any) -> Prompt:
+    if not isinstance(text, str) or not text.strip():
+        raise InputError("a prompt must be a text that is not empty", where)
+    if topic is not None and not isinstance(topic, str):
+        raise InputError(f"the topic {topic!r} is no text", where)
+    return Prompt(text.strip(), (topic or "").strip() or text.strip())
 
 
 def split_topics(topics: Iterable[str], section: SplitSection) -> dict[str, Split]:
@@ -136,12 +146,19 @@ def split_latents(
     latents without one by their index.
     """
     subjects = [_subject(latent) for latent in latents]
-    unknown = set(subjects) - set(topics)
-    dealt = {**topics, **(split_topics(unknown, section) if unknown else {})}
+    dealt = deal_subjects(subjects, topics, section)
     result: dict[Split, list[Direction]] = {split: [] for split in SPLITS}
     for latent, subject in zip(latents, subjects, strict=True):
         result[dealt[subject]].append(latent)
     return result
+
+
+def deal_subjects(subjects: Iterable[str], topics: Mapping[str, Split], section: SplitSection) -> dict[str, Split]:
+    """The split of every subject: a topic's own for a topic, by the subject's hash for any other."""
+    found = set(subjects)
+    unknown = found - set(topics)
+    dealt = {**topics, **(split_topics(unknown, section) if unknown else {})}
+    return {subject: dealt[subject] for subject in found}
 
 
 def _subject(latent: "Direction") -> str:

@@ -78,7 +78,9 @@ class World:
     def pools(self) -> Pools:
         """The prompts of every split."""
         section: PromptsSection = self.required_prompts
-        return make_pools(read_prompts(located(section.path)), section.splits)
+        source = local_path(section.path) or section.path
+        prompts = read_prompts(source, section.column, section.topic_column, section.split)
+        return make_pools(prompts, section.splits)
 
     @property
     def required_prompts(self) -> PromptsSection:
@@ -87,7 +89,7 @@ class World:
 
     @cached_property
     def directions(self) -> list[Direction]:
-        """The directions of the labelled latents: the first `latents_per_topic` of every topic of the prompts."""
+        """The directions of the labelled latents: the first `latents_per_topic` with each label."""
         section: SaeSection = present(self.recipe.sae, "sae")
         sae = load_sae(self.sae_ref)
         model = self.base.model  # type: ignore[attr-defined]
@@ -112,11 +114,15 @@ class World:
 
 
 def first_of_each(labels: dict[int, str], topics: set[str], count: int) -> list[int]:
-    """The first `count` latents of every topic, in the order of the labels (purest first in shipped files)."""
+    """The first `count` latents with each label, in the order of the labels (purest first in shipped files).
+
+    Where labels are topics of the prompts, those that are none are left out; labels of another kind are all taken.
+    """
+    are_topics = not topics.isdisjoint(labels.values())
     taken: dict[str, int] = {}
     chosen = []
     for latent, label in labels.items():
-        if label in topics and taken.get(label, 0) < count:
+        if (label in topics or not are_topics) and taken.get(label, 0) < count:
             taken[label] = taken.get(label, 0) + 1
             chosen.append(latent)
     return chosen

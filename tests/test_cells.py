@@ -170,11 +170,12 @@ def test_prompts_are_read(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "How?", "topic": "a"}\n{"prompt": "How?"}\n', r"jsonl:2: the key 'topic' is missing"),
-        ('{"prompt": " ", "topic": "a"}\n', r"jsonl:1: prompt must be a text"),
-        ("[]\n", r"jsonl:1: a prompt is a JSON object"),
+        ('{"prompt": "How?", "topic": 3}\n', r"jsonl:1: the topic 3 is no text"),
+        ('{"prompt": " ", "topic": "a"}\n', r"jsonl:1: a prompt must be a text"),
+        ('{"topic": "a"}\n', r"jsonl:1: the row has no 'prompt' \(it has 'topic'\)"),
+        ("[]\n", r"jsonl:1: a row is a JSON object"),
         ("", "no prompt in the file"),
-        ('{"prompt": "How?", "topic": "a"}\n{"prompt": "how", "topic": "a"}\n', "comes twice"),
+        ('{"prompt": "How?", "topic": "a"}\n{"prompt": "how", "topic": "a"}\n', r"jsonl:2: .* comes twice\. .*jsonl:1"),
     ],
 )
 def test_a_bad_prompt_file_is_refused_by_line(tmp_path: Path, text: str, message: str):
