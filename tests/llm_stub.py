@@ -81,7 +81,7 @@ class LlmStub:
         self.met: Counter[str] = Counter()
         """How often each fault was met."""
         self.busiest = 0
-        """The most requests that were open at once."""
+        """The most requests that were being answered at once."""
         self._open = 0
         self._seen: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -141,9 +141,10 @@ def _handler(stub: LlmStub) -> type[BaseHTTPRequestHandler]:
                 return
             stub.opened(1)
             try:
-                self._reply(body["model"], body["messages"], *stub.take(body["messages"]))
+                text, fault = stub.take(body["messages"])
             finally:
                 stub.opened(-1)
+            self._reply(body["model"], body["messages"], text, fault)
 
         def _reply(self, model: str, messages: Messages, text: str, fault: str | None) -> None:
             if fault in ("429", "500"):

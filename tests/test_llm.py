@@ -1,6 +1,7 @@
 """Asking a language model: retries, refusals, the cache, what it costs, and what is never written down."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def reach(monkeypatch: pytest.MonkeyPatch) -> Callable[[LlmStub], InspectLlm]:
     def make(stub: LlmStub, **settings: Any) -> InspectLlm:
         for name, value in stub.environment().items():
             monkeypatch.setenv(name, value)
-        return InspectLlm(stub.model, **{"timeout": 2, "wait": 0.01, **settings})
+        return InspectLlm(stub.model, **{"timeout": 60, "wait": 0.01, **settings})
 
     return make
 
@@ -120,7 +121,7 @@ def test_every_fault_is_got_over(fault: str, reach):
 
     script = Faults(script=[fault, fault])
     with LlmStub(answer, script, subject=lambda messages: messages[-1]["content"].split()[0]) as stub:
-        answers = Asker(reach(stub, timeout=1)).ask(["one", "two"], parse)
+        answers = Asker(reach(stub, timeout=2 if fault == "hang" else 60)).ask(["one", "two"], parse)
         assert [each.value for each in answers] == ["ONE!", "TWO!"]
         assert stub.met[fault] >= 2
 
@@ -137,9 +138,15 @@ def test_thirty_percent_of_faults_change_no_answer_and_their_number_is_known(rea
 
 
 def test_as_many_questions_are_open_at_once_as_were_allowed(reach):
-    with LlmStub(shout) as stub:
-        Asker(reach(stub, concurrency=3)).ask([f"question {place}" for place in range(24)], upper)
-        assert 1 < stub.busiest <= 3
+    three = threading.Barrier(3, timeout=60)
+
+    def together(messages: Messages) -> str:
+        three.wait()
+        return shout(messages)
+
+    with LlmStub(together) as stub:
+        Asker(reach(stub, concurrency=3, timeout=100)).ask([f"question {place}" for place in range(12)], upper)
+        assert stub.busiest == 3
 
 
 def test_tokens_and_dollars_are_counted(reach):
