@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from esr_train.steering.engine import Completion, Engine, Request, Sampling
 from esr_train.steering.intervention import Intervention, Positions
@@ -11,6 +12,9 @@ from esr_train.transcript import Span, SpanKind, Steering
 from eval.cells import Prompt
 from eval.judging.attempts import sentences
 from eval.judging.judge import Judge, JudgeItem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEEDS = 2**31
 
@@ -39,6 +43,7 @@ class Context:
         positions: which tokens are steered.
         model: the model's name, for the rows' `meta`.
         seed: of the whole file.
+        tokenizer: the model's.
     """
 
     engine: Engine
@@ -47,6 +52,7 @@ class Context:
     positions: Positions
     model: str
     seed: int
+    tokenizer: "PreTrainedTokenizerBase"
 
     def generate(self, asked: Sequence["Asked"], max_new_tokens: int | None = None) -> list[Completion]:
         """One completion for each of `asked`, in order; `max_new_tokens` shortens them."""
@@ -83,6 +89,13 @@ def cut_words(text: str, count: int) -> str:
     """The first `count` words of a text, as they stand there."""
     ends = [match.end() for match in re.finditer(r"\S{1,12}", text)][:count]
     return text[: ends[-1]].strip() if ends else ""
+
+
+def cut_tokens(tokenizer: "PreTrainedTokenizerBase", completion: Completion, count: int) -> str:
+    """The text of a completion's first `count` tokens, without the whitespace around it and half characters."""
+    ids = list(completion.token_ids[:count])
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).rstrip("\ufffd").strip()
 
 
 def joined(*parts: tuple[SpanKind, str]) -> tuple[Span, ...]:

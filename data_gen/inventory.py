@@ -9,8 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.masking import IGNORED, Policy, label
+from esr_train.recipe import CueDiversitySection
 from esr_train.transcript import SpanKind, Transcript
 
 OPENING_WORDS = 3
@@ -103,6 +105,22 @@ def cue_diversity(rows: Sequence[Transcript]) -> CueDiversity:
     commonest = next(((text, count / len(cues)) for text, count in openings.most_common(1)), None)
     entropy = sum(share * math.log2(1 / share) for share in shares)
     return CueDiversity(len(cues), len(openings), entropy, commonest)
+
+
+def require_diversity(rows: Sequence[Transcript], least: CueDiversitySection) -> None:
+    """Refuse rows whose cues are more alike than a recipe allows.
+
+    Raises:
+        InputError: naming what was measured and what was demanded.
+    """
+    found = cue_diversity(rows)
+    if found.openings < least.openings or found.entropy < least.entropy:
+        raise InputError(
+            f"the cues of the {len(rows)} rows have {found.openings} distinct openings of three words and "
+            f"{found.entropy:.2f} bits of entropy; at least {least.openings} and {least.entropy:g} are demanded",
+            "data.cue_diversity",
+            "Take a cue file with more phrasings (leave `cues` out for the shipped one), or demand less.",
+        )
 
 
 def spread(values: Sequence[int]) -> Spread:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from data_gen.collect import Make, Outcome, candidate_rng
 from data_gen.context import SEEDS, Asked, Context, cut_sentences, joined
-from data_gen.steered import read_cues
+from data_gen.cues import read_cues
+from data_gen.draws import draw_count
 from esr_train.recipe import PromptedSection
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
@@ -16,7 +17,7 @@ MIN_ANSWER_SCORE = 80.0
 
 def prompted(context: Context, section: PromptedSection, prompts: Sequence[Prompt]) -> Make:
     """Makes rows whose detour is the model's unsteered answer to a question about another topic."""
-    cues = read_cues(section.cues)
+    cues = read_cues(section.cues, section.registers)
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
         rngs = [candidate_rng(context.seed, "prompted", number) for number in numbers]
@@ -31,18 +32,17 @@ def prompted(context: Context, section: PromptedSection, prompts: Sequence[Promp
             for each, rng in zip(prompts_, rngs, strict=True)
         ]
         texts = [completion.text.strip() for completion in context.generate(asked)]
-        low, high = section.cut
         detours = [
-            cut_sentences(text, rng.randint(int(low), int(high)))
+            cut_sentences(text, draw_count(rng, section.cut))
             for text, rng in zip(texts[: len(rngs)], rngs, strict=True)
         ]
         answers = texts[len(rngs) :]
         scores = context.scores([JudgeItem(p.text, d) for p, d in zip(chosen, detours, strict=True)])
         finals = context.scores([JudgeItem(p.text, a) for p, a in zip(chosen, answers, strict=True)])
         return [
-            _outcome(context, number, prompt, (detour, rng.choice(cues), answer), score, final)
-            for number, prompt, detour, rng, answer, score, final in zip(
-                numbers, chosen, detours, rngs, answers, scores, finals, strict=True
+            _outcome(context, number, prompt, (detour, cues.draw(rng, other.topic), answer), score, final)
+            for number, prompt, other, detour, rng, answer, score, final in zip(
+                numbers, chosen, others, detours, rngs, answers, scores, finals, strict=True
             )
         ]
 

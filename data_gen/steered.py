@@ -1,23 +1,30 @@
 """On-policy rows: steer, cut, cue, correct; and their contrast, steered rows that stay on topic."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from random import Random
 
 from data_gen.collect import Make, Outcome, candidate_rng
-from data_gen.context import SEEDS, Asked, Context, SteerableLatent, cut_sentences, cut_words, joined, other_topic
-from esr_train.errors import InputError
-from esr_train.files import read_text
-from esr_train.models import local_path
-from esr_train.recipe import ContrastSection, SteeredSection
+from data_gen.context import (
+    SEEDS,
+    Asked,
+    Context,
+    SteerableLatent,
+    cut_sentences,
+    cut_tokens,
+    cut_words,
+    joined,
+    other_topic,
+)
+from data_gen.cues import Cues, read_cues, stem
+from data_gen.draws import draw, draw_count, highest
+from esr_train.recipe import ContrastSection, Drawn, SteeredSection
+from esr_train.restart import split_cue
 from esr_train.steering.engine import Completion
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
 from eval.judging.attempts import attempts
 from eval.judging.judge import JudgeItem
-
-CUES = Path(__file__).parent / "cues.txt"
 
 
 @dataclass
@@ -32,29 +39,34 @@ class _Candidate:
     parts: list[tuple[SpanKind, str]]
     scores: dict[str, float]
     reason: str | None = None
+    stays: bool = False
+    stemmed: bool = False
 
     @property
     def text(self) -> str:
         return "".join(span.text for span in joined(*self.parts))
 
 
-def read_cues(path: str | None) -> list[str]:
-    """Cues, one a line; the shipped set for None."""
-    file = (local_path(path) or path) if path else CUES
-    cues = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if not cues:
-        raise InputError("there is no cue in the file", path, "Write one cue a line.")
-    return cues
-
-
 def steered(
-    context: Context, section: SteeredSection, prompts: Sequence[Prompt], latents: Sequence[SteerableLatent]
+    context: Context,
+    section: SteeredSection,
+    prompts: Sequence[Prompt],
+    latents: Sequence[SteerableLatent],
+    name: str = "steered",
 ) -> Make:
-    """Makes detours under steering, each followed by a cue and by the same model's unsteered answer."""
-    cues = read_cues(section.cues)
+    """Makes detours under steering, each followed by a cue and by the same model's answer.
+
+    Args:
+        context: model, judge and sampling.
+        section: shapes of the detours, and how they are corrected.
+        prompts: to answer.
+        latents: to steer with.
+        name: `steered`, or `prefixed` for rows that are to be trained without the steering that made their detour.
+    """
+    cues = read_cues(section.cues, section.registers)
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
-        drawn = [_draw(context, "steered", number, prompts, latents, section.strength) for number in numbers]
+        drawn = [_draw(context, name, number, prompts, latents, section.strength) for number in numbers]
         _detour(context, section, drawn)
         for candidate in drawn:
             candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
@@ -62,8 +74,8 @@ def steered(
         _detour(context, section, again)
         for candidate in again:
             candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
-        _answer(context, section.min_answer_score, drawn)
-        return [_outcome(context, "steered", candidate) for candidate in drawn]
+        _correct(context, section, drawn)
+        return [_outcome(context, name, candidate) for candidate in drawn]
 
     return make
 
@@ -92,12 +104,12 @@ def _draw(
     number: int,
     prompts: Sequence[Prompt],
     latents: Sequence[SteerableLatent],
-    strength: tuple[float, float],
+    strength: Drawn,
 ) -> _Candidate:
     rng = candidate_rng(context.seed, source, number)
     prompt = rng.choice(prompts)
     latent = rng.choice(other_topic(prompt, latents))
-    return _Candidate(number, rng, prompt, latent, latent.threshold * rng.uniform(*strength), [], {})
+    return _Candidate(number, rng, prompt, latent, latent.threshold * draw(rng, strength), [], {})
 
 
 def _asked(context: Context, candidate: _Candidate) -> Asked:
@@ -114,7 +126,7 @@ def _detour(context: Context, section: SteeredSection, candidates: list[_Candida
     going = [candidate for candidate in candidates if not candidate.reason]
     completions = context.generate([_asked(context, candidate) for candidate in going], section.max_new_tokens)
     for candidate, completion in zip(going, completions, strict=True):
-        text = _cut(section, candidate.rng, completion)
+        text = _cut(context, section, candidate.rng, completion)
         candidate.parts.append((SpanKind.OFF_TOPIC, text))
         if not text:
             candidate.reason = "detour empty"
@@ -123,31 +135,73 @@ def _detour(context: Context, section: SteeredSection, candidates: list[_Candida
     _keep_scored(context, going, "off_topic", lambda score: score < section.max_detour_score, "detour on-topic")
 
 
-def _cut(section: SteeredSection, rng: Random, completion: Completion) -> str:
-    """Some sentences of a detour, or some words where it is cut in mid-sentence or its sentences run on."""
-    count = rng.randint(*map(int, section.cut))
-    text = cut_sentences(completion.text, count)
+def _cut(context: Context, section: SteeredSection, rng: Random, completion: Completion) -> str:
+    """Some sentences of a detour; or some tokens; or some words, in mid-sentence or where its sentences run on."""
+    if section.at_token and rng.random() < section.at_token:
+        return cut_tokens(context.tokenizer, completion, draw_count(rng, section.cut_tokens))
+    text = cut_sentences(completion.text, draw_count(rng, section.cut))
     endless = completion.finish_reason == "length" and text == completion.text.strip()
-    if endless or len(text.split()) > section.cut_words[1] or rng.random() < section.mid_sentence:
-        return cut_words(text, rng.randint(*map(int, section.cut_words)))
+    if endless or len(text.split()) > highest(section.cut_words) or rng.random() < section.mid_sentence:
+        return cut_words(text, draw_count(rng, section.cut_words))
     return text
 
 
-def _cue(cues: Sequence[str], candidate: _Candidate) -> str:
+def _cue(cues: Cues, candidate: _Candidate) -> str:
     """A cue; after a detour that was cut in mid-sentence it opens a new paragraph."""
-    cue = candidate.rng.choice(cues)
+    cue = cues.draw(candidate.rng, candidate.latent.direction.label)
     return cue if candidate.text.endswith((".", "!", "?")) else f"\n\n{cue}"
 
 
-def _answer(context: Context, least: float, candidates: list[_Candidate]) -> None:
-    """Let the same model, unsteered and without the detour before its eyes, answer the prompt."""
+def _correct(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
+    """Let the same model answer: afresh and unsteered, behind the cue, or behind the cue while it is still steered."""
     going = [candidate for candidate in candidates if not candidate.reason]
-    asked = [Asked(candidate.prompt.text, candidate.rng.randrange(SEEDS)) for candidate in going]
-    for candidate, completion in zip(going, context.generate(asked), strict=True):
+    for candidate in going:
+        candidate.stays = bool(section.steering_stays) and candidate.rng.random() < section.steering_stays
+        if section.correction == "stem":
+            _shorten_cue(candidate)
+    afresh = [each for each in going if section.correction == "afresh" and not each.stays]
+    onwards = [each for each in going if section.correction != "afresh" or each.stays]
+    asked = [Asked(each.prompt.text, each.rng.randrange(SEEDS)) for each in afresh]
+    asked += [_onwards(context, candidate) for candidate in onwards]
+    completions = context.generate(asked)
+    for candidate, completion in zip(afresh, completions[: len(afresh)], strict=True):
         candidate.parts.append((SpanKind.ANSWER, completion.text.strip()))
+    for candidate, completion in zip(onwards, completions[len(afresh) :], strict=True):
+        candidate.reason = _take_up(candidate, completion.text.rstrip())
+    for candidate, completion in zip([*afresh, *onwards], completions, strict=True):
         if completion.finish_reason != "stop":
             candidate.reason = "answer too long"
-    _keep_scored(context, going, "answer", lambda score: score >= least, "answer off-topic")
+    _keep_scored(context, going, "answer", lambda score: score >= section.min_answer_score, "answer off-topic")
+
+
+def _shorten_cue(candidate: _Candidate) -> None:
+    """Leave of the last cue the words with which the model is to write its own; a silent one stays whole."""
+    kind, cue = candidate.parts[-1]
+    if split_cue(cue) is not None:
+        gap = cue[: len(cue) - len(cue.lstrip())]
+        candidate.parts[-1] = (kind, gap + stem(candidate.rng, cue))
+        candidate.stemmed = True
+
+
+def _onwards(context: Context, candidate: _Candidate) -> Asked:
+    asked = _asked(context, candidate)
+    return asked if candidate.stays else replace(asked, interventions=())
+
+
+def _take_up(candidate: _Candidate, text: str) -> str | None:
+    """Split what the model wrote behind a cue into the rest of the cue and the answer; why not, if it cannot be."""
+    kind, cue = candidate.parts.pop()
+    written = cue + text
+    end = split_cue(written) if candidate.stemmed or split_cue(cue) is not None else None
+    if candidate.stemmed and (end is None or end <= len(cue)):
+        return "cue missing"
+    end = max(end or 0, len(cue))
+    answer = written[end:]
+    candidate.parts += [(kind, written[:end]), (SpanKind.ANSWER, answer if answer.startswith("\n") else answer.strip())]
+    if not answer.strip():
+        return "answer empty"
+    detours = sum(each is SpanKind.OFF_TOPIC for each, _ in candidate.parts)
+    return "answer restarts by itself" if len(attempts(candidate.text)) > detours + 1 else None
 
 
 def _keep_scored(
@@ -168,20 +222,25 @@ def _keep_scored(
 def _outcome(context: Context, name: str, candidate: _Candidate) -> Outcome:
     if candidate.reason:
         return Outcome(None, candidate.reason)
-    threshold = candidate.latent.direction.strength(candidate.latent.threshold)
+    latent = candidate.latent
+    threshold = latent.direction.strength(latent.threshold)
+    steering = latent.steering(candidate.norm)
+    meta = {
+        "model": context.model,
+        "seed": context.seed,
+        "topic": candidate.prompt.topic,
+        "threshold": {"raw": threshold.raw, "norm": threshold.norm},
+        "scores": candidate.scores,
+        **({"answer_steered": True} if candidate.stays else {}),
+        **({"detour": asdict(steering)} if name == "prefixed" else {}),
+    }
     return Outcome(
         Transcript(
             id=f"{name}-{context.seed}-{candidate.number:07d}",
             prompt=candidate.prompt.text,
             spans=joined(*candidate.parts),
             source="steered",
-            steering=candidate.latent.steering(candidate.norm),
-            meta={
-                "model": context.model,
-                "seed": context.seed,
-                "topic": candidate.prompt.topic,
-                "threshold": {"raw": threshold.raw, "norm": threshold.norm},
-                "scores": candidate.scores,
-            },
+            steering=None if name == "prefixed" else steering,
+            meta=meta,
         )
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from esr_train.errors import InputError
 from esr_train.files import read_text
@@ -96,26 +96,80 @@ class CalibrationSection(Section):
     latents_per_topic: AtLeastOne = 1
 
 
+class Normal(Section):
+    """A normal distribution, cut at its ends."""
+
+    mean: float
+    sd: Positive
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _the_ends_lie_around_the_mean(self) -> "Normal":
+        if not self.low <= self.mean <= self.high or self.high - self.low < self.sd:
+            raise ValueError("low <= mean <= high is needed, and ends at least one sd apart")
+        return self
+
+
+class Choice(Section):
+    """A list of values, drawn evenly or by their weights."""
+
+    values: Annotated[tuple[float, ...], Field(min_length=1)]
+    weights: tuple[Positive, ...] | None = None
+
+    @model_validator(mode="after")
+    def _every_value_has_a_weight(self) -> "Choice":
+        if self.weights and len(self.weights) != len(self.values):
+            raise ValueError(f"{len(self.values)} values need as many weights")
+        return self
+
+
+def _drawn_kind(value: Any) -> str:
+    if isinstance(value, Normal | Choice):
+        return type(value).__name__.lower()
+    if isinstance(value, dict):
+        return "choice" if "values" in value else "normal"
+    return "range"
+
+
+Drawn = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[Normal, Tag("normal")] | Annotated[Choice, Tag("choice")],
+    Discriminator(_drawn_kind),
+]
+"""`[low, high]` (evenly), `{mean, sd, low, high}` (normal, cut at the ends) or `{values, weights}`."""
+
+
 class SteeredSection(Section):
     """On-policy detours: steer, cut, cue, correct."""
 
     rows: Count = 0
-    strength: Range = Field((0.9, 1.3), description="multiples of the latent's threshold")
-    cut: Range = Field((1, 4), description="sentences of the detour")
-    cut_words: Range = Field((4, 40), description="words of a detour that is cut in mid-sentence")
+    strength: Drawn = Field((0.9, 1.3), description="multiples of the latent's threshold")
+    cut: Drawn = Field((1, 4), description="sentences of the detour")
+    cut_words: Drawn = Field((4, 40), description="words of a detour that is cut in mid-sentence")
     mid_sentence: Fraction = Field(0.0, description="share of detours cut in mid-sentence; endless ones always are")
+    cut_tokens: Drawn = Field((8, 64), description="tokens of a detour that is cut at a token")
+    at_token: Fraction = Field(0.0, description="share of detours cut at a token, wherever that falls")
+    correction: Literal["afresh", "continued", "stem"] = Field(
+        "afresh",
+        description="afresh: the unsteered model answers the bare prompt; continued: it writes on behind detour and "
+        "cue; stem: it writes the cue, too, from the first word or two of the drawn one",
+    )
+    steering_stays: Fraction = Field(
+        0.0, description="share of candidates that stay steered while they write on behind the cue; few pass the judge"
+    )
     max_new_tokens: AtLeastOne | None = Field(None, description="most tokens of a detour; None: as in `sampling`")
     second_detour: Fraction = Field(0.0, description="share of rows with two detours before the answer")
     max_detour_score: float = 50.0
     min_answer_score: float = 80.0
     cues: str | None = Field(None, description="text file, one cue a line; None takes the shipped set")
+    registers: tuple[str, ...] | None = Field(None, description="[headings] of the cue file to draw from; None: all")
 
 
 class ContrastSection(Section):
     """Steered rows that stay on topic: nothing to turn back from, so no cue."""
 
     rows: Count = 0
-    strength: Range = (0.3, 0.8)
+    strength: Drawn = (0.3, 0.8)
     min_answer_score: float = 90.0
 
 
@@ -123,8 +177,9 @@ class PromptedSection(Section):
     """Off-policy detours: text about another topic, written by somebody else (the paper's way)."""
 
     rows: Count = 0
-    cut: Range = (1, 4)
+    cut: Drawn = (1, 4)
     cues: str | None = Field(None, description="text file, one cue a line; None takes the shipped set")
+    registers: tuple[str, ...] | None = Field(None, description="[headings] of the cue file to draw from; None: all")
     writer: str | None = Field(
         None, description="a name for inspect_ai's model API; None: the model itself answers another question"
     )
@@ -137,16 +192,27 @@ class NormalSection(Section):
     min_answer_score: float = 80.0
 
 
+class CueDiversitySection(Section):
+    """How differently the rows of a training file must turn back at least; 0 demands nothing."""
+
+    openings: Count = Field(0, description="distinct first three words")
+    entropy: Annotated[float, Field(ge=0)] = Field(0.0, description="of the first three words, in bits")
+
+
 class DataSection(Section):
     """What the training file is made of."""
 
     steered: SteeredSection = SteeredSection()
+    prefixed: SteeredSection = Field(
+        SteeredSection(), description="contrast: steered detours as in `steered`, in rows that are trained unsteered"
+    )
     prompted: PromptedSection = PromptedSection()
     contrast: ContrastSection = ContrastSection()
     normal: NormalSection = NormalSection()
     self_correction: Fraction | None = Field(
         None, description="share of self-correction rows in the mixture; None keeps every row"
     )
+    cue_diversity: CueDiversitySection = CueDiversitySection()
 
 
 class LiveSection(Section):

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_gen.collect import collect
 from data_gen.context import SteerableLatent
+from data_gen.inventory import require_diversity
 from data_gen.mixture import mix
 from esr_train.errors import InputError
 from esr_train.files import replacing, write_json
@@ -28,7 +29,7 @@ from eval.cells import Cell, Split, make_cells, split_latents, unsteered
 from eval.probe import MakeProbe, probing
 from eval.store import TrialStore, read_trials
 from eval.trials import Steerer, progress_bar, run_trials
-from recipes.sources import UNSTEERED, check_held_out, maker
+from recipes.sources import UNSTEERED, check_held_out, maker, source_files
 from recipes.stages import Stages, digest
 from recipes.world import World, present
 
@@ -210,12 +211,14 @@ class Experiment:
             if not rows:
                 raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
             mixed = mix(rows, section.self_correction, seed)
+            require_diversity(mixed, section.cue_diversity)
             check_held_out(mixed, self.cells)
             write_transcripts(path, mixed)
 
         inputs = {
             "sources": {name: fingerprint for name, (_, fingerprint) in sources.items()},
             "self_correction": section.self_correction,
+            "cue_diversity": section.cue_diversity.model_dump(),
             "seed": seed,
             "cells": [cell.key for cell in self.cells],
         }
@@ -224,12 +227,17 @@ class Experiment:
     def sources(self, section: DataSection) -> dict[str, tuple[Path, str]]:
         """Generate the rows of every source that a `data` section asks for: name -> file and fingerprint."""
         result = {}
-        for name in ("steered", "contrast", "prompted", "normal"):
+        for name in ("steered", "prefixed", "contrast", "prompted", "normal"):
             wanted = getattr(section, name)
             if not wanted.rows:
                 continue
-            values = wanted.model_dump(mode="json")
-            inputs = {"section": values, "calibration": self.calibrated[0], "seed": self.recipe.seed, "name": name}
+            inputs = {
+                "section": wanted.model_dump(mode="json"),
+                "files": source_files(name, wanted),
+                "calibration": self.calibrated[0],
+                "seed": self.recipe.seed,
+                "name": name,
+            }
             stem = f"data/sources/{name}-{digest(inputs)}"
             path = self.directory / f"{stem}.jsonl"
             outputs = [f"{stem}.jsonl", f"{stem}.candidates.jsonl", f"{stem}.funnel.json"]
