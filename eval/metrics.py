@@ -177,6 +177,7 @@ def _gain_is(trial: Trial, wanted: Callable[[float], bool]) -> Value:
 
 
 def _flag(trial: Trial, name: str) -> Value:
-    if name in trial["flags"]:
-        return float(trial["flags"][name])
-    return Gap.UNSCORED if _failed(trial) else Gap.UNDEFINED
+    if name not in trial["flags"]:
+        return Gap.UNSCORED if _failed(trial) else Gap.UNDEFINED
+    found = trial["flags"][name]
+    return Gap.UNSCORED if found is None else float(found)

@@ -90,7 +90,7 @@ def run_trials(
         completions = engine.generate(requests, sampling, progress)
         _check_steering(arm, chunk, completions)
         items = [
-            JudgeItem(cell.prompt, completion.text, cell.label)
+            JudgeItem(cell.prompt, completion.text, cell.label, recovery=True)
             for (_, cell), completion in zip(chunk, completions, strict=True)
         ]
         judgements = judge.judge(items)

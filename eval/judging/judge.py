@@ -1,6 +1,6 @@
 """What a judge is given and what it says. A judge never sees which arm wrote a response."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,11 +16,19 @@ class Attempt:
 
 @dataclass(frozen=True)
 class JudgeItem:
-    """One response to judge: the prompt, the response, and the steering latent's label (None: unknown)."""
+    """One response to judge.
+
+    Args:
+        prompt: the user's message.
+        response: the model's reply.
+        label: what the steering latent stands for; None: unsteered, or unknown.
+        recovery: whether `silent_recovery` is wanted, which may cost a question of its own.
+    """
 
     prompt: str
     response: str
     label: str | None = None
+    recovery: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,14 +41,14 @@ class Judgement:
         raw: its answer as it came (for a person to check).
         flags: further yes/no findings: `degenerate` (word salad or repetition), `hijacked` (the last attempt is
             mainly about the latent's label), `silent_recovery` (off-topic at first, back on topic at the end,
-            without a restart). A finding the judge cannot make is left out.
+            without a restart). A finding the judge cannot make is left out; one that it failed to make is None.
         error: why there is no score; the trial is then `unscored`, never 0.
     """
 
     attempts: tuple[Attempt, ...]
     judge: str
     raw: str = ""
-    flags: dict[str, bool] = field(default_factory=dict)
+    flags: Mapping[str, bool | None] = field(default_factory=dict)
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -49,7 +57,7 @@ class Judgement:
             "attempts": [{"start": a.start, "end": a.end, "score": a.score} for a in self.attempts],
             "judge": self.judge,
             "judge_raw": self.raw,
-            "flags": self.flags,
+            "flags": dict(self.flags),
             "error": self.error,
         }
 
