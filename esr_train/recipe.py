@@ -42,11 +42,19 @@ class SaeSection(Section):
 
 
 class JudgeSection(Section):
-    """Who scores responses. `lexical` counts topic words; `model` asks a language model."""
+    """Who scores responses. `lexical` counts topic words; `model` and `local` ask a language model."""
 
-    kind: Literal["lexical", "model"] = "lexical"
+    kind: Literal["lexical", "model", "local"] = "lexical"
     vocabulary: str | None = Field(None, description="lexical: JSON file, topic -> words")
-    model: str | None = Field(None, description="model: a name for inspect_ai's model API")
+    model: str | None = Field(
+        None, description="model: a name of inspect_ai's model API; local: folder or hub id, run by our own engine"
+    )
+    temperature: Annotated[float, Field(ge=0)] | None = Field(0.0, description="None: the model takes none")
+    max_tokens: AtLeastOne = Field(2048, description="of an answer, reasoning included")
+    concurrency: AtLeastOne = Field(16, description="questions that are open at once; local: rows of a batch")
+    timeout: AtLeastOne = Field(120, description="seconds until an open question is sent again")
+    price: tuple[float, float] | None = Field(None, description="dollars per million tokens read and written")
+    repeat: Count = Field(0, description="another number asks anew what was answered before, as a test-retest")
 
 
 class SplitSection(Section):
@@ -270,6 +278,9 @@ class Recipe(Section):
     model: ModelSection
     sae: SaeSection | None = None
     judge: JudgeSection = JudgeSection()
+    judges: tuple[JudgeSection, ...] = Field(
+        (), description="further judges of the same trials: how far do they agree?"
+    )
     prompts: PromptsSection | None = None
     engine: EngineSection = EngineSection()
     sampling: SamplingSection = SamplingSection()

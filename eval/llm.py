@@ -61,13 +61,16 @@ class Llm(Protocol):
 
     Attributes:
         name: the model's.
-        settings: whatever else decides what it answers (JSON values).
         spent: counted by whoever asks and by the model itself.
     """
 
     name: str
-    settings: dict[str, Any]
     spent: Spent
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Whatever else decides what it answers (JSON values)."""
+        ...
 
     def ask(self, questions: Sequence[str], answered: Callable[[], None] = lambda: None) -> list[Reply]:
         """One reply a question, in order; `answered` is called as each comes.

@@ -187,9 +187,10 @@ class Experiment:
 
     def _calibration_inputs(self) -> dict[str, Any]:
         recipe = self.recipe.model_dump(mode="json")
-        keys = ("model", "sae", "judge", "prompts", "sampling", "calibration")
-        positions = recipe["engine"]["positions"]
-        return {**{key: recipe[key] for key in keys}, "positions": positions, "files": self.world.files}
+        keys = ("model", "sae", "prompts", "sampling", "calibration")
+        # The judge by its name, which knows what decides its scores; how fast it is asked does not.
+        rest = {"judge": self.world.judge.name, "positions": recipe["engine"]["positions"], "files": self.world.files}
+        return {**{key: recipe[key] for key in keys}, **rest}
 
     def data(self, arm: str) -> str:
         """Mix the arm's training file from the sources it asks for, or check the one it names; returns its fingerprint.

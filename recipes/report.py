@@ -6,8 +6,10 @@ from typing import Any
 
 from esr_train.errors import RunError
 from esr_train.files import read_json, write_json
+from eval.judging.model_judge import ModelJudge
 from eval.report.page import write_report
 from eval.summary import summarise
+from recipes.panel import write_agreement
 from recipes.pipeline import Experiment
 
 
@@ -21,8 +23,12 @@ def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
         raise RunError("there is no trial to report.")
     metrics = summarise(rows, top.recipe.eval.bootstrap, top.recipe.seed)
     write_json(top.directory / "metrics.json", metrics)
+    write_agreement(top, parts, rows)
     thresholds = read_json(top.directory / "thresholds.json")
     path = write_report(top.directory, top.recipe.name, metrics, rows, thresholds, _notes(top, parts, rows))
+    for judge in (top.world.judge, *top.world.other_judges):
+        if isinstance(judge, ModelJudge):
+            print(f"judge {judge.spent}", flush=True)
     print(f"report: {path}", flush=True)
     return path
 

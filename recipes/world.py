@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.provenance import sha256
-from esr_train.recipe import EngineSection, JudgeSection, PromptsSection, Recipe, SaeSection
+from esr_train.recipe import EngineSection, JudgeSection, ModelSection, PromptsSection, Recipe, SaeSection
 from esr_train.steering.engine import Engine, Sampling
 from esr_train.steering.sae import Direction, check_fits, load_sae, read_labels, residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine
@@ -16,6 +16,9 @@ from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
 from eval.judging.judge import Judge
 from eval.judging.lexical import LexicalJudge
+from eval.judging.model_judge import ModelJudge
+from eval.llm import Llm
+from eval.llm_clients import EngineLlm, InspectLlm
 
 NORM_TEXTS = 64
 
@@ -47,10 +50,37 @@ class World:
     @cached_property
     def judge(self) -> Judge:
         """Who scores responses."""
-        section: JudgeSection = self.recipe.judge
-        if section.kind != "lexical":
-            raise InputError(f"the judge {section.kind!r} is not there yet", "judge.kind", "Take lexical.")
-        return LexicalJudge.from_file(located(required(section.vocabulary, "judge.vocabulary")))
+        return self._judge(self.recipe.judge, "judge")
+
+    @cached_property
+    def other_judges(self) -> list[Judge]:
+        """Who scores the same responses once more."""
+        return [self._judge(section, f"judges.{number}") for number, section in enumerate(self.recipe.judges)]
+
+    def _judge(self, section: JudgeSection, key: str) -> Judge:
+        if section.kind == "lexical":
+            return LexicalJudge.from_file(located(required(section.vocabulary, f"{key}.vocabulary")))
+        llm = self._llm(section, required(section.model, f"{key}.model"))
+        return ModelJudge(llm, Path(self.recipe.runs) / "judge-cache", section.repeat)
+
+    def _llm(self, section: JudgeSection, name: str) -> Llm:
+        if section.kind == "local":
+            open_ = partial(self._engine_on, name, section.concurrency)
+            return EngineLlm(name, open_, section.temperature or 0.0, section.max_tokens)
+        return InspectLlm(
+            name,
+            temperature=section.temperature,
+            max_tokens=section.max_tokens,
+            concurrency=section.concurrency,
+            timeout=section.timeout,
+            price=section.price,
+        )
+
+    def _engine_on(self, path: str, rows: int) -> Engine:
+        """An engine on a judge's own model, beside the one under test."""
+        beside = self.recipe.model
+        model = ModelSection(path=path, dtype=beside.dtype, device=beside.device)
+        return TransformersEngine(load_model(model), load_tokenizer(model), batch_rows=rows)
 
     @property
     def sae_ref(self) -> SaeRef:

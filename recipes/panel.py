@@ -1,0 +1,47 @@
+"""The recipe's further judges: asked about the finished trials, and compared with the first."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from esr_train.errors import InputError
+from esr_train.files import write_json
+from eval.judging.judge import Judge
+from eval.panel import agreement, judge_again
+from eval.store import Trial, TrialStore
+from eval.trials import progress_bar
+from recipes.pipeline import Experiment
+
+NAME = "agreement.json"
+
+
+def write_agreement(top: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> None:
+    """Write `agreement.json` in the top directory if the recipe names further judges, else remove an old one.
+
+    Args:
+        parts: their judgements lie in `judgements/<judge>.jsonl` in their own directories.
+        rows: arm -> the trials of all parts, as the recipe's first judge scores them.
+    """
+    path = top.directory / NAME
+    if not top.world.other_judges:
+        path.unlink(missing_ok=True)
+        return
+    panel = {top.world.judge.name: rows}
+    for number, judge in enumerate(top.world.other_judges):
+        if judge.name in panel:
+            raise InputError(
+                f"the judge {judge.name} is named twice",
+                f"judges.{number}",
+                "Remove it, or set `repeat: 1` to ask it a second time (test-retest).",
+            )
+        panel[judge.name] = _judged(judge, parts)
+    write_json(path, agreement(panel, top.recipe.eval.bootstrap, top.recipe.seed))
+
+
+def _judged(judge: Judge, parts: Sequence[Experiment]) -> dict[str, list[Trial]]:
+    found: dict[str, list[Trial]] = {}
+    for part in parts:
+        store = TrialStore(part.directory / "judgements" / f"{re.sub(r'[^A-Za-z0-9.#-]+', '_', judge.name)}.jsonl")
+        for arm, trials in part.trials().items():
+            with progress_bar(len(trials), f"{judge.name} on {arm}") as progress:
+                found.setdefault(arm, []).extend(judge_again(judge, trials, store, lambda rows: progress(rows, 0)))
+    return found
