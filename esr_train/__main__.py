@@ -4,10 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esr_train.command import add_debug, guarded, prepare
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe, dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from esr_train.training.trainer import ProbeFactory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,8 +85,16 @@ def _merge(options: argparse.Namespace) -> None:
 def _train(recipe: Recipe, arm: str) -> None:
     from esr_train.training.trainer import train
 
-    folder = train(recipe, arm, recipe.directory)
+    folder = train(recipe, arm, recipe.directory, probe=_probe(recipe.for_arm(arm)))
     print(f"adapter: {folder}")
+
+
+def _probe(section: Recipe) -> "ProbeFactory | None":
+    if section.train.probe is None:
+        return None
+    from recipes.probe import calibrated_probe
+
+    return calibrated_probe(section)
 
 
 def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:

@@ -19,6 +19,9 @@ LIBRARIES = (
 BINDING = ("arm", "recipe", "data", "world_size")
 """The parts that must not change between a run and its continuation; the others are a record."""
 
+WATCHING = ("report_to", "run_name", "push_to_hub", "hub_", "project", "trackio_")
+"""Beginnings of `train.args` keys that say who is told, not what is trained."""
+
 
 def provenance(recipe: Recipe, arm: str, data: Path, rows: int, world_size: int) -> dict[str, Any]:
     """Everything a later reader needs to know about a training run.
@@ -43,9 +46,10 @@ def provenance(recipe: Recipe, arm: str, data: Path, rows: int, world_size: int)
 
 
 def relevant(recipe: Recipe) -> dict[str, Any]:
-    """The parts of a recipe that decide what training does (`train.probe` only watches)."""
+    """The parts of a recipe that decide what training does; `train.probe`, loggers and the hub only watch."""
     values = recipe.model_dump(mode="json")
     train = {key: value for key, value in values["train"].items() if key not in ("probe", "data")}
+    train["args"] = {key: value for key, value in train["args"].items() if not key.startswith(WATCHING)}
     model = {key: value for key, value in values["model"].items() if key != "device"}
     return {"seed": recipe.seed, "model": model, "sae": _reference(values["sae"]), "train": train}
 

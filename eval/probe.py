@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from esr_train.steering.engine import Engine, Sampling
 from eval.cells import Cell, unsteered
 from eval.judging.attempts import find_cues
-from eval.judging.judge import Judge, JudgeItem, Judgement
+from eval.judging.judge import Judge, JudgeItem
 from eval.trials import Steerer
 
 if TYPE_CHECKING:
@@ -31,13 +31,15 @@ def probing(judge: Judge, cells: Sequence[Cell], steerer: Steerer, sampling: Sam
         from esr_train.steering.transformers_engine import TransformersEngine
 
         engine = TransformersEngine(model, tokenizer, batch_rows=batch_rows)
-        return lambda step: observe(engine, judge, cells, steerer, sampling)
+        return lambda step, logged: observe(engine, judge if logged else None, cells, steerer, sampling)
 
     return make
 
 
-def observe(engine: Engine, judge: Judge, cells: Sequence[Cell], steerer: Steerer, sampling: Sampling) -> "Observation":
-    """Restart rates and mean last scores with and without steering, and the first response of each."""
+def observe(
+    engine: Engine, judge: Judge | None, cells: Sequence[Cell], steerer: Steerer, sampling: Sampling
+) -> "Observation":
+    """Restart rates and mean last scores (without a judge: no scores), steered and not, and a response of each."""
     from esr_train.training.callbacks import Observation
 
     figures: dict[str, float] = {}
@@ -45,9 +47,8 @@ def observe(engine: Engine, judge: Judge, cells: Sequence[Cell], steerer: Steere
     for name, group in (("steered", cells), ("unsteered", unsteered(cells))):
         requests = [steerer.request(cell, str(number)) for number, cell in enumerate(group)]
         texts = [completion.text for completion in engine.generate(requests, sampling)]
-        items = [JudgeItem(cell.prompt, text, cell.label) for cell, text in zip(group, texts, strict=True)]
         figures[f"restarts_{name}"] = sum(bool(find_cues(text)) for text in texts) / len(texts)
-        scores = [score for judgement in judge.judge(items) if (score := _last_score(judgement)) is not None]
+        scores = _last_scores(judge, group, texts) if judge else []
         # No figure at all is better than one that takes a silent judge for a score of 0.
         if scores:
             figures[f"last_score_{name}"] = sum(scores) / len(scores)
@@ -55,5 +56,7 @@ def observe(engine: Engine, judge: Judge, cells: Sequence[Cell], steerer: Steere
     return Observation(figures, tuple(samples))
 
 
-def _last_score(judgement: Judgement) -> float | None:
-    return judgement.attempts[-1].score if judgement.attempts else None
+def _last_scores(judge: Judge, cells: Sequence[Cell], texts: Sequence[str]) -> list[float]:
+    items = [JudgeItem(cell.prompt, text, cell.label) for cell, text in zip(cells, texts, strict=True)]
+    last = [found.attempts[-1].score for found in judge.judge(items) if found.attempts]
+    return [score for score in last if score is not None]

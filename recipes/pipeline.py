@@ -13,25 +13,25 @@ from data_gen.mixture import mix
 from esr_train.errors import InputError
 from esr_train.files import replacing, write_json
 from esr_train.interchange import read_segments
-from esr_train.provenance import git_state, hardware, sha256, versions
+from esr_train.provenance import git_state, hardware, relevant, sha256, versions
 from esr_train.recipe import DataSection, Recipe, dump_recipe
 from esr_train.steering.sae import Direction
 from esr_train.transcript import read_transcripts, write_transcripts
 from eval.calibration import (
     Threshold,
     calibrate,
-    calibration_key,
     load_thresholds,
     save_thresholds,
     work,
 )
-from eval.cells import Cell, Split, make_cells, split_latents, unsteered
-from eval.probe import MakeProbe, probing
+from eval.cells import Cell, make_cells, unsteered
 from eval.store import TrialStore, read_trials
 from eval.trials import Steerer, progress_bar, run_trials
+from recipes.latents import steerable, threshold_key
+from recipes.probe import probe
 from recipes.sources import UNSTEERED, check_held_out, maker, source_files
 from recipes.stages import Stages, digest
-from recipes.world import World, present
+from recipes.world import World
 
 RECALIBRATED = "steered_recalibrated"
 WIDER = 2.0
@@ -108,18 +108,19 @@ class Experiment:
     @cached_property
     def calibrated(self) -> tuple[str, list[Threshold]]:
         """The fingerprint of the calibration, and every latent's threshold on the base model."""
+        key = threshold_key(self.recipe, self.world)
         if self.shared:
             fingerprint, thresholds = self.shared.calibrated
-            save_thresholds(self.directory / "thresholds.json", self._calibration_key(), thresholds)
+            save_thresholds(self.directory / "thresholds.json", key, thresholds)
             return fingerprint, thresholds
         path = self.directory / "thresholds.json"
 
         def make() -> None:
             scores = self.directory / "calibration" / "base.jsonl"
-            save_thresholds(path, self._calibration_key(), self._bisect("base", None, self.directions, scores))
+            save_thresholds(path, key, self._bisect("base", None, self.directions, scores))
 
         fingerprint = self.stages.do("calibrate", self._calibration_inputs(), ["thresholds.json", "calibration"], make)
-        thresholds = load_thresholds(path, self._calibration_key())
+        thresholds = load_thresholds(path, key)
         bound = sum(each.bound is not None for each in thresholds)
         middle = sorted(each.norm for each in thresholds)[len(thresholds) // 2]
         print(
@@ -137,13 +138,7 @@ class Experiment:
     @cached_property
     def latents(self) -> dict[str, list[SteerableLatent]]:
         """The steerable latents of each split; those whose threshold lies at a bound are left out."""
-        norms = {each.latent: each.norm for each in self.calibrated[1] if each.bound is None}
-        section = present(self.recipe.prompts, "prompts").splits
-        split = split_latents(self.directions, self.world.pools.topics, section)
-        return {
-            name: [SteerableLatent(each, norms[each.latent]) for each in group if each.latent in norms]
-            for name, group in split.items()
-        }
+        return steerable(self.recipe, self.world, self.directions, self.calibrated[1])
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -172,18 +167,6 @@ class Experiment:
                 store=TrialStore(scores),
                 progress=progress,
             )
-
-    def _calibration_key(self) -> dict[str, Any]:
-        recipe, pools = self.recipe, self.world.pools
-        return calibration_key(
-            recipe.model.path,
-            self.world.sae_ref,
-            self.world.judge.name,
-            pools.validation or pools.train,
-            self.world.sampling(),
-            recipe.calibration,
-            recipe.engine.positions,
-        )
 
     def _calibration_inputs(self) -> dict[str, Any]:
         recipe = self.recipe.model_dump(mode="json")
@@ -258,26 +241,16 @@ class Experiment:
         from esr_train.training.trainer import train
 
         section = self.recipe.for_arm(arm)
-        values = section.train.model_dump(mode="json", exclude={"probe"})
-        inputs = {"data": data, "train": values, "model": section.model.path, "seed": self.recipe.seed}
-        folder = self.directory / "adapter" / arm
-        print(f"train {arm}", flush=True)
-        fingerprint = self.stages.do(
-            f"train/{arm}",
-            inputs,
-            [f"adapter/{arm}"],
-            lambda: _discard(train(self.recipe, arm, self.directory, probe=self._probe(section))),
-        )
-        return folder, fingerprint
 
-    def _probe(self, section: Recipe) -> MakeProbe | None:
-        """The behavioural probe on validation cells, where the arm asks for one."""
-        if section.train.probe is None:
-            return None
-        latents = [each.direction for each in self.latents["validation"]]
-        cells = make_cells(self.world.pools.validation, latents, section.train.probe.trials, self.recipe.seed)
-        steerer = self._steerer(None, "validation")
-        return probing(self.world.judge, cells, steerer, self.world.sampling(), self.recipe.engine.batch_rows)
+        def make() -> None:
+            made = probe(section, self.world, self.latents["validation"]) if section.train.probe else None
+            self.world.release()
+            train(self.recipe, arm, self.directory, made)
+
+        print(f"train {arm}", flush=True)
+        inputs = {"data": data, "recipe": relevant(section)}
+        fingerprint = self.stages.do(f"train/{arm}", inputs, [f"adapter/{arm}"], make)
+        return self.directory / "adapter" / arm, fingerprint
 
     def _trials(self, arm: str, adapter: Path | None, trained: str = "base") -> None:
         """Run the arm's trials in every condition; a recalibrated one first measures the arm's own thresholds."""
@@ -294,6 +267,8 @@ class Experiment:
         own = f"calibration/{arm}.jsonl"
 
         def make() -> None:
+            if adapter:
+                self.world.release()
             engine = self.world.engine(adapter) if adapter else self.world.base
             store = TrialStore(self.directory / name)
             with progress_bar(len(self.cells) * len(wanted), f"trials {arm}") as progress:
@@ -322,8 +297,8 @@ class Experiment:
     def _steerable(self, norms: dict[int, float] | None) -> list[Cell]:
         return self.cells if norms is None else [cell for cell in self.cells if cell.latent in norms]
 
-    def _steerer(self, norms: dict[int, float] | None, split: Split = "test") -> Steerer:
-        latents = self.latents[split]
+    def _steerer(self, norms: dict[int, float] | None) -> Steerer:
+        latents = self.latents["test"]
         base = {each.direction.latent: each.threshold for each in latents}
         directions = {each.direction.latent: each.direction for each in latents}
         return Steerer(directions, base if norms is None else norms, self.recipe.engine.positions)
@@ -334,7 +309,3 @@ class Experiment:
             arm: [{**row, "seed": self.recipe.seed} for row in read_trials(self.directory / "trials" / f"{arm}.jsonl")]
             for arm in ("base", *self.recipe.arms)
         }
-
-
-def _discard(_: Any) -> None:
-    return None

@@ -1,9 +1,12 @@
 """What every stage of an experiment works with, loaded when it is first needed."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+
+import torch
 
 from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
@@ -38,6 +41,12 @@ class World:
     def base(self) -> Engine:
         """The base model's engine."""
         return self.engine(None)
+
+    def release(self) -> None:
+        """Forget the base model until it is asked for again: an accelerator may hold one model, not two."""
+        if self.__dict__.pop("base", None) is not None:
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def engine(self, adapter: Path | None) -> Engine:
         """An engine on the model, with an adapter or without."""

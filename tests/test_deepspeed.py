@@ -1,42 +1,56 @@
-"""DeepSpeed with two CPU processes trains as one process does: live injection, masks, gradient checkpointing on."""
+"""Two CPU processes train as one does, under DDP and every stage of ZeRO: live injection, masks, checkpointing on."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from contextlib import chdir
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
-from training_world import recipe, transcripts, write_world
+from training_world import probed, recipe, transcripts, write_world
 
+from esr_train.__main__ import main
 from esr_train.recipe import dump_recipe
+from esr_train.transcript import write_transcripts
+from tests.conftest import make_family
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "recipes"
 
-ASSERTING = """
+LAUNCHED = """
+import os
 import sys
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from esr_train.__main__ import main
 from esr_train.training import trainer
 
-made = trainer.build_trainer
+made, stage = trainer.build_trainer, int(sys.argv[1])
 
 
 def build_trainer(*arguments, **named):
     built = made(*arguments, **named)
-    assert built.accelerator.distributed_type == DistributedType.DEEPSPEED
-    assert built.accelerator.num_processes == 2
-    assert built.accelerator.deepspeed_plugin.zero_stage == {stage}
+    accelerator = built.accelerator
+    assert accelerator.distributed_type == ("DEEPSPEED" if stage else "MULTI_CPU"), accelerator.distributed_type
+    assert accelerator.num_processes == 2
+    assert not stage or accelerator.state.deepspeed_plugin.zero_stage == stage
     return built
 
 
 trainer.build_trainer = build_trainer
-from esr_train.__main__ import main
-
-sys.exit(main(sys.argv[1:]))
+# One launch trains several recipes, because starting takes longer than training: the group must outlive the first.
+Accelerator.end_training = lambda self: self.wait_for_everyone()
+for recipe in sys.argv[2:]:
+    folder, name = os.path.split(recipe)
+    os.chdir(folder)
+    print(f"{recipe}: exit code {main([name])}", flush=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
 """
 
 
@@ -57,89 +71,136 @@ def environment() -> dict[str, str]:
     }
 
 
-def launch(folder: Path, name: str, stage: int, batch: int, **options) -> subprocess.CompletedProcess[str]:
-    """Train run `name` under DeepSpeed with two processes, with the shipped configuration."""
-    shipped = yaml.safe_load((SHIPPED / "accelerate" / f"zero{stage}.yaml").read_text())
-    settings = json.loads((SHIPPED / "deepspeed" / f"zero{stage}.json").read_text())
-    if stage == 3:
-        # By default the tiny LoRA matrices are kept whole, and nothing would have to be gathered.
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "zero.json").write_text(json.dumps(settings))
-    shipped["deepspeed_config"]["deepspeed_config_file"] = str(folder / "zero.json")
-    (folder / "accelerate.yaml").write_text(yaml.safe_dump({**shipped, "use_cpu": False}))
-    (folder / "asserting.py").write_text(ASSERTING.format(stage=stage))
-    write_recipe(folder, name, batch, **options)
+def launch(folder: Path, *words: str) -> str:
+    """`accelerate launch` with the configuration in `folder`; what was printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml"]
-    command += ["--main_process_port", str(free_port()), "asserting.py", f"{name}.yaml"]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=540)
+    command += ["--main_process_port", str(free_port()), *words]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
-def write_recipe(folder: Path, name: str, batch: int, **options) -> None:
+def write_configuration(folder: Path, stage: int) -> None:
+    """The shipped configuration for a stage of ZeRO (0: plain data parallelism)."""
+    name = f"zero{stage}" if stage else "ddp"
+    shipped = yaml.safe_load((SHIPPED / "accelerate" / f"{name}.yaml").read_text())
+    if stage:
+        settings = json.loads((SHIPPED / "deepspeed" / f"{name}.json").read_text())
+        if stage == 3:
+            # By default the tiny LoRA matrices are kept whole, and nothing would have to be gathered.
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (folder / "zero.json").write_text(json.dumps(settings))
+        shipped["deepspeed_config"]["deepspeed_config_file"] = str(folder / "zero.json")
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(shipped))
+
+
+def write_run(name: str, family: str, batch: int, **options) -> str:
+    """A recipe and its data in the current directory; `packing` and `quantization` are options."""
+    packing = options.pop("packing", False)
     args = {"per_device_train_batch_size": batch, "gradient_checkpointing": True, "num_train_epochs": 1}
-    args["packing"] = options.pop("packing", False)
-    section = recipe(options.pop("family", "llama"), args=args, lora={"r": 4, "lora_dropout": 0.0}, **options)
-    data = folder / "runs" / name / "data" / "tuned.jsonl"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text((folder / "runs/t/data/tuned.jsonl").read_text())
-    (folder / f"{name}.yaml").write_text(dump_recipe(section.model_copy(update={"name": name})))
+    section = recipe(
+        family,
+        args={**args, "packing": packing},
+        lora={"r": 4, "lora_dropout": 0.0},
+        max_length=200 if packing else 512,
+        **options,
+    ).model_copy(update={"name": name})
+    # An even number of sequences: accelerate fills an uneven last step up with rows of the first.
+    steered = {"llama": 20, "gemma": 16}[family]
+    rows = transcripts(steered, normal=8) if packing else transcripts()
+    data = section.directory / "data" / "tuned.jsonl"
+    data.parent.mkdir(parents=True)
+    write_transcripts(data, rows)
+    section = section if "quantization" in options else probed(section)
+    Path(f"{name}.yaml").write_text(dump_recipe(section))
+    return f"{name}.yaml"
 
 
-def result(folder: Path, name: str) -> tuple[list[tuple[float, float]], dict]:
+@dataclass(frozen=True)
+class Launched:
+    """The folder with a run in two processes for each name and, beside it, one in a single process."""
+
+    folder: Path
+    names: tuple[str, ...]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def launched(request, tmp_path_factory) -> Launched:
+    """Both families under a stage of ZeRO (0: none), under ZeRO-3 packed as well; one launch for all."""
+    stage, folder = request.param, tmp_path_factory.mktemp(f"stage{request.param}")
+    names = []
+    for family in ("llama", "gemma"):
+        (folder / family).mkdir()
+        with chdir(folder / family):
+            write_world(Path(), make_family(family))
+            for name, batch, packing in (("plain", 4, False), ("packed", 2, True))[: 2 if stage == 3 else 1]:
+                write_run(name, family, batch // 2, packing=packing)
+                assert main([write_run(f"{name}-alone", family, batch, packing=packing)]) == 0
+                names.append(f"{family}/{name}")
+    with chdir(folder / "llama"):
+        write_run("nf4", "llama", 2, quantization="nf4")
+    write_configuration(folder, stage)
+    (folder / "launched.py").write_text(LAUNCHED)
+    wanted = [*names, *(["llama/nf4"] if stage == 3 else [])]
+    said = launch(folder, "launched.py", str(stage), *(str(folder / f"{name}.yaml") for name in wanted))
+    return Launched(folder, tuple(names), said)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Loss and gradient norm of each step, the adapter's weights, and the steps at which it was probed."""
+
+    steps: list[tuple[float, float]]
+    weights: dict[str, torch.Tensor]
+    probed: list[int]
+
+
+def result(folder: Path, name: str) -> Result:
     adapter = folder / "runs" / name / "adapter" / "tuned"
     log = json.loads((adapter / "training_log.json").read_text())
     steps = [(entry["loss"], entry["grad_norm"]) for entry in log if "grad_norm" in entry]
-    return steps, load_file(str(adapter / "adapter_model.safetensors"))
+    probed_at = [entry["step"] for entry in log if "probe_restarts_steered" in entry]
+    return Result(steps, load_file(str(adapter / "adapter_model.safetensors")), probed_at)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "packing"), [(2, False), (3, False), (3, True)])
-def test_two_processes_equal_one(tmp_path, family, stage, packing):
-    options = {"family": family.name, "packing": packing, "max_length": 200 if packing else 512}
-    rows = 2 if packing else 4
-    # An even number of sequences: accelerate fills an uneven last step up with rows of the first.
-    steered = {"llama": 20, "gemma": 16}[family.name]
-    write_world(tmp_path, family, transcripts(steered, normal=8) if packing else None)
-    write_recipe(tmp_path, "single", batch=rows, **options)
-    command = [sys.executable, "-m", "esr_train", "single.yaml"]
-    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True)
-    launched = launch(tmp_path, "sharded", stage, batch=rows // 2, **options)
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    (one, weights), (two, sharded) = result(tmp_path, "single"), result(tmp_path, "sharded")
-    assert len(one) == len(two) >= 3
-    for alone, together in zip(one, two, strict=True):
-        assert together == pytest.approx(alone, rel=1e-4)
-    assert weights.keys() == sharded.keys()
-    for name, weight in weights.items():
-        assert sharded[name].shape == weight.shape
-        assert (sharded[name] - weight).abs().max() < 1e-4
+@pytest.mark.parametrize("launched", [0, 1, 2, 3], indirect=True, ids=["ddp", "zero1", "zero2", "zero3"])
+def test_two_processes_equal_one_and_are_probed_alike(launched):
+    for name in launched.names:
+        assert launched.said.count(f"{name}.yaml: exit code 0") == 2, launched.said[-3000:]
+        family, run = name.split("/")
+        together, alone = (result(launched.folder / family, each) for each in (run, f"{run}-alone"))
+        assert len(alone.steps) == len(together.steps) >= 3
+        for one, two in zip(alone.steps, together.steps, strict=True):
+            assert two == pytest.approx(one, rel=1e-4)
+        assert alone.weights.keys() == together.weights.keys()
+        for key, weight in alone.weights.items():
+            assert together.weights[key].shape == weight.shape
+            assert (together.weights[key] - weight).abs().max() < 1e-4
+        assert alone.probed == together.probed != []
 
 
 @pytest.mark.slow
-def test_nf4_under_zero3_is_refused(tmp_path, llama):
-    write_world(tmp_path, llama)
-    launched = launch(tmp_path, "nf4", 3, batch=2, quantization="nf4")
-    assert launched.returncode != 0
-    assert "NF4 weights cannot be sharded by ZeRO-3" in launched.stderr
+@pytest.mark.parametrize("launched", [3], indirect=True, ids=["zero3"])
+def test_nf4_under_zero3_is_refused(launched):
+    assert launched.said.count("nf4.yaml: exit code 2") == 2, launched.said[-3000:]
+    assert "NF4 weights cannot be sharded by ZeRO-3" in launched.said
 
 
 @pytest.mark.slow
 def test_the_papers_file_trains_through_accelerate_launch(tmp_path, llama, paper):
     write_world(tmp_path, llama)
-    shipped = yaml.safe_load((SHIPPED / "accelerate" / "zero2.yaml").read_text())
-    shipped["deepspeed_config"]["deepspeed_config_file"] = str(SHIPPED / "deepspeed" / "zero2.json")
-    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(shipped))
+    write_configuration(tmp_path, 2)
     args = {"max_steps": 3, "per_device_train_batch_size": 1, "optim": "adamw_bnb_8bit"}
     data = str(paper / "dataset_masked_ratio_50pct_train.jsonl")
     section = recipe(live=False, args=args, data=data, format="segments", max_length=4096)
     (tmp_path / "paper.yaml").write_text(dump_recipe(section.model_copy(update={"name": "paper"})))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml"]
-    command += ["--main_process_port", str(free_port()), "-m", "esr_train", "paper.yaml"]
-    launched = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=540)
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    steps, weights = result(tmp_path, "paper")
-    assert len(steps) == 3
-    assert all(0 < loss < 20 and grad_norm > 0 for loss, grad_norm in steps)
-    assert any("lora_B" in name and bool(weight.any()) for name, weight in weights.items())
+    launch(tmp_path, "-m", "esr_train", "paper.yaml")
+    found = result(tmp_path, "paper")
+    assert len(found.steps) == 3
+    assert all(0 < loss < 20 and grad_norm > 0 for loss, grad_norm in found.steps)
+    assert any("lora_B" in name and bool(weight.any()) for name, weight in found.weights.items())
     record = json.loads((tmp_path / "runs/paper/adapter/tuned/provenance.json").read_text())
     assert (record["world_size"], record["data"]["rows"]) == (2, 918)
 

@@ -116,7 +116,8 @@ def test_the_probe_is_logged_beside_the_loss_and_changes_nothing(small):
     section, seen = recipe(probe={"every": 2}), []
 
     def make(model, tokenizer):
-        def probe(step: int) -> dict[str, float]:
+        def probe(step: int, logged: bool) -> Observation:
+            assert logged
             assert not model.training
             seen.append(step)
             return Observation({"restarts": 0.25}, ({"response": f"at {step}"}, {"response": "calm"}))
@@ -136,7 +137,7 @@ def test_the_probe_is_logged_beside_the_loss_and_changes_nothing(small):
 def test_samples_of_steps_that_are_done_again_are_not_kept_twice(tmp_path):
     seen: list[dict] = []
     callback = BehaviourProbe(
-        lambda step: Observation({}, ({"made": len(seen)},)), 1, seen.append, tmp_path / "s.jsonl"
+        lambda step, logged: Observation({}, ({"made": len(seen)},)), 1, seen.append, tmp_path / "s.jsonl"
     )
     for step in (1, 2, 3, 2):
         state = TrainerState(global_step=step, is_world_process_zero=True)
@@ -177,7 +178,7 @@ def test_a_finished_or_begun_training_is_not_continued_with_another_recipe(small
     ],
 )
 def test_settings_that_do_not_exist_or_do_harm_are_refused(tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("esr_train.training.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("esr_train.training.loggers.find_spec", lambda name: None)
     section = recipe(**options)
     with pytest.raises(InputError, match=message):
         _ = sft_config(section, tmp_path), lora_config(section)

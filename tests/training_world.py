@@ -6,12 +6,17 @@ from typing import Any
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
+from esr_train.files import write_json, write_jsonl
 from esr_train.recipe import Recipe
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
+from eval.calibration import Threshold, save_thresholds
+from recipes.latents import threshold_key
+from recipes.world import World
 
 SAE = SaeRef("saes", "first")
 LAYER = 1
 LATENTS = 12
+TOPICS = ("baking", "sailing", "folding", "chess")
 DETOURS = ("First, knead the dough and dust the flour.", "Raise the mast and trim the jib before the gale.")
 ANSWERS = (
     "Start by tucking one corner into the other.",
@@ -65,3 +70,24 @@ def recipe(family: str = "llama", live: bool = True, args: dict[str, Any] | None
     attention = "sdpa" if family == "llama" else "eager"
     model = {"path": "model", "dtype": "float32", "attn_implementation": attention, "device": "cpu"}
     return Recipe.model_validate({"name": "t", "model": model, "train": section})
+
+
+def probed(section: Recipe, every: int = 2) -> Recipe:
+    """The recipe with a behavioural probe, its files written to the current directory as if it were calibrated."""
+    write_jsonl("labels.jsonl", ({"index": i, "description": TOPICS[i % len(TOPICS)]} for i in range(LATENTS)))
+    write_jsonl("prompts.jsonl", ({"prompt": f"How does {t} go? ({i})", "topic": t} for t in TOPICS for i in range(4)))
+    write_json("vocabulary.json", {topic: [f"{topic}tool"] for topic in TOPICS})
+    values = section.model_dump()
+    values["train"]["probe"] = {"every": every, "trials": 2}
+    more = Recipe.model_validate(
+        {
+            **values,
+            "sae": {"release": SAE.release, "id": SAE.id, "labels": "labels.jsonl"},
+            "judge": {"vocabulary": "vocabulary.json"},
+            "prompts": {"path": "prompts.jsonl", "splits": {"validation": 0.5, "test": 0.25}},
+            "sampling": {"max_new_tokens": 6},
+        }
+    )
+    found = [Threshold(i, TOPICS[i % len(TOPICS)], 1.0, 3.0, 0.9, 1.1, 20, None) for i in range(LATENTS)]
+    save_thresholds(more.directory / "thresholds.json", threshold_key(more, World(more)), found)
+    return more

@@ -28,8 +28,11 @@ class Observation:
     samples: tuple[dict[str, Any], ...] = ()
 
 
-Probe = Callable[[int], Observation]
-"""Called with the step."""
+Probe = Callable[[int, bool], Observation]
+"""Called with the step, and whether this process's figures are the ones that are logged.
+
+Every process generates (under ZeRO-3 each holds a part of the weights), but one alone needs a judge.
+"""
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -166,7 +169,7 @@ class BehaviourProbe(TrainerCallback):
     ) -> None:
         if state.global_step % self._every:
             return
-        found = self._observe(state.global_step, model)
+        found = self._observe(state.global_step, model, state.is_world_process_zero)
         if state.is_world_process_zero:
             self._write(state.global_step, found.samples)
         asked = control.should_log
@@ -174,11 +177,11 @@ class BehaviourProbe(TrainerCallback):
         # Logging takes back the wish to log, and this step's loss may still be waiting for it.
         control.should_log = asked
 
-    def _observe(self, step: int, model: Any) -> Observation:
+    def _observe(self, step: int, model: Any, logged: bool) -> Observation:
         training, random_state = model.training, torch.get_rng_state()
         model.eval()
         try:
-            return self._probe(step)
+            return self._probe(step, logged)
         finally:
             # Watching must not change what is watched: dropout goes on as if nothing had happened.
             model.train(training)

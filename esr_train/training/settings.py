@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import inspect
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from trl import SFTConfig
 
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe
+from esr_train.training.loggers import check_installed
 
 LORA_DEFAULTS: dict[str, Any] = {
     "r": 32,
@@ -37,8 +37,6 @@ DEFAULTS: dict[str, Any] = {
 }
 """The paper's optimisation, with rows of like length batched together."""
 
-LOGGERS = ("wandb", "trackio", "tensorboard")
-
 DECIDED_ELSEWHERE = {
     "output_dir": "The run directory decides where files go.",
     "bf16": "Set model.dtype.",
@@ -59,7 +57,10 @@ DECIDED_ELSEWHERE = {
     "eos_token": "The chat template's end-of-turn token is trained.",
     "pad_token": "The tokenizer's padding token is used.",
     "auto_find_batch_size": "A changed batch size is another experiment; set per_device_train_batch_size.",
-    "push_to_hub": "Upload the finished folder: `hf upload REPO FOLDER`.",
+    "hub_token": "A recipe is published with its adapter. Use `hf auth login` or the variable HF_TOKEN.",
+    "hub_strategy": "The finished adapter alone is uploaded.",
+    "hub_always_push": "The finished adapter alone is uploaded.",
+    "hub_revision": "The finished adapter goes to the main branch.",
     "truncation_mode": "Rows are never truncated; raise train.max_length.",
 }
 
@@ -87,6 +88,8 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
             "train.args.packing_strategy",
             "Leave it out: bfd packs whole rows.",
         )
+    # The trainer would upload checkpoints and a card of its own; see `training.hub`.
+    given.pop("push_to_hub", None)
     on_cpu = trains_on_cpu(recipe)
     values = {
         **DEFAULTS,
@@ -108,16 +111,8 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
         args = SFTConfig(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train.args") from error
-    _check_loggers(args)
+    check_installed(args)
     return args
-
-
-def _check_loggers(args: SFTConfig) -> None:
-    missing = [name for name in LOGGERS if name in (args.report_to or []) and find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"{missing[0]} is not installed", "train.args.report_to", f"`pip install {missing[0]}`, or take another."
-        )
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:

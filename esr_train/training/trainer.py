@@ -27,7 +27,9 @@ from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress,
 from esr_train.training.checkpoints import last_checkpoint, remove_checkpoints
 from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows, singly, table, to_dataset
 from esr_train.training.flow import Watch, check_flow, check_packing, verified
+from esr_train.training.hub import repository
 from esr_train.training.live import COLUMNS, LiveInjection, load_vectors
+from esr_train.training.loggers import end_runs, keep_events
 from esr_train.training.settings import lora_config, packs, sft_config, trains_on_cpu
 
 ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
@@ -35,6 +37,9 @@ ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
 
 SAMPLES = "samples.jsonl"
 """In the adapter's folder: what the probe showed of the model's responses on the way."""
+
+EVENTS = "tensorboard"
+"""In the adapter's folder: tensorboard's, where it is asked for."""
 
 PATIENCE = 3
 """Evaluations without improvement after which training stops, where `load_best_model_at_end` is set."""
@@ -155,25 +160,26 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
         RunError: an injection that does not do what it should, or an adapter that has learned nothing.
     """
     section, folder = recipe.for_arm(arm), adapter_folder(arm, directory)
-    data = data_file(recipe, arm, directory)
+    data, hub = data_file(recipe, arm, directory), repository(section)
     # Before the model is loaded: under ZeRO-3 this is what shards it while it loads.
     args = sft_config(section, folder / "checkpoints")
     _refuse_combinations(section, args)
     tokenizer = load_tokenizer(section.model)
     rows = read_rows(section, data, tokenizer)
     record = provenance(section, arm, data, len(rows), args.world_size)
-    if is_complete(folder):
-        refuse_changes(read_json(folder / "provenance.json"), record, folder)
-        return folder
     _begin(folder, record, args)
-    if section.train.probe and probe is None and args.process_index == 0:
-        print("train.probe is left out: only `esr run` has what it takes to steer and judge.", file=sys.stderr)
-    live = live_injection(section, rows)
-    model = load_model(section.model, quantization=section.train.quantization, for_training=True)
-    trainer = build_trainer(section, args, model, tokenizer, rows, live, probe)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints", args.world_size))
-    finish(trainer, folder, record)
-    _close(trainer, folder, keep="save_total_limit" in section.train.args)
+    speaks = args.process_index == 0
+    if hub and speaks:
+        hub.create()
+    if not is_complete(folder):
+        live = live_injection(section, rows)
+        model = load_model(section.model, quantization=section.train.quantization, for_training=True)
+        trainer = build_trainer(section, args, model, tokenizer, rows, live, probe)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints", args.world_size))
+        finish(trainer, folder, record)
+        _close(trainer, folder, keep="save_total_limit" in section.train.args)
+    if hub and speaks:
+        hub.upload(folder)
     return folder
 
 
@@ -186,7 +192,8 @@ def live_injection(recipe: Recipe, rows: Sequence[TrainingRow]) -> LiveInjection
 
 
 def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
-    begun = folder / "checkpoints" / "provenance.json"
+    """Note what this training is made from, or hold it against what was noted when it was begun."""
+    begun = folder / "provenance.json" if is_complete(folder) else folder / "checkpoints" / "provenance.json"
     if begun.is_file():
         refuse_changes(read_json(begun), record, folder)
     elif args.process_index == 0:
@@ -234,17 +241,15 @@ def build_trainer(
         probe: makes the behavioural probe.
     """
     training, watched = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
-    latents = table(rows)
-    together = packs(recipe)
+    latents, together = table(rows), packs(recipe)
     sequences = packed(training, recipe.train.max_length) if together else singly(training)
     if live:
         live.check_fits(model)
-    on_cpu = trains_on_cpu(recipe)
     lora = lora_config(recipe)
     try:
         trainer = EsrTrainer(
             live=live,
-            meter=Meter(count_parameters(model), args.world_size, on_cpu),
+            meter=Meter(count_parameters(model), args.world_size, trains_on_cpu(recipe)),
             model=model,
             args=args,
             data_collator=Collator(tokenizer.pad_token_id, together, flat=together and _is_flash(recipe)),
@@ -257,17 +262,26 @@ def build_trainer(
     except ValueError as error:
         raise InputError(f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train") from error
     trainer.remove_callback(PrinterCallback)
+    keep_events(trainer, Path(str(args.output_dir)).parent / EVENTS)
     _assert_deepspeed(trainer)
     if args.load_best_model_at_end:
         trainer.add_callback(EarlyStoppingCallback(PATIENCE))
-    if probe and recipe.train.probe:
-        samples = Path(str(args.output_dir)).parent / SAMPLES
-        log = functools.partial(Trainer.log, trainer)
-        made = probe(trainer.model, tokenizer)
-        trainer.add_callback(BehaviourProbe(made, recipe.train.probe.every, log, samples))
+    if recipe.train.probe:
+        _add_probe(trainer, tokenizer, recipe.train.probe.every, probe)
     if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
         _check_before_training(trainer, training, latents, live, together)
     return trainer
+
+
+def _add_probe(trainer: EsrTrainer, tokenizer: PreTrainedTokenizerBase, every: int, probe: ProbeFactory | None) -> None:
+    if probe is None:
+        if trainer.is_world_process_zero():
+            print("train.probe is left out: `train` was given nothing that steers and judges.", file=sys.stderr)
+        return
+    samples = Path(str(trainer.args.output_dir)).parent / SAMPLES
+    log = functools.partial(Trainer.log, trainer)
+    made = probe(trainer.model, tokenizer)
+    trainer.add_callback(BehaviourProbe(made, every, log, samples))
 
 
 def _is_flash(recipe: Recipe) -> bool:
@@ -302,6 +316,7 @@ def _check_before_training(
 
 
 def _close(trainer: EsrTrainer, folder: Path, keep: bool) -> None:
+    end_runs(trainer.args)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero() and not keep:
         remove_checkpoints(folder / "checkpoints")
