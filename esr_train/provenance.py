@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ LIBRARIES = (
     *("torch", "transformers", "trl", "peft", "accelerate"),
     *("datasets", "deepspeed", "bitsandbytes", "sae-lens"),
 )
-BINDING = ("arm", "recipe", "data", "world_size")
-"""The parts that must not change between a run and its continuation; the others are a record."""
+RESULT = ("arm", "recipe", "data")
+"""The parts that say what was trained: those of a finished adapter must be the ones asked for."""
+BINDING = (*RESULT, "world_size", "zero_stage")
+"""The parts that must not change between a run and its continuation, either; the others are a record."""
 
 WATCHING = ("report_to", "run_name", "push_to_hub", "hub_", "project", "trackio_")
 """Beginnings of `train.args` keys that say who is told, not what is trained."""
 
 
-def provenance(recipe: Recipe, arm: str, data: Path, rows: int, world_size: int) -> dict[str, Any]:
+def provenance(
+    recipe: Recipe, arm: str, data: Path, rows: int, world_size: int, zero_stage: int | None = None
+) -> dict[str, Any]:
     """Everything a later reader needs to know about a training run.
 
     Args:
@@ -32,12 +36,14 @@ def provenance(recipe: Recipe, arm: str, data: Path, rows: int, world_size: int)
         data: the training file.
         rows: how many rows it has.
         world_size: number of processes.
+        zero_stage: DeepSpeed's; None without it. Its checkpoints hold optimiser states that nothing else reads.
     """
     return {
         "arm": arm,
         "recipe": relevant(recipe),
         "data": {"sha256": sha256(data), "rows": rows},
         "world_size": world_size,
+        "zero_stage": zero_stage,
         "data_path": str(data),
         "versions": versions(),
         "git": git_state(),
@@ -58,13 +64,19 @@ def _reference(sae: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if sae is None else {"release": sae["release"], "id": sae["id"]}
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Refuse to continue a run whose recipe, data or world size is not what it was.
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: Path, parts: Sequence[str] = BINDING) -> None:
+    """Refuse to continue a run whose recipe, data, world size or ZeRO stage is not what it was.
+
+    Args:
+        before: the run's provenance.
+        now: what it would be now.
+        where: the run's folder.
+        parts: what must be the same; `RESULT` for a run that is finished.
 
     Raises:
         InputError: naming every difference as `key: before -> now`.
     """
-    found = list(differences({k: before.get(k) for k in BINDING}, {k: now.get(k) for k in BINDING}))
+    found = list(differences({k: before.get(k) for k in parts}, {k: now.get(k) for k in parts}))
     if found:
         raise InputError(
             "this training was begun with something else: " + "; ".join(found),

@@ -1,47 +1,24 @@
 """A row's own steering is exact at the layer, survives gradient checkpointing, and is drawn reproducibly."""
 
-import copy
-
 import pytest
 import torch
-from peft import get_peft_model
-from training_world import LAYER, recipe, transcripts
-from trl.trainer.utils import add_fused_lm_head
+from training_world import LAYER, gradients, read_six, with_adapter
 
 from esr_train.errors import RunError
 from esr_train.recipe import LiveSection
 from esr_train.training.batches import Collator
-from esr_train.training.dataset import read_rows, singly, table, to_dataset
+from esr_train.training.dataset import singly, table, to_dataset
 from esr_train.training.flow import Watch, check_flow
 from esr_train.training.live import COLUMNS, LiveInjection, draw
-from esr_train.training.settings import lora_config
-from esr_train.transcript import write_transcripts
 
 
 @pytest.fixture
 def world(tmp_path, family):
     """(model with LoRA, batch, injection) for four steered and two normal rows."""
-    write_transcripts(tmp_path / "data.jsonl", transcripts(steered=4, normal=2))
-    rows = read_rows(recipe(family.name), tmp_path / "data.jsonl", family.tokenizer)
-    base = copy.deepcopy(family.model)
-    add_fused_lm_head(base)
-    torch.manual_seed(0)
-    model = get_peft_model(base, lora_config(recipe(lora={"r": 4, "lora_dropout": 0.0})))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data = 0.05 * torch.randn_like(weight)
+    rows = read_six(tmp_path, family)
     batch = Collator(family.tokenizer.pad_token_id)(list(to_dataset(singly(rows), table(rows))))
     vectors = torch.randn(len(table(rows)), 64)
-    return model, batch, LiveInjection(LiveSection(), vectors, LAYER, seed=5)
-
-
-def gradients(model, batch, live) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    inputs = dict(batch)
-    with live.steering(model, inputs, epoch=0):
-        loss = model(**inputs, use_cache=False, fused_lm_head=True).loss
-        loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return with_adapter(family), batch, LiveInjection(LiveSection(), vectors, LAYER, seed=5)
 
 
 def test_every_steered_token_gets_exactly_its_own_vector_and_no_other_token_anything(world):

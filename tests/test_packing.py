@@ -1,12 +1,8 @@
 """Several rows in one sequence train as they do apart: same loss, same gradients, each under its own vector."""
 
-import copy
-
 import pytest
 import torch
-from peft import get_peft_model
-from training_world import LAYER, recipe, transcripts, write_world
-from trl.trainer.utils import add_fused_lm_head
+from training_world import LAYER, gradients, read_six, recipe, with_adapter, write_world
 
 from esr_train.errors import RunError
 from esr_train.recipe import LiveSection
@@ -14,9 +10,7 @@ from esr_train.training.batches import Collator, best_fit
 from esr_train.training.dataset import packed, read_rows, singly, table, to_dataset
 from esr_train.training.flow import check_flow, check_packing
 from esr_train.training.live import LiveInjection
-from esr_train.training.settings import lora_config
 from esr_train.training.trainer import train
-from esr_train.transcript import write_transcripts
 
 CAPACITY = 200
 
@@ -26,26 +20,7 @@ def world(request, tmp_path, family):
     """(model with LoRA, rows): six rows, four of them steered, of different lengths."""
     if (family.name, request.param) == ("gemma", "sdpa"):
         pytest.skip("sdpa leaves out Gemma-2's soft-capping and is refused")
-    write_transcripts(tmp_path / "data.jsonl", transcripts(steered=4, normal=2))
-    rows = read_rows(recipe(family.name), tmp_path / "data.jsonl", family.tokenizer)
-    base = copy.deepcopy(family.model)
-    base.set_attn_implementation(request.param)
-    add_fused_lm_head(base)
-    torch.manual_seed(0)
-    model = get_peft_model(base, lora_config(recipe(lora={"r": 4, "lora_dropout": 0.0})))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data = 0.05 * torch.randn_like(weight)
-    return model, rows, family.tokenizer.pad_token_id
-
-
-def gradients(model, batch, live) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    inputs = dict(batch)
-    with live.steering(model, inputs, epoch=0):
-        loss = model(**inputs, use_cache=False, fused_lm_head=True).loss
-        loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return with_adapter(family, request.param), read_six(tmp_path, family), family.tokenizer.pad_token_id
 
 
 def live_over(rows, positions="all", strength=(0.8, 1.3)) -> LiveInjection:

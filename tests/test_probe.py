@@ -1,17 +1,24 @@
 """The probe reports what the engine wrote and the judge said, steered and unsteered apart."""
 
 import json
+from pathlib import Path
 
+import pytest
 from test_trials import JUDGE, PROMPTS, SAMPLING, FakeDirection, FakeEngine
-from training_world import SAE, recipe, write_world
+from training_world import SAE, probed, recipe, write_world
 
+from esr_train.__main__ import main
+from esr_train.recipe import dump_recipe
 from esr_train.steering.engine import Sampling
 from esr_train.steering.sae import load_sae
 from esr_train.training.trainer import train
+from eval.calibration import Threshold
 from eval.cells import make_cells
 from eval.judging.judge import Judgement
 from eval.probe import observe, probing
 from eval.trials import Steerer
+from recipes.latents import frozen_directions
+from recipes.world import World
 
 DIRECTIONS = {3: FakeDirection(3, "baking")}
 STEERER = Steerer(DIRECTIONS, {3: 0.5})  # type: ignore[arg-type]
@@ -33,6 +40,53 @@ def test_a_training_is_probed_with_the_model_as_it_is(tmp_path, family, monkeypa
         (1, "steered"), (1, "unsteered"), (2, "steered"), (2, "unsteered")
     ]  # fmt: skip
     assert len({row["response"] for row in samples}) > 1
+
+
+def test_the_door_probes_a_calibrated_run_and_loads_no_second_model(tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, llama)
+    section = probed(recipe(args={"max_steps": 4}), every=2)
+    Path("r.yaml").write_text(dump_recipe(section))
+    monkeypatch.setattr("recipes.world.load_model", None)
+    assert main(["r.yaml"]) == 0
+    folder = section.directory / "adapter" / "tuned"
+    log = json.loads((folder / "training_log.json").read_text())
+    found = [entry for entry in log if "probe_restarts_steered" in entry]
+    assert [entry["step"] for entry in found] == [2, 4]
+    assert all("probe_last_score_steered" in entry and "probe_last_score_unsteered" in entry for entry in found)
+    samples = [json.loads(row) for row in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["condition"]) for row in samples] == [
+        (2, "steered"), (2, "unsteered"), (4, "steered"), (4, "unsteered")
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_not_calibrated_is_told_what_its_probe_needs(tmp_path, llama, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, llama)
+    section = probed(recipe(args={"max_steps": 1}))
+    (section.directory / "thresholds.json").unlink()
+    Path("r.yaml").write_text(dump_recipe(section))
+    assert main(["r.yaml"]) == 2
+    assert "Run `esr eval calibrate` with this recipe first, or set train.probe=null." in capsys.readouterr().err
+    assert main(["r.yaml", "train.probe=null"]) == 0
+
+
+def test_frozen_directions_steer_as_far_as_the_thresholds_say(tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, llama)
+    world = World(probed(recipe()))
+    thresholds = [Threshold(3, "baking", norm=0.7, raw=11.0, low=0.6, high=0.8, n=9, bound=None)]
+    (direction,) = frozen_directions(world, thresholds)
+    assert (direction.latent, direction.label) == (3, "baking")
+    assert direction.strength(0.7).raw == pytest.approx(11.0)
+
+
+def test_only_the_process_that_logs_asks_the_judge():
+    cells = make_cells(PROMPTS, list(DIRECTIONS.values()), 4, 0)
+    assert observe(FakeEngine(), None, cells, STEERER, SAMPLING).figures.keys() == {
+        "restarts_steered",
+        "restarts_unsteered",
+    }
 
 
 class Silent:

@@ -7,12 +7,12 @@ import pytest
 from training_world import recipe
 
 from esr_train.errors import InputError
-from esr_train.provenance import differences, provenance, refuse_changes
+from esr_train.provenance import RESULT, differences, provenance, refuse_changes
 
 
-def record(tmp_path: Path, text: str = "rows", world_size: int = 1, **options):
+def record(tmp_path: Path, text: str = "rows", world_size: int = 1, zero_stage: int | None = None, **options):
     (tmp_path / "d.jsonl").write_text(text)
-    return provenance(recipe(**options), "tuned", tmp_path / "d.jsonl", 3, world_size)
+    return provenance(recipe(**options), "tuned", tmp_path / "d.jsonl", 3, world_size, zero_stage)
 
 
 def test_the_record_holds_hash_versions_and_world_size(tmp_path):
@@ -23,9 +23,17 @@ def test_the_record_holds_hash_versions_and_world_size(tmp_path):
     assert found["recipe"]["train"]["lora"] == {"r": 4}
 
 
+def test_a_finished_adapter_is_the_same_whatever_number_of_processes_finds_it(tmp_path):
+    before = record(tmp_path, world_size=4)
+    refuse_changes(before, record(tmp_path), tmp_path, RESULT)
+    with pytest.raises(InputError, match="loss: 'masked' -> 'unmasked'"):
+        refuse_changes(before, record(tmp_path, loss="unmasked"), tmp_path, RESULT)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"zero_stage": 2}, "zero_stage: None -> 2"),
         ({"text": "others"}, "data.sha256: "),
         ({"world_size": 2}, "world_size: 1 -> 2"),
         ({"loss": "unmasked"}, "recipe.train.loss: 'masked' -> 'unmasked'"),

@@ -67,6 +67,18 @@ def test_batch_one_times_accumulation_eight_equals_batch_eight_times_one(world):
         assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_bfloat16_trains_as_float32_does_to_its_precision(world):
+    """As the large recipes do: live injection, gradient checkpointing, with packing and without."""
+    for packing in (False, True):
+        args = {"gradient_checkpointing": True, "num_train_epochs": 1, "packing": packing}
+        full = recipe(world, args=args, lora=NO_DROPOUT)
+        half = full.model_copy(update={"model": full.model.model_copy(update={"dtype": "bfloat16"})})
+        one, other = (steps(log_of(each, f"runs/{packing}-{n}")) for n, each in enumerate((full, half)))
+        assert len(one) == len(other) > 0
+        for (loss, _), (rounded, _) in zip(one, other, strict=True):
+            assert rounded == pytest.approx(loss, rel=0.03)
+
+
 def test_training_saves_a_whole_adapter_with_log_card_and_provenance(world):
     section = recipe(world, args={"num_train_epochs": 1})
     folder = train(section, "tuned", section.directory)

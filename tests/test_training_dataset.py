@@ -89,10 +89,11 @@ def test_statistics_dump_and_preview_show_what_is_trained(tmp_path, llama):
         "input_ids": list(rows[0].labelled.input_ids),
         "labels": list(rows[0].labelled.labels),
     }
+    coloured = preview(rows[0], colour=True)
+    trained_text = " Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>"
+    assert f"\033[32m{trained_text}\033[0m" in coloured
     shown = preview(rows[0], colour=False)
-    assert shown.endswith("[[ Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>]]\n") or (
-        shown.endswith("[[ Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>]]")
-    )
+    assert shown.rstrip("\n").endswith(f"[[{trained_text}]]")
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path, llama):

@@ -1,13 +1,19 @@
 """A tiny experiment on disk for the training tests: model, SAE, transcripts, recipe."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from trl.trainer.utils import add_fused_lm_head
 
 from esr_train.files import write_json, write_jsonl
 from esr_train.recipe import Recipe
+from esr_train.training.dataset import TrainingRow, read_rows
+from esr_train.training.live import LiveInjection
+from esr_train.training.settings import lora_config
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
 from eval.calibration import Threshold, save_thresholds
 from recipes.latents import threshold_key
@@ -91,3 +97,32 @@ def probed(section: Recipe, every: int = 2) -> Recipe:
     found = [Threshold(i, TOPICS[i % len(TOPICS)], 1.0, 3.0, 0.9, 1.1, 20, None) for i in range(LATENTS)]
     save_thresholds(more.directory / "thresholds.json", threshold_key(more, World(more)), found)
     return more
+
+
+def read_six(folder: Path, family: Any) -> list[TrainingRow]:
+    """Six rows of different lengths, the first four of them steered."""
+    write_transcripts(folder / "data.jsonl", transcripts(steered=4, normal=2))
+    return read_rows(recipe(family.name), folder / "data.jsonl", family.tokenizer)
+
+
+def with_adapter(family: Any, attention: str = "eager") -> Any:
+    """A copy of the model with TRL's fused loss and an adapter that already does something."""
+    base = copy.deepcopy(family.model)
+    base.set_attn_implementation(attention)
+    add_fused_lm_head(base)
+    torch.manual_seed(0)
+    model = get_peft_model(base, lora_config(recipe(lora={"r": 4, "lora_dropout": 0.0})))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.05 * torch.randn_like(weight)
+    return model
+
+
+def gradients(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a batch under its rows' steering."""
+    model.zero_grad()
+    inputs = dict(batch)
+    with live.steering(model, inputs, epoch=0):
+        loss = model(**inputs, use_cache=False, fused_lm_head=True).loss
+        loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

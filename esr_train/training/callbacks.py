@@ -1,5 +1,6 @@
 """What is measured while training: speed, use of the hardware, memory; and the behavioural probe."""
 
+import re
 import resource
 import sys
 import time
@@ -61,7 +62,7 @@ def peak_flops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name(0)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def peak_memory_gib(on_cpu: bool) -> float:

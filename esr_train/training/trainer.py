@@ -19,7 +19,7 @@ from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, write_json
 from esr_train.masking import IGNORED
 from esr_train.models import load_model, load_tokenizer
-from esr_train.provenance import provenance, refuse_changes
+from esr_train.provenance import RESULT, provenance, refuse_changes
 from esr_train.recipe import Recipe
 from esr_train.training.adapter import finish, is_complete
 from esr_train.training.batches import Collator, LengthGrouped
@@ -166,7 +166,8 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
     _refuse_combinations(section, args)
     tokenizer = load_tokenizer(section.model)
     rows = read_rows(section, data, tokenizer)
-    record = provenance(section, arm, data, len(rows), args.world_size)
+    plugin = args.deepspeed_plugin
+    record = provenance(section, arm, data, len(rows), args.world_size, plugin and plugin.zero_stage)
     _begin(folder, record, args)
     speaks = args.process_index == 0
     if hub and speaks:
@@ -193,8 +194,10 @@ def live_injection(recipe: Recipe, rows: Sequence[TrainingRow]) -> LiveInjection
 
 def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
     """Note what this training is made from, or hold it against what was noted when it was begun."""
-    begun = folder / "provenance.json" if is_complete(folder) else folder / "checkpoints" / "provenance.json"
-    if begun.is_file():
+    begun = folder / "checkpoints" / "provenance.json"
+    if is_complete(folder):
+        refuse_changes(read_json(folder / "provenance.json"), record, folder, RESULT)
+    elif begun.is_file():
         refuse_changes(read_json(begun), record, folder)
     elif args.process_index == 0:
         write_json(begun, record)
