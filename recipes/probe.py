@@ -1,5 +1,6 @@
 """The behavioural probe of a training: validation cells, steered at the base model's thresholds."""
 
+import os
 from collections.abc import Sequence
 
 from data_gen.context import SteerableLatent
@@ -36,8 +37,14 @@ def calibrated_probe(recipe: Recipe) -> MakeProbe:
     modules are made, which sae-lens does not survive.
 
     Raises:
-        InputError: if the run has not been calibrated.
+        InputError: if the run has not been calibrated, or a judge would have to be loaded beside sharded weights.
     """
+    if recipe.judge.kind == "local" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "the probe's judge cannot be loaded into one of several training processes",
+            "train.probe",
+            "Take judge.kind lexical or model, or set train.probe=null.",
+        )
     world, path = World(recipe), recipe.directory / "thresholds.json"
     if not path.is_file():
         raise InputError(

@@ -8,7 +8,8 @@ from test_trials import JUDGE, PROMPTS, SAMPLING, FakeDirection, FakeEngine
 from training_world import SAE, probed, recipe, write_world
 
 from esr_train.__main__ import main
-from esr_train.recipe import dump_recipe
+from esr_train.errors import InputError
+from esr_train.recipe import JudgeSection, dump_recipe
 from esr_train.steering.engine import Sampling
 from esr_train.steering.sae import load_sae
 from esr_train.training.trainer import train
@@ -18,6 +19,7 @@ from eval.judging.judge import Judgement
 from eval.probe import observe, probing
 from eval.trials import Steerer
 from recipes.latents import frozen_directions
+from recipes.probe import calibrated_probe
 from recipes.world import World
 
 DIRECTIONS = {3: FakeDirection(3, "baking")}
@@ -69,6 +71,16 @@ def test_a_run_that_is_not_calibrated_is_told_what_its_probe_needs(tmp_path, lla
     assert main(["r.yaml"]) == 2
     assert "Run `esr eval calibrate` with this recipe first, or set train.probe=null." in capsys.readouterr().err
     assert main(["r.yaml", "train.probe=null"]) == 0
+
+
+def test_a_judge_of_our_own_is_not_loaded_beside_several_processes(tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, llama)
+    section = probed(recipe())
+    local = section.model_copy(update={"judge": JudgeSection(kind="local", model="model")})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"train\.probe: the probe's judge cannot be loaded"):
+        calibrated_probe(local)
 
 
 def test_frozen_directions_steer_as_far_as_the_thresholds_say(tmp_path, llama, monkeypatch):
