@@ -91,11 +91,11 @@ def test_the_check_before_training_passes_and_leaves_no_trace(world):
 def test_the_check_before_training_fails_where_something_is_broken(world, monkeypatch):
     model, batch, live = world
     with monkeypatch.context() as patch:
-        patch.setattr("esr_train.steering.hook._Layer._steer", lambda self, hidden: hidden)
+        patch.setattr("esr_train.steering.stages.Layer.steer", lambda self, hidden: hidden)
         with pytest.raises(RunError, match="tokens did not get the steering"):
             check_flow(model, batch, live)
     with monkeypatch.context() as patch:
-        steer = "esr_train.steering.hook._Layer._steer"
+        steer = "esr_train.steering.stages.Layer.steer"
         patch.setattr(steer, lambda self, hidden: hidden.detach() + 0.0)
         with pytest.raises(RunError, match=r"live injection"):
             check_flow(model, batch, live)
