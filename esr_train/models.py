@@ -1,5 +1,6 @@
 """Load a model, its tokenizer and an adapter; the rules for attention and special tokens of each family."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         InputError: if the folder or hub id cannot be loaded, or no padding token can be found.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_source(section), revision=section.revision)
+        tokenizer = AutoTokenizer.from_pretrained(model_source(section), revision=section.revision)
     except (OSError, ValueError) as error:
         raise _not_loadable(section, error) from error
     end = end_of_turn_id(tokenizer)
@@ -64,7 +65,12 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token at which a reply ends: end of turn, eos, and those of the model's generation config."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return stop_ids_of(getattr(model, "generation_config", None), tokenizer)
+
+
+def stop_ids_of(generation: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """As `stop_ids`, of a generation config or None."""
+    configured = getattr(generation, "eos_token_id", None)
     if configured is None:
         configured = []
     listed = [configured] if isinstance(configured, int) else list(configured)
@@ -94,7 +100,7 @@ def load_model(
         InputError: what cannot be loaded, or an attention implementation that would change the results.
         RunError: an adapter that holds empty or never trained weights.
     """
-    config = _config(section)
+    config = load_config(section)
     _check_attention(config, section)
     device = choose_device(section)
     options: dict[str, Any] = {"dtype": getattr(torch, section.dtype)}
@@ -104,7 +110,7 @@ def load_model(
         options["device_map"] = {"": device}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            _source(section),
+            model_source(section),
             revision=section.revision,
             config=config,
             attn_implementation=section.attn_implementation,
@@ -182,7 +188,15 @@ def check_layer(model: Any, layer: int, where: str) -> None:
     Raises:
         InputError: naming `where` and the model's number of layers.
     """
-    count = len(decoder_layers(model))
+    check_layer_number(layer, len(decoder_layers(model)), where)
+
+
+def check_layer_number(layer: int, count: int, where: str) -> None:
+    """Refuse a layer that a model of `count` layers does not have.
+
+    Raises:
+        InputError: naming `where` and the number of layers.
+    """
     if not 0 <= layer < count:
         raise InputError(
             f"there is no layer {layer}: the model has {count}, counted from 0",
@@ -191,7 +205,12 @@ def check_layer(model: Any, layer: int, where: str) -> None:
         )
 
 
-def _source(section: ModelSection) -> str:
+def model_source(section: ModelSection) -> str:
+    """The model's folder, or its hub id.
+
+    Raises:
+        InputError: a folder that does not exist.
+    """
     found = local_path(section.path)
     if found:
         return str(found)
@@ -213,9 +232,14 @@ def _not_loadable(section: ModelSection, error: Exception) -> InputError:
     )
 
 
-def _config(section: ModelSection) -> PreTrainedConfig:
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
     try:
-        return AutoConfig.from_pretrained(_source(section), revision=section.revision)
+        return AutoConfig.from_pretrained(model_source(section), revision=section.revision)
     except (OSError, ValueError) as error:
         raise _not_loadable(section, error) from error
 
@@ -239,11 +263,20 @@ def _nf4(section: ModelSection) -> BitsAndBytesConfig:
     )
 
 
+def require_adapter(adapter: Path) -> None:
+    """Refuse a folder that holds no adapter.
+
+    Raises:
+        InputError: naming the folder.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError("there is no adapter here", str(adapter), "Train one first, or check the path.")
+
+
 def _with_adapter(model: PreTrainedModel, adapter: Path, for_training: bool) -> Any:
     from peft import PeftModel
 
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError("there is no adapter here", str(adapter), "Train one first, or check the path.")
+    require_adapter(adapter)
     try:
         loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=for_training)
     except (OSError, ValueError, RuntimeError) as error:
@@ -259,7 +292,11 @@ def check_adapter(model: nn.Module, where: str) -> None:
     Raises:
         RunError: naming `where` and the first bad weight.
     """
-    weights = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    check_adapter_weights({name: weight for name, weight in model.named_parameters() if "lora_" in name}, where)
+
+
+def check_adapter_weights(weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """As `check_adapter`, of named weights."""
     empty = next((name for name, weight in weights.items() if weight.numel() == 0), None)
     if empty:
         raise RunError(f"{where}: the adapter's weight {empty} is empty. It was not gathered before it was saved.")

@@ -1,9 +1,10 @@
 """What every engine does: generate for many requests, each under its own interventions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from esr_train.errors import RunError
 from esr_train.steering.intervention import Intervention
 
 
@@ -85,3 +86,58 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """Generate one completion a request."""
         ...
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A request's rendered prompt.
+
+    Args:
+        ids: of the prompt and the prefix.
+        reply_start: the index in `ids` from which on tokens belong to the reply.
+    """
+
+    ids: list[int]
+    reply_start: int
+
+
+def checked_completion(
+    tokenizer: Any,
+    request: Request,
+    prompt: Encoding,
+    generated: Sequence[int],
+    finish: Literal["stop", "length"],
+    counts: Mapping[int, int],
+) -> Completion:
+    """What an engine returns, if every layer steered exactly the tokens it was asked to.
+
+    The last token is never fed, so it is never steered. All positions contain the generated ones, so over
+    several layers the most steered one has every steered position.
+
+    Args:
+        tokenizer: the model's.
+        request: as it was given.
+        prompt: its rendered prompt.
+        generated: ids, end-of-turn token included where there is one.
+        finish: why the generation ended.
+        counts: layer -> tokens that were steered there.
+
+    Raises:
+        RunError: naming the request and the layer.
+    """
+    expected: dict[int, int] = {}
+    for intervention in request.interventions:
+        first = 0 if intervention.positions == "all" else prompt.reply_start
+        tokens = len(prompt.ids) - first + len(generated) - 1
+        expected[intervention.layer] = max(expected.get(intervention.layer, 0), tokens)
+    for layer in {**expected, **counts}:
+        asked, got = expected.get(layer, 0), counts.get(layer, 0)
+        if asked != got:
+            raise RunError(
+                f"request {request.id!r}: layer {layer} steered {got} tokens where {asked} were "
+                "asked for. The completion is not a valid trial."
+            )
+    kept = generated[:-1] if finish == "stop" else generated
+    text = tokenizer.decode(list(kept), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    steered = max(expected.values(), default=0)
+    return Completion(request.id, str(text), tuple(generated), finish, len(prompt.ids), steered)

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from esr_train.errors import InputError
-from esr_train.models import check_layer, decoder_layers, hidden_size
-from esr_train.steering.intervention import Add, Intervention
-from esr_train.steering.stages import Layer, Placement
+from esr_train.models import decoder_layers, hidden_size
+from esr_train.steering.intervention import Intervention
+from esr_train.steering.stages import Layer, Placement, check_intervention
 
 
 class SteeringHook:
@@ -37,10 +36,11 @@ class SteeringHook:
     """
 
     def __init__(self, model: Any, programs: Sequence[Sequence[Intervention]]) -> None:
+        layers, width = len(decoder_layers(model)), hidden_size(model)
         by_layer: dict[int, list[list[Intervention]]] = {}
         for owner, program in enumerate(programs):
             for intervention in program:
-                _check(model, intervention)
+                check_intervention(intervention, layers, width)
                 empty: list[list[Intervention]] = [[] for _ in programs]
                 by_layer.setdefault(intervention.layer, empty)[owner].append(intervention)
         self._modules = decoder_layers(model)
@@ -88,12 +88,3 @@ def _steered(layer: Layer, _: nn.Module, __: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (layer.steer(output[0]), *output[1:])
     return layer.steer(output)
-
-
-def _check(model: Any, intervention: Intervention) -> None:
-    what = type(intervention).__name__
-    check_layer(model, intervention.layer, what)
-    width = hidden_size(model)
-    found = intervention.vector.shape if isinstance(intervention, Add) else (intervention.sae.d_model,)
-    if tuple(found) != (width,):
-        raise InputError(f"a direction of shape {tuple(found)} does not fit a residual stream {width} wide", what)

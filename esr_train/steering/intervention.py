@@ -20,11 +20,14 @@ class Add:
         layer: index of the decoder layer whose output is changed.
         vector: [d_model], direction times strength, in residual units.
         positions: which tokens are steered.
+        along: [d_model] and a length, where the vector is a multiple of a direction that others share: engines
+            that keep directions on their workers then send it once.
     """
 
     layer: int
     vector: "torch.Tensor"
     positions: Positions = "all"
+    along: "tuple[torch.Tensor, float] | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +55,10 @@ class Ablate:
 
 
 Intervention = Add | Clamp | Ablate
+
+
+def edited_latents(intervention: Clamp | Ablate) -> tuple[tuple[int, ...], float]:
+    """Which latents a Clamp or Ablate sets, each once, and to what."""
+    if isinstance(intervention, Clamp):
+        return (intervention.latent,), float(intervention.value)
+    return tuple(dict.fromkeys(intervention.latents)), 0.0

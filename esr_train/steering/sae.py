@@ -124,7 +124,8 @@ class Direction:
 
     def add(self, norm: float, positions: Positions = "all") -> Add:
         """Steer by `norm` median residual norms along the direction."""
-        return Add(self.layer, self.unit * (norm * self.residual_norm), positions)
+        length = norm * self.residual_norm
+        return Add(self.layer, self.unit * length, positions, along=(self.unit, length))
 
 
 def load_sae(ref: SaeRef, device: str = "cpu") -> LoadedSae:

@@ -45,25 +45,30 @@ def _mixed(bits: torch.Tensor) -> torch.Tensor:
     return bits ^ _shifted(bits, 31)
 
 
-def uniforms(seeds: torch.Tensor, step: int, count: int) -> torch.Tensor:
-    """Uniform numbers in (0, 1): entry [r, i] depends on `seeds[r]`, `step` and i alone.
+def _offset(step: int | torch.Tensor) -> int | torch.Tensor:
+    # Tensors wrap around by themselves.
+    return _signed((step + 1) * _GAMMA) if isinstance(step, int) else (step + 1) * _GAMMA
+
+
+def uniforms(seeds: torch.Tensor, step: int | torch.Tensor, count: int) -> torch.Tensor:
+    """Uniform numbers in (0, 1): entry [r, i] depends on `seeds[r]`, its step and i alone.
 
     Args:
         seeds: [rows] int64.
-        step: index of the token to be drawn, from 0.
+        step: index of the token to be drawn, from 0; one for all rows, or [rows] int64.
         count: numbers per row (the vocabulary's size).
 
     Returns:
         [rows, count] float32; small values keep full relative precision.
     """
-    start = _mixed(_mixed(seeds + _GAMMA) + _signed((step + 1) * _GAMMA))
+    start = _mixed(_mixed(seeds + _GAMMA) + _offset(step))
     index = torch.arange(1, count + 1, device=seeds.device)
     bits = _mixed(start[:, None] + index * _GAMMA)
     fraction = (_shifted(bits, 11).to(torch.float32) + 0.5) * 2.0**-53
     return fraction.clamp(max=1 - 2.0**-24)
 
 
-def gumbels(seeds: torch.Tensor, step: int, count: int) -> torch.Tensor:
+def gumbels(seeds: torch.Tensor, step: int | torch.Tensor, count: int) -> torch.Tensor:
     """Standard Gumbel noise [rows, count] float32 of `uniforms`."""
     return -torch.log(-torch.log1p(-uniforms(seeds, step, count)))
 
@@ -71,6 +76,22 @@ def gumbels(seeds: torch.Tensor, step: int, count: int) -> torch.Tensor:
 def row_seeds(seeds: Sequence[int], device: torch.device | str) -> torch.Tensor:
     """Python integers of any size as [rows] int64 (their lowest 64 bits)."""
     return torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64, device=device)
+
+
+def warpers(sampling: Sampling) -> LogitsProcessorList:
+    """What changes the distribution before a token is drawn, in transformers' own order.
+
+    Args:
+        sampling: temperature 0 is greedy: top_p then plays no part.
+    """
+    chain = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature not in (0, 1):
+        chain.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.temperature and sampling.top_p < 1.0:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    return chain
 
 
 class SeededGumbel(LogitsProcessor):
@@ -91,21 +112,14 @@ class SeededGumbel(LogitsProcessor):
 
 
 def processors(sampling: Sampling, seeds: torch.Tensor, prompt_width: int) -> LogitsProcessorList:
-    """What turns raw logits into scores whose argmax is the next token, in transformers' own order.
+    """What turns raw logits into scores whose argmax is the next token.
 
     Args:
-        sampling: temperature 0 is greedy: the seeds and top_p then play no part.
+        sampling: temperature 0 is greedy: the seeds then play no part.
         seeds: [rows] int64.
         prompt_width: positions of the (padded) prompts.
     """
-    chain = LogitsProcessorList()
-    if sampling.repetition_penalty != 1.0:
-        chain.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
-    if sampling.temperature == 0:
-        return chain
-    if sampling.temperature != 1.0:
-        chain.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_p < 1.0:
-        chain.append(TopPLogitsWarper(sampling.top_p))
-    chain.append(SeededGumbel(seeds, prompt_width))
+    chain = warpers(sampling)
+    if sampling.temperature:
+        chain.append(SeededGumbel(seeds, prompt_width))
     return chain

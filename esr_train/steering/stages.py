@@ -10,8 +10,9 @@ from functools import cached_property
 
 import torch
 
-from esr_train.errors import RunError
-from esr_train.steering.intervention import Ablate, Add, Clamp, Intervention
+from esr_train.errors import InputError, RunError
+from esr_train.models import check_layer_number
+from esr_train.steering.intervention import Ablate, Add, Clamp, Intervention, edited_latents
 from esr_train.steering.sae import LoadedSae
 
 ENCODED_AT_ONCE = 1024
@@ -122,7 +123,7 @@ class Layer:
                 f"the steering was placed for {placed}: it would be applied to the wrong tokens."
             )
         if self._increment is None:
-            self._prepare(placement, hidden)
+            self._increment = self._prepared(placement, hidden)
         if not self.counted:
             self.counted = True
             self._counts += self._increment
@@ -130,7 +131,8 @@ class Layer:
             hidden = step(hidden, residual)
         return hidden
 
-    def _prepare(self, placement: Placement, hidden: torch.Tensor) -> None:
+    def _prepared(self, placement: Placement, hidden: torch.Tensor) -> torch.Tensor:
+        """Make the placement's steps; how many tokens of each slot they steer."""
         device = hidden.device
         if self._counts.device != device:
             self._counts, self._always = self._counts.to(device), self._always.to(device)
@@ -140,7 +142,7 @@ class Layer:
         self._steps = [stage.at(here, hidden) for stage in self._stages]
         steered = self._always[here.owner] | (self._in_reply[here.owner] & here.reply)
         owner = here.owner.flatten() % len(self._counts)
-        self._increment = torch.zeros_like(self._counts).scatter_add_(0, owner, steered.flatten().long())
+        return torch.zeros_like(self._counts).scatter_add_(0, owner, steered.flatten().long())
 
 
 class _AddStage:
@@ -219,9 +221,7 @@ class _EncodeStage:
 
     def take(self, slot: int, intervention: Intervention) -> None:
         assert isinstance(intervention, Clamp | Ablate)
-        one = isinstance(intervention, Clamp)
-        latents = (intervention.latent,) if one else tuple(dict.fromkeys(intervention.latents))
-        value = intervention.value if one else 0.0
+        latents, value = edited_latents(intervention)
         always = intervention.positions == "all"
         self._settings[slot] = _Setting(slot, intervention.sae, latents, value, always)
         self._edits = None
@@ -289,3 +289,21 @@ class _Edit:
         activations = self._sae.encode(chosen).gather(1, self._latents[which])
         missing = (self._value[which] - activations) * self._real[which]
         return torch.einsum("tk,tkd->td", missing, self._rows[which])
+
+
+def check_intervention(intervention: Intervention, layers: int, width: int) -> None:
+    """Refuse an intervention that does not fit a model.
+
+    Args:
+        intervention: any.
+        layers: number of the model's decoder layers.
+        width: of its residual stream.
+
+    Raises:
+        InputError: a layer the model does not have, or a vector or SAE of another width.
+    """
+    what = type(intervention).__name__
+    check_layer_number(intervention.layer, layers, what)
+    found = intervention.vector.shape if isinstance(intervention, Add) else (intervention.sae.d_model,)
+    if tuple(found) != (width,):
+        raise InputError(f"a direction of shape {tuple(found)} does not fit a residual stream {width} wide", what)

@@ -14,9 +14,8 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from esr_train.chat import encode_prompt
-from esr_train.errors import RunError
 from esr_train.models import bare_model, stop_ids
-from esr_train.steering.engine import Completion, Progress, Request, Sampling
+from esr_train.steering.engine import Completion, Encoding, Progress, Request, Sampling, checked_completion
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.sampling import processors, row_seeds
 
@@ -27,10 +26,13 @@ class _Row:
 
     place: int
     request: Request
-    ids: list[int]
-    reply_start: int
+    prompt: Encoding
     generated: list[int] = field(default_factory=list)
     finish: Literal["stop", "length"] = "length"
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt.ids
 
 
 class TransformersEngine:
@@ -62,7 +64,7 @@ class TransformersEngine:
             InputError: an intervention that does not fit the model.
             RunError: a row that was not steered at exactly the tokens it asked for.
         """
-        rows = [_Row(place, r, *self._encode(r)) for place, r in enumerate(requests)]
+        rows = [_Row(place, r, self._encode(r)) for place, r in enumerate(requests)]
         # Longest first: the batch that needs most memory fails at once, not at the end.
         rows.sort(key=lambda row: -len(row.ids))
         completions: dict[int, Completion] = {}
@@ -74,8 +76,8 @@ class TransformersEngine:
                 progress(len(batch), sum(len(row.generated) for row in batch))
         return [completions[place] for place in range(len(rows))]
 
-    def _encode(self, request: Request) -> tuple[list[int], int]:
-        return encode_prompt(self.tokenizer, request.prompt, request.system, request.prefix)
+    def _encode(self, request: Request) -> Encoding:
+        return Encoding(*encode_prompt(self.tokenizer, request.prompt, request.system, request.prefix))
 
     def _run(self, rows: Sequence[_Row], sampling: Sampling) -> list[Completion]:
         with (
@@ -87,10 +89,7 @@ class TransformersEngine:
         return [self._completion(row, {at: c[number] for at, c in counts.items()}) for number, row in enumerate(rows)]
 
     def _completion(self, row: _Row, counts: dict[int, int]) -> Completion:
-        steered = _checked(row, counts)
-        ids = row.generated[:-1] if row.finish == "stop" else row.generated
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(row.request.id, str(text), tuple(row.generated), row.finish, len(row.ids), steered)
+        return checked_completion(self.tokenizer, row.request, row.prompt, row.generated, row.finish, counts)
 
 
 class _Batch:
@@ -108,7 +107,9 @@ class _Batch:
         self.ids = torch.tensor(padded, device=device)
         column = torch.arange(self.width, device=device)
         self.mask = (column >= torch.tensor(pads, device=device)[:, None]).long()
-        starts = torch.tensor([pad + row.reply_start for row, pad in zip(rows, pads, strict=True)], device=device)
+        starts = torch.tensor(
+            [pad + row.prompt.reply_start for row, pad in zip(rows, pads, strict=True)], device=device
+        )
         self.reply = column >= starts[:, None]
         self.owner = torch.arange(len(rows), device=device)
         self.seeds = row_seeds([row.request.seed for row in rows], device)
@@ -179,30 +180,6 @@ def _take(rows: Sequence[_Row], tokens: Sequence[int], stops: frozenset[int]) ->
         else:
             going.append(place)
     return going
-
-
-def _checked(row: _Row, counts: dict[int, int]) -> int:
-    """Steered tokens of a row.
-
-    The last token is never fed, so it is never steered. All positions contain the generated ones, so over
-    several layers the most steered one has every steered position.
-
-    Raises:
-        RunError: naming the request, where a layer did not steer exactly the tokens it was asked to.
-    """
-    expected: dict[int, int] = {}
-    for intervention in row.request.interventions:
-        first = 0 if intervention.positions == "all" else row.reply_start
-        tokens = len(row.ids) - first + len(row.generated) - 1
-        expected[intervention.layer] = max(expected.get(intervention.layer, 0), tokens)
-    for layer in expected | counts:
-        asked, got = expected.get(layer, 0), counts.get(layer, 0)
-        if asked != got:
-            raise RunError(
-                f"request {row.request.id!r}: layer {layer} steered {got} tokens where {asked} were "
-                "asked for. The completion is not a valid trial."
-            )
-    return max(expected.values(), default=0)
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""Seeded sampling inside vLLM: the transformers engine's own noise, so that both engines draw the same tokens.
+
+vLLM's own per-request seeds depend on its sampler. Here vLLM is told to decode greedily, and this processor turns
+the logits into scores whose argmax is the sample (`sampling.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from esr_train.steering.engine import Sampling
+from esr_train.steering.sampling import gumbels, row_seeds, warpers
+from esr_train.steering.vllm_worker import KEY
+
+
+@dataclass
+class _Row:
+    """How one request draws; `output` is vLLM's own list, which grows."""
+
+    seed: int
+    sampling: Sampling
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+class SeededSampling(LogitsProcessor):
+    """Applies the sampling that requests carry in `extra_args` to their rows of the logits."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._device = device
+        self._rows: dict[int, _Row] = {}
+        self._groups: list[tuple[Sampling, list[_Row], torch.Tensor, torch.Tensor]] | None = None
+
+    def is_argmax_invariant(self) -> bool:
+        """No: the argmax is what it is there to change."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow rows as vLLM adds, removes and moves them."""
+        if batch_update is None:
+            return
+        self._groups = None
+        for index in batch_update.removed:
+            self._rows.pop(index, None)
+        for index, params, prompt, output in batch_update.added:
+            row = _row(params, prompt, output)
+            self._rows.pop(index, None)
+            if row is not None:
+                self._rows[index] = row
+        for source, target, direction in batch_update.moved:
+            moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
+            if moved is not None:
+                self._rows[target] = moved
+            if replaced is not None and direction == MoveDirectionality.SWAP:
+                self._rows[source] = replaced
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores [rows, vocabulary] of logits of the same shape, float32."""
+        if self._groups is None:
+            self._groups = self._grouped()
+        for sampling, rows, index, seeds in self._groups:
+            scores = cast(torch.FloatTensor, logits[index])
+            scores = warpers(sampling)(cast(torch.LongTensor, self._ids(sampling, rows)), scores)
+            if sampling.temperature:
+                steps = torch.tensor([len(row.output) for row in rows], device=self._device)
+                scores = cast(torch.FloatTensor, scores + gumbels(seeds, steps, scores.shape[1]))
+            logits[index] = scores
+        return logits
+
+    def _grouped(self) -> list[tuple[Sampling, list[_Row], torch.Tensor, torch.Tensor]]:
+        indices: dict[Sampling, list[int]] = {}
+        for index, row in self._rows.items():
+            indices.setdefault(row.sampling, []).append(index)
+        groups = []
+        for sampling, chosen in indices.items():
+            rows = [self._rows[index] for index in chosen]
+            seeds = row_seeds([row.seed for row in rows], self._device)
+            groups.append((sampling, rows, torch.tensor(chosen, device=self._device), seeds))
+        return groups
+
+    def _ids(self, sampling: Sampling, rows: Sequence[_Row]) -> torch.Tensor:
+        """Every row's tokens so far, filled up with its own first one; only a repetition penalty reads them."""
+        if sampling.repetition_penalty == 1.0:
+            return torch.empty(len(rows), 0, dtype=torch.long)
+        texts = [[*row.prompt, *row.output] for row in rows]
+        longest = max(map(len, texts))
+        return torch.tensor([text + text[:1] * (longest - len(text)) for text in texts], device=self._device)
+
+
+def _row(params: SamplingParams, prompt: Sequence[int] | None, output: Sequence[int]) -> _Row | None:
+    asked = (params.extra_args or {}).get(KEY, {}).get("sampling")
+    if asked is None:
+        return None
+    sampling = Sampling(asked["temperature"], asked["top_p"], repetition_penalty=asked["repetition_penalty"])
+    return _Row(asked["seed"], sampling, prompt or [], output)

@@ -1,0 +1,193 @@
+"""A running vLLM: started when it is needed, in eager mode, with the steering extension on its workers."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esr_train.errors import InputError
+from esr_train.models import choose_device, load_config, model_source
+from esr_train.recipe import ModelSection
+from esr_train.steering.sae import LoadedSae
+from esr_train.steering.vllm_worker import sae_checksum
+
+SUPPORTED = ">=0.32,<0.33"
+"""Releases of vLLM on which the extension was held against the transformers engine."""
+LONGEST = 8192
+"""Most tokens of a conversation, if the model allows as many: vLLM reserves memory for one of that length."""
+CPU_CACHE_BYTES = 1 << 30
+"""Keys and values on the CPU, where vLLM would otherwise take most of the machine's memory."""
+
+
+class VllmServer:
+    """One vLLM engine, started when it is first needed; several `VllmEngine`s (base, adapters) may share it.
+
+    Args:
+        section: the recipe's `model`.
+        rows: most requests that run at once.
+        tensor_parallel: accelerators that share the model.
+        lora_rank: highest rank of an adapter that will be used; 0: none will be.
+        options: further arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        section: ModelSection,
+        *,
+        rows: int = 32,
+        tensor_parallel: int = 1,
+        lora_rank: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.section, self.rows, self.tensor_parallel, self.lora_rank = section, rows, tensor_parallel, lora_rank
+        self.config = load_config(section).get_text_config()
+        self.max_length = min(int(self.config.max_position_embeddings), LONGEST)
+        self._options = dict(options or {})
+        self._llm: Any = None
+        self._names: dict[int, tuple[str, Any]] = {}
+        self._numbers = itertools.count()
+        self._adapters: dict[Path, int] = {}
+
+    @property
+    def llm(self) -> Any:
+        """The running `vllm.LLM`, steering installed.
+
+        Raises:
+            InputError: if vLLM is absent, of an unknown release, or cannot load the model.
+        """
+        if self._llm is None:
+            require_vllm()
+            self._llm = self._started()
+            problems = [each for each in self._llm.collective_rpc("esr_install") if each]
+            if problems:
+                self.close()
+                raise InputError(f"vLLM cannot be steered: {problems[0]}", "engine.kind")
+        return self._llm
+
+    def close(self) -> None:
+        """Stop vLLM and free its memory; the next use starts it again."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        self._names.clear()
+        self._adapters.clear()
+
+    def direction(self, vector: torch.Tensor) -> str:
+        """The name of a direction on the workers, registered there once."""
+        if id(vector) not in self._names:
+            name = f"d{next(self._numbers)}"
+            self.llm.collective_rpc("esr_direction", args=(name, vector.detach().float().cpu().numpy().tobytes()))
+            # The vector is kept, so that its id stays its own.
+            self._names[id(vector)] = (name, vector)
+        return self._names[id(vector)][0]
+
+    def sae(self, sae: LoadedSae) -> str:
+        """The name of an SAE on the workers, loaded there once.
+
+        Raises:
+            InputError: if the workers find another SAE under that name.
+        """
+        if id(sae) not in self._names:
+            name = f"s{next(self._numbers)}"
+            arguments = (name, sae.ref.release, sae.ref.id, sae_checksum(sae))
+            problems = [each for each in self.llm.collective_rpc("esr_sae", args=arguments) if each]
+            if problems:
+                raise InputError(problems[0], "sae")
+            self._names[id(sae)] = (name, sae)
+        return self._names[id(sae)][0]
+
+    def forget(self, vectors: Sequence[torch.Tensor]) -> None:
+        """Drop directions that will not be asked for again."""
+        names = [self._names.pop(id(vector))[0] for vector in vectors if id(vector) in self._names]
+        if names:
+            self.llm.collective_rpc("esr_forget", args=(names,))
+
+    def adapter(self, folder: Path) -> Any:
+        """What tells vLLM to use an adapter."""
+        from vllm.lora.request import LoRARequest
+
+        number = self._adapters.setdefault(folder, len(self._adapters) + 1)
+        return LoRARequest(f"adapter-{number}", number, str(folder.resolve()))
+
+    def _started(self) -> Any:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # The second generation of runners is the default on some machines and is not supported (vllm_worker.py).
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        arguments = {**self._arguments(), **self._options}
+        from vllm import LLM
+
+        try:
+            return LLM(**arguments)
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise InputError(f"vLLM cannot start ({reason})", "engine", "Its own messages above say more.") from error
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments = {
+            "model": model_source(self.section),
+            "revision": self.section.revision,
+            "dtype": self.section.dtype,
+            "max_num_seqs": self.rows,
+            "max_model_len": self.max_length,
+            "tensor_parallel_size": self.tensor_parallel,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "async_scheduling": False,
+            "generation_config": "vllm",
+            "worker_extension_cls": "esr_train.steering.vllm_worker.SteeringExtension",
+            "logits_processors": ["esr_train.steering.vllm_sampling:SeededSampling"],
+            "disable_log_stats": True,
+        }
+        if self.lora_rank:
+            arguments |= {"enable_lora": True, "max_lora_rank": _lora_rank(self.lora_rank), "max_loras": 1}
+        if choose_device(self.section).type == "cpu":
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+                arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+        return arguments
+
+
+def require_vllm() -> None:
+    """Refuse to go on without a release of vLLM that is known.
+
+    Raises:
+        InputError: with the supported range.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    found = _version()
+    if found is None:
+        raise InputError(
+            "vLLM is not installed",
+            "engine.kind",
+            "On a GPU machine: pip install 'endogenous-steering-resistance[vllm]'.",
+        )
+    if not SpecifierSet(SUPPORTED).contains(found.partition("+")[0], prereleases=True):
+        raise InputError(
+            f"vLLM {found} is not known to the steering extension, which was checked on {SUPPORTED}",
+            "engine.kind",
+            "Install a release in that range, or take the transformers engine.",
+        )
+
+
+def _version() -> str | None:
+    # The CPU build is a package of another name.
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
+
+
+def _lora_rank(rank: int) -> int:
+    """The least of the ranks vLLM offers that is high enough."""
+    offered = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    found = next((each for each in offered if each >= rank), None)
+    if found is None:
+        raise InputError(f"vLLM serves adapters of rank {offered[-1]} at most, not {rank}", "train.lora.r")
+    return found
