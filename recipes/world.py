@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from eval.judging.lexical import LexicalJudge
 from eval.judging.model_judge import ModelJudge
 from eval.llm import Llm
 from eval.llm_clients import EngineLlm, InspectLlm
+
+if TYPE_CHECKING:
+    from esr_train.steering.vllm_server import VllmServer
 
 NORM_TEXTS = 64
 
@@ -44,6 +48,8 @@ class World:
 
     def release(self) -> None:
         """Forget the base model until it is asked for again: an accelerator may hold one model, not two."""
+        if "_server" in self.__dict__:
+            self._server.close()
         if self.__dict__.pop("base", None) is not None:
             gc.collect()
             torch.cuda.empty_cache()
@@ -51,10 +57,24 @@ class World:
     def engine(self, adapter: Path | None) -> Engine:
         """An engine on the model, with an adapter or without."""
         section: EngineSection = self.recipe.engine
-        if section.kind != "transformers":
-            raise InputError(f"the engine {section.kind!r} is not there yet", "engine.kind", "Take transformers.")
+        if section.kind == "vllm":
+            from esr_train.steering.vllm_engine import VllmEngine
+
+            return VllmEngine(self._server, self.tokenizer, adapter)
         model = load_model(self.recipe.model, adapter)
         return TransformersEngine(model, self.tokenizer, batch_rows=section.batch_rows)
+
+    @cached_property
+    def _server(self) -> "VllmServer":
+        """The vLLM that the base model and every adapter share."""
+        from esr_train.steering.vllm_server import VllmServer
+        from esr_train.training.settings import lora_config
+
+        recipe, section = self.recipe, self.recipe.engine
+        rank = max((lora_config(recipe.for_arm(arm)).r for arm in recipe.arms), default=0)
+        return VllmServer(
+            recipe.model, rows=section.batch_rows, tensor_parallel=section.tensor_parallel, lora_rank=rank
+        )
 
     @cached_property
     def judge(self) -> Judge:
@@ -131,7 +151,8 @@ class World:
         """The directions of the labelled latents: the first `latents_per_topic` with each label."""
         section: SaeSection = present(self.recipe.sae, "sae")
         sae = load_sae(self.sae_ref)
-        model = self.base.model  # type: ignore[attr-defined]
+        # vLLM's own copy of the model gives no hidden states; another one is loaded for as long as it takes.
+        model = getattr(self.base, "model", None) or load_model(self.recipe.model)
         check_fits(sae, model)
         labels = read_labels(located(required(section.labels, "sae.labels")))
         norm = residual_norm(model, self.tokenizer, self._norm_texts(), sae.layer)
