@@ -106,8 +106,10 @@ class World:
         )
 
     def _engine_on(self, path: str, rows: int) -> Engine:
-        """An engine on a judge's own model, beside the one under test."""
+        """An engine on a judge's own model, beside the one under test; on that one itself if the judge is the same."""
         beside = self.recipe.model
+        if path == beside.path:
+            return self.base
         model = ModelSection(path=path, dtype=beside.dtype, device=beside.device)
         return TransformersEngine(load_model(model), load_tokenizer(model), batch_rows=rows)
 

@@ -1,0 +1,156 @@
+"""The worker's bookkeeping on a runner that does what vLLM's does: packed tokens, chunks, preemption, reuse of rows.
+
+No vLLM is needed; `test_vllm_engine.py` holds the real one against the transformers engine.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from esr_train.steering.vllm_worker import SteeringExtension, _Steps, unsupported
+
+WIDTH = 4
+
+
+class DecoderLayer(nn.Module):
+    """As in vLLM: the block's output and the residual come apart."""
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden, torch.ones_like(hidden)
+
+
+class Runner:
+    """The parts of vLLM's model runner that the extension reads."""
+
+    def __init__(self, slots: int = 2) -> None:
+        self.device = torch.device("cpu")
+        self.scheduler_config = SimpleNamespace(max_num_seqs=slots)
+        self.requests: dict[str, Any] = {}
+        self.input_batch = SimpleNamespace(req_ids=[], num_computed_tokens_cpu=np.zeros(8, dtype=np.int32))
+        self.query_start_loc = SimpleNamespace(np=np.zeros(9, dtype=np.int32))
+        self.model = SimpleNamespace(model=SimpleNamespace(layers=nn.ModuleList([DecoderLayer(), DecoderLayer()])))
+
+    def get_model(self) -> Any:
+        return self.model
+
+    def _model_forward(self, input_ids: Any, positions: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(torch.zeros(len(positions), WIDTH))[0] for layer in self.model.model.layers]
+
+    def add(self, name: str, *interventions: dict[str, Any], reply_start: int = 2, read: Any = None) -> None:
+        asked = {"key": name, "reply_start": reply_start, "interventions": list(interventions), "read": read}
+        self.requests[name] = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"esr": asked}))
+
+    def step(self, padding: int = 0, **scheduled: tuple[int, int]) -> list[list[float]]:
+        """Run requests, each from a position on for some tokens; what each layer added to each token."""
+        self.input_batch.req_ids = list(scheduled)
+        for row, (start, count) in enumerate(scheduled.values()):
+            self.input_batch.num_computed_tokens_cpu[row] = start
+            self.query_start_loc.np[row + 1] = self.query_start_loc.np[row] + count
+        total = int(self.query_start_loc.np[len(scheduled)]) + padding
+        return [states[:, 0].tolist() for states in self._model_forward(None, positions=torch.zeros(total))]
+
+
+def add(direction: str, scale: float = 1.0, layer: int = 0, positions: str = "all") -> dict[str, Any]:
+    return {"kind": "add", "layer": layer, "direction": direction, "scale": scale, "positions": positions}
+
+
+@pytest.fixture
+def runner() -> Runner:
+    return Runner()
+
+
+@pytest.fixture
+def worker(runner) -> SteeringExtension:
+    made = SteeringExtension()
+    made.model_runner = runner
+    made.esr = _Steps(runner)
+    made.esr_direction("d", np.full(WIDTH, 1.0, dtype=np.float32).tobytes())
+    return made
+
+
+def test_packed_tokens_get_their_own_requests_vectors(runner, worker):
+    runner.add("a", add("d", 2.0))
+    runner.add("b")
+    runner.add("c", add("d", 5.0, positions="generated"), add("d", 7.0, layer=1))
+    first, second = runner.step(a=(0, 2), b=(0, 1), c=(0, 3), padding=1)
+    assert first == [2, 2, 0, 0, 0, 5, 0]
+    assert second == [0, 0, 0, 7, 7, 7, 0]
+    assert runner.step(c=(3, 1), a=(2, 1), b=(1, 1)) == [[5, 2, 0], [7, 0, 0]]
+    assert runner.step(c=(4, 1), a=(3, 1), b=(2, 1)) == [[5, 2, 0], [7, 0, 0]]
+    assert worker.esr_take(["a", "b", "c"]) == [("a", [(0, 4)], None, None), ("c", [(0, 3), (1, 5)], None, None)]
+
+
+def test_chunks_count_once_and_a_preempted_request_counts_from_the_start(runner, worker):
+    runner.add("a", add("d"))
+    runner.add("b", add("d", 3.0))
+    runner.step(a=(0, 2))
+    assert runner.step(b=(0, 2), a=(2, 2))[0] == [3, 3, 1, 1]
+    runner.step(b=(2, 1))
+    assert runner.step(a=(0, 5), b=(3, 1))[0] == [1, 1, 1, 1, 1, 3]
+    assert worker.esr_take(["a", "b"]) == [("a", [(0, 5)], None, None), ("b", [(0, 4)], None, None)]
+
+
+def test_slots_are_used_again_and_their_old_vectors_are_gone(runner, worker):
+    for number in range(6):
+        runner.add(f"r{number}", add("d", number + 1.0, positions="generated"))
+        assert runner.step(**{f"r{number}": (0, 3)})[0] == [0, 0, number + 1]
+        del runner.requests[f"r{number}"]
+    found = worker.esr_take([f"r{number}" for number in range(6)])
+    assert [report[1] for report in found] == [[(0, 1)]] * 6
+
+
+def test_a_request_that_skips_tokens_fails(runner, worker):
+    """As it would if a cached prefix were taken from another request."""
+    runner.add("a", add("d"))
+    runner.add("b", add("d"))
+    runner.step(a=(16, 2), b=(0, 2))
+    (_, _, error, _), (_, _, fine, _) = worker.esr_take(["a", "b"])
+    assert "went on at token 16" in error
+    assert fine is None
+
+
+def test_an_unknown_direction_or_layer_fails_its_request_alone(runner, worker):
+    runner.add("a", add("nowhere"))
+    runner.add("b", add("d", layer=9))
+    assert runner.step(a=(0, 2), b=(0, 1)) == [[0] * 3, [0] * 3]
+    del runner.requests["a"], runner.requests["b"]
+    runner.add("c", add("d"))
+    runner.step(c=(0, 1))
+    errors = [report[2] for report in worker.esr_take(["a", "b", "c"])]
+    assert "KeyError('nowhere')" in errors[0]
+    assert "could not be set up" in errors[1]
+    assert errors[2] is None
+
+
+def test_a_layer_that_returns_something_else_fails_the_request(runner, worker, monkeypatch):
+    monkeypatch.setattr(DecoderLayer, "forward", lambda self, hidden: (hidden, hidden, hidden))
+    runner.add("a", add("d"))
+    runner.step(a=(0, 2))
+    ((_, counts, error, _),) = worker.esr_take(["a"])
+    assert counts == [(0, 0)]
+    assert "layer 0: ValueError" in error
+
+
+def test_a_step_without_a_placement_is_left_alone(runner, worker):
+    """vLLM's own dummy runs call the model directly."""
+    runner.add("a", add("d"))
+    runner.step(a=(0, 2))
+    hidden, _ = runner.model.model.layers[0](torch.zeros(5, WIDTH))
+    assert not hidden.any()
+
+
+def test_runners_that_are_not_known_are_refused():
+    class Second:
+        """Another generation of model runner."""
+
+    assert "set VLLM_USE_V2_MODEL_RUNNER=0" in (unsupported_of(Second) or "")
+
+
+def unsupported_of(kind: type) -> str | None:
+    runner = kind()
+    runner.vllm_config = SimpleNamespace()
+    return unsupported(runner)
