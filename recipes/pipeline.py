@@ -244,7 +244,7 @@ class Experiment:
 
         def make() -> None:
             made = probe(section, self.world, self.latents["validation"]) if section.train.probe else None
-            self.world.release()
+            self.world.stop()
             train(self.recipe, arm, self.directory, made)
 
         print(f"train {arm}", flush=True)

@@ -48,11 +48,15 @@ class World:
 
     def release(self) -> None:
         """Forget the base model until it is asked for again: an accelerator may hold one model, not two."""
-        if "_server" in self.__dict__:
-            self._server.close()
         if self.__dict__.pop("base", None) is not None:
             gc.collect()
             torch.cuda.empty_cache()
+
+    def stop(self) -> None:
+        """As `release`, and stop vLLM, which adapters share with the base model: a training needs its memory."""
+        self.release()
+        if "_server" in self.__dict__:
+            self._server.close()
 
     def engine(self, adapter: Path | None) -> Engine:
         """An engine on the model, with an adapter or without."""

@@ -20,7 +20,9 @@ fi
 "$base/bin/python" -m venv "$venv"
 python=$venv/bin/python
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/project.pth"
+# addsitedir rather than the bare path: the project's own .pth files (its editable installation) count, too.
+"$base/bin/python" -c 'import sysconfig; p = sysconfig.get_path("purelib"); print(f"import site; site.addsitedir({p!r})")' \
+    >"$site/project.pth"
 
 pip() {
     "$python" -m pip --quiet --disable-pip-version-check "$@"
