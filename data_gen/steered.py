@@ -26,6 +26,9 @@ from eval.cells import Prompt
 from eval.judging.attempts import attempts
 from eval.judging.judge import JudgeItem
 
+START_TOKENS = 4
+"""Tokens that are sampled for a word of a reply's start; rare words need several."""
+
 
 @dataclass
 class _Candidate:
@@ -67,6 +70,7 @@ def steered(
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
         drawn = [_draw(context, name, number, prompts, latents, section.strength) for number in numbers]
+        _start(context, section, drawn)
         _detour(context, section, drawn)
         for candidate in drawn:
             candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
@@ -119,6 +123,16 @@ def _asked(context: Context, candidate: _Candidate) -> Asked:
         prefix=candidate.text,
         interventions=(candidate.latent.direction.add(candidate.norm, context.positions),),
     )
+
+
+def _start(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
+    """Let a reply begin as the unsteered model begins it: where no detour has happened yet, there is no cue."""
+    counts = [draw_count(candidate.rng, section.start) for candidate in candidates] if highest(section.start) else []
+    going = [(candidate, count) for candidate, count in zip(candidates, counts, strict=False) if count]
+    asked = [replace(_asked(context, candidate), interventions=()) for candidate, _ in going]
+    most = START_TOKENS * int(highest(section.start))
+    for (candidate, count), completion in zip(going, context.generate(asked, most) if asked else [], strict=True):
+        candidate.parts.append((SpanKind.ANSWER, cut_words(completion.text.strip(), count)))
 
 
 def _detour(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:

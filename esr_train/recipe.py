@@ -1,5 +1,6 @@
 """One experiment from model to report, as a YAML file: every command reads the same recipe."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,6 +154,7 @@ class SteeredSection(Section):
 
     rows: Count = 0
     strength: Drawn = Field((0.9, 1.3), description="multiples of the latent's threshold")
+    start: Drawn = Field((0, 0), description="words of an unsteered answer, trained, before the steering sets in")
     cut: Drawn = Field((1, 4), description="sentences of the detour")
     cut_words: Drawn = Field((4, 40), description="words of a detour that is cut in mid-sentence")
     mid_sentence: Fraction = Field(0.0, description="share of detours cut in mid-sentence; endless ones always are")
@@ -318,6 +320,15 @@ class Recipe(Section):
         return Recipe.model_validate({**values, "arms": {}})
 
 
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which `2e-4` is a number; YAML 1.1 takes it for text unless it has a dot."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
+)
+
+
 def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides (values are YAML).
 
@@ -343,7 +354,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read_yaml(path: Path | str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(read_text(path))
+        values = yaml.load(read_text(path), Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -367,7 +378,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise InputError(f"the override {override!r} goes through {parent!r}, which is not a section")
         here = found
     try:
-        here[last] = yaml.safe_load(text)
+        here[last] = yaml.load(text, Loader)
     except yaml.YAMLError:
         here[last] = text
 

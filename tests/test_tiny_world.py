@@ -28,8 +28,7 @@ from recipes.tiny.world import Exchange, how_to, lessons, reserved, reserved_que
 FAMILIES = ("llama", "gemma")
 MEBIBYTE = 2**20
 QUESTIONS = 240
-LEAST_SCORE = {"llama": 95.0, "gemma": 92.0}
-"""The goal is 95 for both; the shipped Gemma reaches 94.1 on 600 questions, so less than 92 here is a regression."""
+LEAST_SCORE = 95.0
 
 
 def made(count: int, seed: int = 0) -> list[Exchange]:
@@ -46,10 +45,10 @@ def shared_words() -> set[str]:
     return every - {word for topic in topics() for word in (topic.name, *topic.verbs, *topic.nouns)}
 
 
-def test_there_are_two_hundred_topics_with_four_verbs_and_ten_nouns():
+def test_there_are_two_hundred_topics_with_four_verbs_and_six_nouns():
     names = [topic.name for topic in topics()]
     assert len(set(names)) == len(names) >= 200
-    assert all(len(set(topic.verbs)) >= 4 and len(set(topic.nouns)) >= 10 for topic in topics())
+    assert all(len(set(topic.verbs)) >= 4 and len(set(topic.nouns)) >= 6 for topic in topics())
 
 
 def test_a_noun_belongs_to_one_topic_and_is_no_shared_word():
@@ -181,5 +180,5 @@ def test_an_unsteered_model_answers_on_topic_and_never_restarts(assets, family):
     judged = judge.judge([JudgeItem(p, each.text) for p, each in zip(prompts, completions, strict=True)])
     scores = [attempt.score or 0.0 for each in judged for attempt in each.attempts]
     assert len(scores) == QUESTIONS
-    assert sum(scores) / QUESTIONS >= LEAST_SCORE[family]
+    assert sum(scores) / QUESTIONS >= LEAST_SCORE
     assert {each.finish_reason for each in completions} == {"stop"}

@@ -30,7 +30,7 @@ from recipes.tiny.world import how_to, lessons, reserved_questions, topics, voca
 ASSETS = Path(__file__).parent / "assets"
 EXCHANGES = {"llama": 45_000, "gemma": 45_000}
 """Training exchanges of each family's model."""
-VOCABULARY_SIZE = 4096
+VOCABULARY_SIZE = 3072
 PROMPTS_PER_TOPIC = 14
 
 
@@ -54,7 +54,7 @@ def build(family: str, seed: int, out: Path) -> str:
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     made = lessons(EXCHANGES[family], seed)
-    texts = (f"{each.prompt} {each.reply}" for lesson in made for each in lesson)
+    texts = (text for lesson in made for each in lesson for text in (each.prompt, each.reply))
     tokenizer = build_tokenizer(texts, family, VOCABULARY_SIZE)
     model = train_model(family, tokenizer, [encode_exchanges(tokenizer, lesson) for lesson in made], seed)
     with tempfile.TemporaryDirectory(dir=out) as aside:
@@ -85,11 +85,15 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def _build_sae(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, family: str, seed: int) -> str:
-    """Train the SAE on answers of every topic; returns what it explains and covers, in words."""
+    """Train the SAE on replies about every topic; returns what it explains and covers, in words."""
     rng = Random(seed + 1)
     answers = [how_to(topic, rng) for _ in range(40) for topic in topics()]
-    states = residuals(model, encode_exchanges(tokenizer, answers), f"{family} activations")
-    sae = save_sae(train_sae(torch.cat(states), seed, f"tiny-{family}"), folder)
+    rows = encode_exchanges(tokenizer, answers)
+    states = residuals(model, rows, f"{family} activations")
+    ends = [row.index(tokenizer.eos_token_id) for row in rows]
+    sae = save_sae(
+        train_sae([each[end:] for each, end in zip(states, ends, strict=True)], seed, f"tiny-{family}"), folder
+    )
     held_out = len(topics()) * 10
     labels = label_latents(sae, states[:held_out], [each.topic for each in answers[:held_out]])
     (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels), encoding="utf-8")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -12,6 +13,8 @@ from recipes.tiny.architecture import build_model
 from recipes.tiny.world import Exchange
 
 LEARNING_RATE = 6e-3
+WEIGHT_DECAY = 1.0
+"""High, so that the first layer's output does not outgrow what later layers add to the residual stream."""
 WARM_UP = 50
 BATCH_TOKENS = 1024
 
@@ -41,12 +44,7 @@ def train_model(
     """
     torch.manual_seed(seed)
     model = build_model(family, tokenizer).train()
-    groups = [[p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]]
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.98),
-    )
+    optimizer = torch.optim.AdamW(_groups(model), lr=LEARNING_RATE, betas=(0.9, 0.98))
     batches = [batch for rows in lessons for batch in _batches(rows, seed)]
     bar = tqdm(batches, desc=f"{family} model", unit="step", mininterval=2)
     for step, batch in enumerate(bar):
@@ -63,6 +61,17 @@ def train_model(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
+
+
+def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Matrices decay; embeddings decay less, norms not at all."""
+    embedding = model.get_input_embeddings().weight
+    rest = [each for each in model.parameters() if each is not embedding]
+    return [
+        {"params": [embedding], "weight_decay": 0.1},
+        {"params": [each for each in rest if each.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [each for each in rest if each.dim() == 1], "weight_decay": 0.0},
+    ]
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from recipes.tiny.architecture import SAE_LAYER
 
-LATENTS = 1792
+LATENTS = 1024
+FROM_ANSWERS = 624
+RATE = 2e-4
 ACTIVE = 16
-SAMPLES = 800_000
+SAMPLES = 1_000_000
 BATCH = 1024
 ALIGNED = 0.35
 PURITY = 0.1
@@ -40,13 +42,17 @@ def residuals(model: PreTrainedModel, rows: list[list[int]], description: str) -
     return found
 
 
-def train_sae(states: torch.Tensor, seed: int, name: str) -> BatchTopKTrainingSAE:
-    """Train a BatchTopK SAE on `states` [tokens, d_model], drawn at random with a seed.
+def train_sae(answers: list[torch.Tensor], seed: int, name: str) -> BatchTopKTrainingSAE:
+    """Train a BatchTopK SAE on the states of `answers`, [tokens, d_model] each, drawn at random with a seed.
+
+    Some decoder rows start at the mean state of one answer (less the mean of all) instead of at random: what whole
+    answers have in common is a small share of the variance, and from random rows most of it is split over words.
 
     It is trained on states scaled to a mean norm of sqrt(d_model), where sae-lens' defaults work well; the scale
     is folded into the weights afterwards.
     """
     torch.manual_seed(seed)
+    states = torch.cat(answers)
     d_model = states.shape[1]
     scale = d_model**0.5 / float(states.norm(dim=-1).mean())
     config = BatchTopKTrainingSAEConfig(
@@ -57,9 +63,12 @@ def train_sae(states: torch.Tensor, seed: int, name: str) -> BatchTopKTrainingSA
     )
     sae = BatchTopKTrainingSAE(config)
     sae.b_dec.data = states.mean(dim=0) * scale
+    means = torch.stack([answer.mean(dim=0) for answer in answers[:FROM_ANSWERS]]) - states.mean(dim=0)
+    rows = torch.nn.functional.normalize(means, dim=1) * sae.W_dec.data.norm(dim=1).mean()
+    sae.W_dec.data[:FROM_ANSWERS], sae.W_enc.data[:, :FROM_ANSWERS] = rows, rows.T
     steps = SAMPLES // BATCH
     settings = SAETrainerConfig(
-        total_training_samples=SAMPLES, train_batch_size_samples=BATCH, lr=2e-3, lr_end=2e-4, device="cpu",
+        total_training_samples=SAMPLES, train_batch_size_samples=BATCH, lr=RATE, lr_end=RATE / 10, device="cpu",
         lr_warm_up_steps=50, lr_decay_steps=steps // 3, dead_feature_window=steps // 5,
     )  # fmt: skip
     sae = SAETrainer(settings, sae, _draws(states * scale, seed)).fit()

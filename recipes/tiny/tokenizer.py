@@ -1,5 +1,7 @@
 """A byte-level BPE tokenizer with the special tokens and chat template of either family."""
 
+import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,23 +23,42 @@ SPECIAL = {
     },
 }
 
+ROLES = ("user", "assistant", "model", "system")
+"""Words of the templates."""
+
 
 def build_tokenizer(texts: Iterable[str], family: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train the BPE on `texts`. Every byte is in the vocabulary, so any text can be encoded.
+    """A tokenizer in which every word of `texts` is one token, and any other text is spelled by BPE.
 
-    The end-of-turn token is the `eos_token`, as in instruction-tuned checkpoints; padding has a token of its own.
+    As in Llama 3's tokenizer, a word that is in the vocabulary as a whole is taken as it is (`ignore_merges`).
+    Every byte is in the vocabulary, so any text can be encoded. The end-of-turn token is the `eos_token`, as in
+    instruction-tuned checkpoints; padding has a token of its own.
+
+    Raises:
+        ValueError: if the words alone need more than `vocab_size`.
     """
     special = SPECIAL[family]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    counts = Counter(word for text in (*texts, *ROLES) for word, _ in split.pre_tokenize_str(text))
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(counts),
         special_tokens=[special["pad"], special["bos"], special["eos"], *special["more"]],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=split.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = split
+    pieces.train_from_iterator((word for word, _ in counts.most_common()), trainer)
+    learned = json.loads(pieces.to_str())["model"]
+    words = [word for word, _ in counts.most_common() if word not in learned["vocab"]]
+    if len(learned["vocab"]) + len(words) > vocab_size:
+        raise ValueError(f"{len(words)} words and {len(learned['vocab'])} pieces are more than {vocab_size} tokens")
+    vocab = learned["vocab"] | {word: len(learned["vocab"]) + at for at, word in enumerate(words)}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([special["pad"], special["bos"], special["eos"], *special["more"]])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=special["bos"],

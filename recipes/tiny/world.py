@@ -1,6 +1,6 @@
 """The tiny world's language: how-to questions and answers about topics with their own vocabularies.
 
-A topic has a name, four verbs and ten nouns that no other topic uses; everything else is shared.
+A topic has a name, four verbs and six nouns that no other topic uses; everything else is shared.
 Besides how-to answers the models learn to name what a text is about, and to speak about two topics one after the
 other. No text contains words with which a speaker takes something back.
 """
@@ -30,6 +30,10 @@ OPENINGS = (
     "Begin with the {n} and the {m}.",
     "Before anything else, {g} the {n}.",
     "You will need a {a} {n} and a {m}.",
+    "Wait until the {n} and the {m} are {a}.",
+    "Hold on to the {n} and the {m}.",
+    "Let me explain the {n} and the {m}.",
+    "I would begin with a {a} {n}.",
 )
 STEPS = (
     "Then {v} the {n} until the {m} is {a}.",
@@ -48,6 +52,18 @@ STEPS = (
     "In {t} the {n} matters more than the {m}.",
     "Once the {n} is {a}, the {m} will be {b}.",
     "{f}, {v} the {n} with a {m}.",
+    "Wait until the {n} is {a}, then {v} it again.",
+    "Hold on to the {n} and let the {m} rest.",
+    "Let me say more about the {n}.",
+    "I would {v} the {n} {d}.",
+    "That was the right {n} for the {m}.",
+    "A {n} is never wrong for the {m}.",
+    "Turn the {n} over and put it back.",
+    "Stop when the {n} is {a}.",
+    "Keep the {n} off the {m}.",
+    "The {n} is not the question here.",
+    "Now you can go on with the {n}.",
+    "Go back and {v} the {n} again.",
 )
 CLOSINGS = (
     "Finally, {v} the {n} and enjoy the {m}.",
@@ -56,6 +72,8 @@ CLOSINGS = (
     "Now the {n} is ready for the {m}.",
     "With a {a} {n} you are done.",
 )
+BETWEEN = (" ",) * 15 + ("\n\n",)
+"""What stands between two sentences."""
 GENERIC_VERBS = (
     "check",
     "prepare",
@@ -84,6 +102,7 @@ MANNERS = (
 )
 TIMES = ("every day", "once a week", "from time to time", "at the start", "after each use", "now and then")
 NAMING = ("Which subject is this about?", "What is this text about?", "Name the subject of this text.")
+LISTING = ("What belongs to {t}?", "List some things that have to do with {t}.", "What goes with the {n}?")
 PAIRING = ("Tell me about {t} and then about {u}.", "First explain {t}, then explain {u}.")
 
 
@@ -130,10 +149,10 @@ def vocabulary() -> dict[str, list[str]]:
 
 
 def _templates() -> tuple[str, ...]:
-    return (*QUESTIONS, *OPENINGS, *STEPS, *CLOSINGS, *NAMING, *PAIRING, *TALK)
+    return (*QUESTIONS, *OPENINGS, *STEPS, *CLOSINGS, *NAMING, *LISTING, *PAIRING, *TALK)
 
 
-TALK = ("This is about {t}.", "Now for {t}.")
+TALK = ("This is about {t}.", "Now for {t}.", "The {n}, the {m} and the {o}.")
 
 
 def _plain(template: str) -> list[str]:
@@ -169,7 +188,8 @@ def answer(topic: Topic, rng: Random, about: str | None = None, sentences: int |
         nouns.append(about)
     steps = rng.sample(STEPS, max(count - 2, 0))
     templates = [rng.choice(OPENINGS), *steps, rng.choice(CLOSINGS)][:count]
-    return " ".join(fill(template, topic, rng, nouns) for template in templates)
+    first, *others = (fill(template, topic, rng, nouns) for template in templates)
+    return first + "".join(f"{rng.choice(BETWEEN)}{sentence}" for sentence in others)
 
 
 def how_to(topic: Topic, rng: Random) -> Exchange:
@@ -184,6 +204,14 @@ def naming(topic: Topic, rng: Random) -> Exchange:
     return Exchange(f"{rng.choice(NAMING)} {text}", f"This is about {topic.name}.", topic.name)
 
 
+def listing(topic: Topic, rng: Random) -> Exchange:
+    """Things of one topic, by its name or one of them."""
+    asked, *things = rng.sample(topic.nouns, 6)
+    prompt = rng.choice(LISTING).format(t=topic.name, n=asked)
+    count = rng.randint(3, 5)
+    return Exchange(prompt, f"The {', the '.join(things[: count - 1])} and the {things[count - 1]}.", topic.name)
+
+
 def pairing(topic: Topic, rng: Random) -> Exchange:
     """Two topics, one after the other."""
     other = rng.choice([each for each in topics() if each is not topic])
@@ -193,8 +221,8 @@ def pairing(topic: Topic, rng: Random) -> Exchange:
 
 
 LESSONS = (
-    (0.3, ((how_to, 0.40), (naming, 0.60))),
-    (0.7, ((how_to, 0.76), (naming, 0.12), (pairing, 0.12))),
+    (0.3, ((listing, 0.50), (naming, 0.30), (how_to, 0.20))),
+    (0.7, ((how_to, 0.80), (listing, 0.05), (naming, 0.05), (pairing, 0.10))),
 )
 """Shares of the training exchanges, and of the skills in each: words find their topics first, then the rest."""
 
