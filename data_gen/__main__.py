@@ -168,7 +168,7 @@ def _preview(options: argparse.Namespace) -> None:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    from data_gen.inventory import funnel_lines, funnels, lines, take
+    from data_gen.inventory import funnel_lines, funnels, lines, requests, take
 
     tokenizer = _tokenizer(options.tokenizer)
     folder, files = _files(options.path)
@@ -176,6 +176,8 @@ def _stats(options: argparse.Namespace) -> None:
         print("\n".join([f"{file}:", *(f"  {line}" for line in lines(take(_read(file), tokenizer, options.loss)))]))
     for source, funnel in funnels(folder).items():
         print("\n".join(funnel_lines(source, funnel)))
+    for source, spent in requests(folder).items():
+        print(f"{source}: requests to the writer: {spent}")
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:

@@ -14,10 +14,11 @@ from esr_train.files import read_json
 from esr_train.masking import IGNORED, Policy, label
 from esr_train.recipe import CueDiversitySection
 from esr_train.transcript import SpanKind, Transcript
+from eval.llm import Spent
 
 OPENING_WORDS = 3
 """Words of a cue that are compared when its variety is measured."""
-FUNNEL = ".funnel.json"
+FUNNEL, REQUESTS = ".funnel.json", ".requests.json"
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,18 @@ def spread(values: Sequence[int]) -> Spread:
 
 def funnels(path: Path) -> dict[str, dict[str, int]]:
     """The funnels that lie beside a file, or in a folder: source -> how many candidates ended how."""
+    return {name: read_json(file) for name, file in _beside(path, FUNNEL).items()}
+
+
+def requests(path: Path) -> dict[str, Spent]:
+    """What writers were asked, by source, from the files that lie beside a file or in a folder."""
+    return {name: Spent(**read_json(file)) for name, file in _beside(path, REQUESTS).items()}
+
+
+def _beside(path: Path, ending: str) -> dict[str, Path]:
     folder = path if path.is_dir() else path.parent
-    found = sorted({*folder.glob(f"*{FUNNEL}"), *folder.glob(f"sources/*{FUNNEL}")})
-    return {each.name.removesuffix(FUNNEL): read_json(each) for each in found}
+    found = sorted({*folder.glob(f"*{ending}"), *folder.glob(f"sources/*{ending}")})
+    return {each.name.removesuffix(ending): each for each in found}
 
 
 def lines(inventory: Inventory) -> list[str]:

@@ -11,9 +11,6 @@ from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
 from eval.judging.judge import JudgeItem
 
-MAX_DETOUR_SCORE = 50.0
-MIN_ANSWER_SCORE = 80.0
-
 
 def prompted(context: Context, section: PromptedSection, prompts: Sequence[Prompt]) -> Make:
     """Makes rows whose detour is the model's unsteered answer to a question about another topic."""
@@ -40,7 +37,9 @@ def prompted(context: Context, section: PromptedSection, prompts: Sequence[Promp
         scores = context.scores([JudgeItem(p.text, d) for p, d in zip(chosen, detours, strict=True)])
         finals = context.scores([JudgeItem(p.text, a) for p, a in zip(chosen, answers, strict=True)])
         return [
-            _outcome(context, number, prompt, (detour, cues.draw(rng, other.topic), answer), score, final)
+            _outcome(
+                context, section, number, prompt, other, (detour, cues.draw(rng, other.topic), answer), score, final
+            )
             for number, prompt, other, detour, rng, answer, score, final in zip(
                 numbers, chosen, others, detours, rngs, answers, scores, finals, strict=True
             )
@@ -51,23 +50,26 @@ def prompted(context: Context, section: PromptedSection, prompts: Sequence[Promp
 
 def _outcome(
     context: Context,
+    section: PromptedSection,
     number: int,
     prompt: Prompt,
+    other: Prompt,
     texts: tuple[str, str, str],
     off_topic: float | None,
     answer: float | None,
 ) -> Outcome:
     if off_topic is None or answer is None:
         return Outcome(None, "judge failed")
-    if off_topic >= MAX_DETOUR_SCORE:
+    if off_topic >= section.max_detour_score:
         return Outcome(None, "detour on-topic")
-    if answer < MIN_ANSWER_SCORE:
+    if answer < section.min_answer_score:
         return Outcome(None, "answer off-topic")
     kinds = (SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER)
     meta = {
         "model": context.model,
         "seed": context.seed,
         "topic": prompt.topic,
+        "subject": other.topic,
         "scores": {"off_topic": off_topic, "answer": answer},
     }
     spans = joined(*zip(kinds, texts, strict=True))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from esr_train.errors import InputError
 from esr_train.files import read_text
@@ -184,16 +184,41 @@ class ContrastSection(Section):
     min_answer_score: float = 90.0
 
 
+class WriterSection(Section):
+    """A language model that writes rows, named as in inspect_ai's model API; its key comes from the environment."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0)] | None = Field(1.0, description="None: the model takes none")
+    max_tokens: AtLeastOne = Field(2048, description="of an answer, reasoning included")
+    concurrency: AtLeastOne = Field(16, description="questions that are open at once")
+    timeout: AtLeastOne = Field(120, description="seconds until an open question is sent again")
+    price: tuple[float, float] | None = Field(None, description="dollars per million tokens read and written")
+    limit_tokens: AtLeastOne | None = Field(None, description="tokens read and written at most, interruptions or not")
+    limit_dollars: Positive | None = Field(None, description="dollars at most; needs a price, if the API gives none")
+
+
+def _named(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
 class PromptedSection(Section):
-    """Off-policy detours: text about another topic, written by somebody else (the paper's way)."""
+    """Off-policy detours: text about another subject, written by somebody else (the paper's way)."""
 
     rows: Count = 0
-    cut: Drawn = (1, 4)
-    cues: str | None = Field(None, description="text file, one cue a line; None takes the shipped set")
-    registers: tuple[str, ...] | None = Field(None, description="[headings] of the cue file to draw from; None: all")
-    writer: str | None = Field(
-        None, description="a name for inspect_ai's model API; None: the model itself answers another question"
+    writer: Annotated[WriterSection | None, BeforeValidator(_named)] = Field(
+        None,
+        description="a language model that writes detour, acknowledgement and answer, by name or with settings; "
+        "None: the model itself answers two questions",
     )
+    subjects: str | None = Field(None, description="writer: file of off-topic subjects; None takes the shipped set")
+    answer_words: AtLeastOne = Field(250, description="writer: most words of an answer")
+    cut: Drawn = Field((1, 4), description="sentences of the detour")
+    max_detour_score: float = 50.0
+    min_answer_score: float = 80.0
+    cues: str | None = Field(
+        None, description="text file, one cue a line; None takes the shipped set (of which a writer is given the start)"
+    )
+    registers: tuple[str, ...] | None = Field(None, description="[headings] of the cue file to draw from; None: all")
 
 
 class NormalSection(Section):

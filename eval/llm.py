@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from esr_train.files import replacing
+from esr_train.errors import InputError
+from esr_train.files import read_json, replacing, write_json
 
 Value = TypeVar("Value")
 ROUNDS = 6
@@ -23,12 +24,21 @@ class Reply:
     error: str | None = None
 
 
+Answered = Callable[[int, Reply], None]
+"""Told of a question's place and its reply, as soon as that comes."""
+
+
+def ignored(place: int, reply: Reply) -> None:
+    """An `Answered` that does nothing."""
+
+
 @dataclass
 class Spent:
     """What questions have cost so far.
 
     Args:
         asked: replies that came.
+        lost: requests that got no reply: refused for their rate, timed out, cut off.
         cached: answers taken from the disk instead.
         refused: replies that could not be used, so that the question was asked again.
         failed: questions that stayed without an answer.
@@ -37,6 +47,7 @@ class Spent:
     """
 
     asked: int = 0
+    lost: int = 0
     cached: int = 0
     refused: int = 0
     failed: int = 0
@@ -46,6 +57,8 @@ class Spent:
 
     def __str__(self) -> str:
         parts = [f"{self.asked:,} asked", f"{self.cached:,} from the cache"]
+        if self.lost:
+            parts.append(f"{self.lost:,} without reply")
         if self.refused:
             parts.append(f"{self.refused:,} replies refused")
         if self.failed:
@@ -54,6 +67,29 @@ class Spent:
         if self.dollars is not None:
             parts.append(f"${self.dollars:,.2f}")
         return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What questions may cost in all; None is no limit. Requests that are open when it is reached still count."""
+
+    tokens: int | None = None
+    dollars: float | None = None
+
+    def reached(self, spent: Spent) -> bool:
+        """Whether nothing more may be asked.
+
+        Raises:
+            InputError: if dollars are limited and replies came of which nobody knows the price.
+        """
+        if self.dollars is not None and spent.asked and spent.dollars is None:
+            raise InputError(
+                "dollars are limited, but what this model costs is not known",
+                "limit_dollars",
+                "Set `price` (dollars per million tokens read and written), or limit tokens instead.",
+            )
+        tokens = self.tokens is not None and spent.read + spent.written >= self.tokens
+        return tokens or (self.dollars is not None and (spent.dollars or 0.0) >= self.dollars)
 
 
 class Llm(Protocol):
@@ -72,23 +108,24 @@ class Llm(Protocol):
         """Whatever else decides what it answers (JSON values)."""
         ...
 
-    def ask(self, questions: Sequence[str], answered: Callable[[], None] = lambda: None) -> list[Reply]:
-        """One reply a question, in order; `answered` is called as each comes.
+    def ask(self, questions: Sequence[str], answered: "Answered" = ignored) -> list[Reply]:
+        """One reply a question, in order; `answered` is called with the place and the reply as each comes.
 
         Raises:
             InputError: if no question can ever be answered, such as for want of a key.
-            RunError: if none of many questions was answered: the model is out of reach.
+            RunError: if none of many questions was answered: the model is out of reach; if a limit is reached.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Answer(Generic[Value]):
-    """A question's parsed answer, the text it was read from, or why there is none."""
+    """A question's parsed answer, the text it was read from, or why there is none; whether there was a reply at all."""
 
     value: Value | None
     text: str = ""
     error: str | None = None
+    replied: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,6 +164,8 @@ class Asker:
         cache: where answers are kept; None keeps none.
         repeat: another number asks anew what is in the cache already.
         rounds: how often a question is asked at most.
+        label: shown with the progress.
+        ledger: file of what was spent so far, kept up to date with every reply and read again by a later run.
     """
 
     llm: Llm
@@ -134,6 +173,20 @@ class Asker:
     repeat: int = 0
     rounds: int = ROUNDS
     label: str = field(default="asking", kw_only=True)
+    ledger: Path | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Go on counting where an earlier run stopped."""
+        if self.ledger and self.ledger.is_file():
+            earlier = Spent(**read_json(self.ledger))
+            for name, count in asdict(earlier).items():
+                if count is not None:
+                    setattr(self.spent, name, count)
+
+    @property
+    def spent(self) -> Spent:
+        """What was asked so far."""
+        return self.llm.spent
 
     def ask(self, questions: Sequence[str], parse: Callable[[int, str], Value]) -> list[Answer[Value]]:
         """The parsed answer of each question, in order.
@@ -152,36 +205,56 @@ class Asker:
             pending = [place for place, answer in enumerate(answers) if answer.value is None]
             if not pending:
                 break
-            replies = self._round([texts[place] for place in pending])
-            for place, reply in zip(pending, replies, strict=True):
-                answers[place] = answer = _parsed(place, reply, parse)
-                if answer.value is not None and self.cache:
-                    self.cache.put(keys[place], self.llm.name, answer.text)
-                elif answer.value is None and reply.text is not None:
-                    self.llm.spent.refused += 1
-                    texts[place] = again(questions[place], str(answer.error))
-        self.llm.spent.failed += sum(answer.value is None for answer in answers)
+
+            def take(number: int, reply: Reply, pending: list[int] = pending) -> None:
+                place = pending[number]
+                answers[place] = self._taken(keys[place], _parsed(place, reply, parse))
+
+            self._round([texts[place] for place in pending], take)
+            for place in pending:
+                if answers[place].replied and answers[place].value is None:
+                    texts[place] = again(questions[place], str(answers[place].error))
+        self.spent.failed += sum(answer.value is None for answer in answers)
+        self._write()
         return answers
 
-    def _round(self, questions: Sequence[str]) -> list[Reply]:
+    def _round(self, questions: Sequence[str], take: Answered) -> None:
+        """Ask once. A reply is taken when it comes, so that an interruption loses those alone that are open."""
         from tqdm import tqdm
 
+        taken: set[int] = set()
         with tqdm(
             total=len(questions), desc=self.label, unit="answer", leave=False, delay=1, dynamic_ncols=True
         ) as bar:
 
-            def answered() -> None:
-                bar.set_postfix_str(str(self.llm.spent), refresh=False)
+            def answered(number: int, reply: Reply) -> None:
+                taken.add(number)
+                take(number, reply)
+                bar.set_postfix_str(str(self.spent), refresh=False)
                 bar.update()
 
-            return self.llm.ask(questions, answered)
+            for number, reply in enumerate(self.llm.ask(questions, answered)):
+                if number not in taken:
+                    take(number, reply)
+
+    def _taken(self, key: str, answer: Answer[Value]) -> Answer[Value]:
+        if answer.value is None:
+            self.spent.refused += answer.replied
+        elif self.cache:
+            self.cache.put(key, self.llm.name, answer.text)
+        self._write()
+        return answer
+
+    def _write(self) -> None:
+        if self.ledger:
+            write_json(self.ledger, asdict(self.spent))
 
     def _kept(self, place: int, key: str, parse: Callable[[int, str], Value]) -> Answer[Value]:
         text = self.cache.get(key) if self.cache else None
         if text is None:
             return Answer(None)
         answer = _parsed(place, Reply(text), parse)
-        self.llm.spent.cached += answer.value is not None
+        self.spent.cached += answer.value is not None
         return answer
 
     def _key(self, question: str) -> str:
@@ -196,7 +269,7 @@ def again(question: str, why: str) -> str:
 
 def _parsed(place: int, reply: Reply, parse: Callable[[int, str], Value]) -> Answer[Value]:
     if reply.text is None:
-        return Answer(None, "", reply.error)
+        return Answer(None, "", reply.error, replied=False)
     try:
         return Answer(parse(place, reply.text), reply.text)
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from esr_train.errors import InputError, RunError
 from esr_train.steering.engine import Engine, Request, Sampling
-from eval.llm import Reply, Spent, without_secrets
+from eval.llm import Answered, Limit, Reply, Spent, ignored, without_secrets
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
@@ -22,6 +22,9 @@ OUTAGE = 8
 """If none of this many questions is answered, the model is out of reach, and asking on would waste the run."""
 HOPELESS = {401: "the key is refused", 403: "the key has no access", 404: "there is no such model"}
 _LONGEST_WAIT = 60.0
+_SLICE = 128
+"""Questions that a local model is asked at once: its replies are on disk after so many."""
+_LIMIT = "not asked: the limit is reached"
 
 
 class InspectLlm:
@@ -36,6 +39,7 @@ class InspectLlm:
         timeout: seconds until an open question is given up and sent again.
         price: dollars per million tokens read and written.
         wait: seconds before a question is sent again; doubled each time, up to a minute.
+        limit: of what may be spent.
     """
 
     def __init__(
@@ -48,8 +52,9 @@ class InspectLlm:
         timeout: int = 120,
         price: tuple[float, float] | None = None,
         wait: float = 1.0,
+        limit: Limit | None = None,
     ) -> None:
-        self.name, self.price, self.wait = model, price, wait
+        self.name, self.price, self.wait, self.limit = model, price, wait, limit or Limit()
         self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         self.spent = Spent(dollars=0.0 if price else None)
         self._concurrency, self._timeout = concurrency, timeout
@@ -57,7 +62,7 @@ class InspectLlm:
         self._runner: asyncio.Runner | None = None
         self._model: Model | None = None
 
-    def ask(self, questions: Sequence[str], answered: Callable[[], None] = lambda: None) -> list[Reply]:
+    def ask(self, questions: Sequence[str], answered: Answered = ignored) -> list[Reply]:
         """See `Llm.ask`."""
         if not questions:
             return []
@@ -66,6 +71,11 @@ class InspectLlm:
             if self._runner is None:
                 self._runner = asyncio.Runner()
             replies = self._runner.run(self._ask_all(questions, answered))
+        if any(reply.error == _LIMIT for reply in replies):
+            raise RunError(
+                f"{self.name}: the limit is reached ({self.spent}). What is finished is kept; raise the limit and run "
+                "the same command again to go on."
+            )
         if len(replies) >= OUTAGE and all(reply.text is None for reply in replies):
             raise RunError(
                 f"{self.name} answered none of {len(replies)} questions, the last time with: {replies[-1].error}. "
@@ -73,19 +83,19 @@ class InspectLlm:
             )
         return replies
 
-    async def _ask_all(self, questions: Sequence[str], answered: Callable[[], None]) -> list[Reply]:
+    async def _ask_all(self, questions: Sequence[str], answered: Answered) -> list[Reply]:
         model = self._model = self._model or self._open()
         free = asyncio.Semaphore(self._concurrency)
 
-        async def one(question: str) -> Reply:
+        async def one(place: int, question: str) -> Reply:
             async with free:
                 reply = await self._ask(model, question)
-            answered()
+            answered(place, reply)
             return reply
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(question)) for question in questions]
+                tasks = [group.create_task(one(place, question)) for place, question in enumerate(questions)]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
@@ -113,12 +123,15 @@ class InspectLlm:
     async def _ask(self, model: "Model", question: str) -> Reply:
         error = ""
         for number in range(TRIES):
+            if self.limit.reached(self.spent):
+                return Reply(None, _LIMIT)
             if number:
                 pause = min(self.wait * 2 ** (number - 1), _LONGEST_WAIT)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             try:
                 output = await model.generate(question)
             except Exception as failure:
+                self.spent.lost += 1
                 cause = _cause(failure)
                 error = _plain(getattr(cause, "provider_message", None) or str(cause) or type(cause).__name__)
                 status = getattr(cause, "status_code", None)
@@ -170,23 +183,24 @@ class EngineLlm:
         """What else decides the replies."""
         return {"engine": "local", "temperature": self.temperature, "max_tokens": self.max_tokens}
 
-    def ask(self, questions: Sequence[str], answered: Callable[[], None] = lambda: None) -> list[Reply]:
+    def ask(self, questions: Sequence[str], answered: Answered = ignored) -> list[Reply]:
         """See `Llm.ask`; a question's seed is drawn from its text, so that neighbours change nothing."""
         if not questions:
             return []
         self._engine = self._engine or self.open()
 
-        def progress(rows: int, tokens: int) -> None:
-            for _ in range(rows):
-                answered()
-
-        requests = [Request(str(place), text, seed=_seed(text)) for place, text in enumerate(questions)]
         sampling = Sampling(self.temperature, max_new_tokens=self.max_tokens)
-        completions = self._engine.generate(requests, sampling, progress)
-        self.spent.asked += len(completions)
-        self.spent.read += sum(each.prompt_tokens for each in completions)
-        self.spent.written += sum(len(each.token_ids) for each in completions)
-        return [Reply(each.text) for each in completions]
+        replies: list[Reply] = []
+        for start in range(0, len(questions), _SLICE):
+            slice_ = questions[start : start + _SLICE]
+            requests = [Request(str(place), text, seed=_seed(text)) for place, text in enumerate(slice_, start)]
+            for completion in self._engine.generate(requests, sampling):
+                self.spent.asked += 1
+                self.spent.read += completion.prompt_tokens
+                self.spent.written += len(completion.token_ids)
+                replies.append(Reply(completion.text))
+                answered(len(replies) - 1, replies[-1])
+        return replies
 
 
 def _seed(text: str) -> int:

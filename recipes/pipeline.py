@@ -29,7 +29,7 @@ from eval.store import TrialStore, read_trials
 from eval.trials import Steerer, progress_bar, run_trials
 from recipes.latents import steerable, threshold_key
 from recipes.probe import probe
-from recipes.sources import UNSTEERED, check_held_out, maker, source_files
+from recipes.sources import HOW_ASKED, UNSTEERED, check_held_out, chunk_rows, maker, source_files
 from recipes.stages import Stages, digest
 from recipes.world import World
 
@@ -216,7 +216,7 @@ class Experiment:
             if not wanted.rows:
                 continue
             inputs = {
-                "section": wanted.model_dump(mode="json"),
+                "section": wanted.model_dump(mode="json", exclude={"writer": HOW_ASKED}),
                 "files": source_files(name, wanted),
                 "calibration": self.calibrated[0],
                 "seed": self.recipe.seed,
@@ -231,9 +231,9 @@ class Experiment:
 
     def _collect(self, name: str, section: Any, path: Path) -> None:
         latents = [] if name in UNSTEERED else self.latents["train"]
-        make = maker(name, section, self.recipe, self.world, latents)
+        make = maker(name, section, self.recipe, self.world, latents, path.with_suffix(".requests.json"))
         candidates = path.with_suffix(".candidates.jsonl")
-        found = collect(name, section.rows, make, candidates, self.recipe.engine.batch_rows)
+        found = collect(name, section.rows, make, candidates, chunk_rows(self.recipe, section))
         write_json(path.with_suffix(".funnel.json"), found.funnel)
         write_transcripts(path, found.transcripts)
 

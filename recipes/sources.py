@@ -10,19 +10,27 @@ from data_gen.cues import CUES
 from data_gen.normal import normal
 from data_gen.prompted import prompted
 from data_gen.steered import contrast, steered
-from esr_train.errors import InputError
-from esr_train.models import local_path
+from data_gen.subjects import SUBJECTS, read_subjects, training_subjects
+from data_gen.written import written
 from esr_train.provenance import sha256
-from esr_train.recipe import Recipe
+from esr_train.recipe import Recipe, WriterSection
+from esr_train.steering.sae import read_labels
 from esr_train.transcript import Transcript
-from eval.cells import Cell, Side, check_disjoint
-from recipes.world import World
+from eval.cells import Cell, Side, check_disjoint, deal_subjects
+from eval.llm import Asker, Cache, Limit
+from eval.llm_clients import InspectLlm
+from recipes.world import World, located
 
 UNSTEERED = ("prompted", "normal")
 """Sources whose rows nobody steers: they need no latents."""
 
+HOW_ASKED = {"concurrency", "timeout", "price", "limit_tokens", "limit_dollars"}
+"""Settings of a writer that change nothing about what it writes."""
 
-def maker(name: str, section: Any, recipe: Recipe, world: World, latents: Sequence[SteerableLatent]) -> Make:
+
+def maker(
+    name: str, section: Any, recipe: Recipe, world: World, latents: Sequence[SteerableLatent], ledger: Path
+) -> Make:
     """What makes the rows of one source.
 
     Args:
@@ -31,6 +39,7 @@ def maker(name: str, section: Any, recipe: Recipe, world: World, latents: Sequen
         recipe: the experiment's.
         world: its model, judge and prompts.
         latents: that may steer training rows.
+        ledger: file of what a writer was asked and what that cost.
     """
     pools = world.pools
     context = Context(
@@ -45,11 +54,10 @@ def maker(name: str, section: Any, recipe: Recipe, world: World, latents: Sequen
     if name == "normal":
         return normal(context, section, pools.normal)
     if name == "prompted" and section.writer:
-        raise InputError(
-            "detours cannot be written by another model yet",
-            "data.prompted.writer",
-            "Leave it out (the model's own answers to other questions are the detours), or import rows.",
+        subjects = training_subjects(
+            read_subjects(section.subjects), pools.topics, held_out_labels(world), world.required_prompts.splits
         )
+        return written(context, section, pools.train, subjects, asker(section.writer, recipe.runs, ledger))
     if name == "prompted":
         return prompted(context, section, pools.train)
     if name == "contrast":
@@ -57,20 +65,53 @@ def maker(name: str, section: Any, recipe: Recipe, world: World, latents: Sequen
     return steered(context, section, pools.train, latents, name)
 
 
+def chunk_rows(recipe: Recipe, section: Any) -> int:
+    """How many candidates of a source are made at once; a writer is paid for each, so not many more than wanted."""
+    writer = getattr(section, "writer", None)
+    return min(section.rows, 2 * writer.concurrency) if writer else recipe.engine.batch_rows
+
+
+def asker(section: WriterSection, runs: str, ledger: Path) -> Asker:
+    """Who asks a recipe's writer; its answers are kept for all runs, so that none is paid for twice."""
+    llm = InspectLlm(
+        section.model,
+        temperature=section.temperature,
+        max_tokens=section.max_tokens,
+        concurrency=section.concurrency,
+        timeout=section.timeout,
+        price=section.price,
+        limit=Limit(section.limit_tokens, section.limit_dollars),
+    )
+    return Asker(llm, Cache(Path(runs) / "writer-cache"), label="writer", ledger=ledger)
+
+
+def held_out_labels(world: World) -> list[str]:
+    """What the latents stand for that are not dealt to training."""
+    sae = world.recipe.sae
+    if sae is None or sae.labels is None:
+        return []
+    labels = read_labels(located(sae.labels)).values()
+    dealt = deal_subjects(labels, world.pools.topics, world.required_prompts.splits)
+    return [label for label, split in dealt.items() if split != "train"]
+
+
 def source_files(name: str, section: Any) -> dict[str, str]:
-    """Hashes of the files from which a source draws cues."""
+    """Hashes of the files from which a source draws cues and subjects."""
     if name in ("normal", "contrast"):
         return {}
-    path = (local_path(section.cues) or Path(section.cues)) if section.cues else CUES
-    return {"cues": sha256(path)} if path.is_file() else {}
+    named = {"cues": located(section.cues) if section.cues else CUES}
+    if name == "prompted" and section.writer:
+        named["subjects"] = located(section.subjects) if section.subjects else SUBJECTS
+    return {key: sha256(path) for key, path in named.items() if path.is_file()}
 
 
 def check_held_out(rows: Sequence[Transcript], cells: Sequence[Cell]) -> None:
     """Refuse rows that share a prompt, a steering latent or an off-topic subject with the evaluation's cells."""
     steerings = [row.steering for row in rows if row.steering]
+    written_about = [row.meta["subject"] for row in rows if isinstance(row.meta.get("subject"), str)]
     detours = [row.meta["detour"] for row in rows if isinstance(row.meta.get("detour"), dict)]
     latents = [each.latent for each in steerings] + [each.get("latent") for each in detours]
-    subjects = [each.label for each in steerings] + [each.get("label") for each in detours]
+    subjects = [each.label for each in steerings] + [each.get("label") for each in detours] + written_about
     training = Side(
         frozenset(row.prompt for row in rows),
         frozenset(latent for latent in latents if latent is not None),
