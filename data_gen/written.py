@@ -161,7 +161,7 @@ def _outcomes(
     outcomes = []
     for number, task, answer in zip(numbers, tasks, answers, strict=True):
         if answer.value is None:
-            outcomes.append(Outcome(None, "writer: malformed answer" if answer.text else "writer: no answer"))
+            outcomes.append(Outcome(None, "writer: malformed answer" if answer.replied else "writer: no answer"))
             continue
         detour, final = next(scores)
         outcomes.append(_judged(context, section, number, task, answer.value, detour, final))

@@ -114,11 +114,16 @@ class InspectLlm:
             **self.settings, max_retries=0, max_connections=self._concurrency, attempt_timeout=self._timeout
         )
         try:
-            return get_model(self.name, config=config, memoize=False)
+            model = get_model(self.name, config=config, memoize=False)
         except PrerequisiteError as error:
             raise InputError(_plain(str(error.message)), self.name) from None
         except (ValueError, ImportError, OSError) as error:
             raise InputError(_plain(str(error)), self.name, "Name a model of inspect_ai's model API.") from None
+        # The vendors' own clients would send a failed request again by themselves, where nobody counts it.
+        client = getattr(model.api, "client", None)
+        if hasattr(client, "max_retries"):
+            client.max_retries = 0
+        return model
 
     async def _ask(self, model: "Model", question: str) -> Reply:
         error = ""

@@ -109,7 +109,7 @@ def test_a_writer_s_rows_have_three_spans_and_say_what_they_are(world):
         assert row.meta["subject"] in row.spans[0].text
         assert row.spans[2].text.endswith(row.prompt)
         assert len(attempts(row.content)) == 2
-        assert (row.source, row.steering, row.meta["model"]) == ("prompted", None, None or row.meta["model"])
+        assert (row.source, row.steering, row.meta["model"]) == ("prompted", None, "m")
     assert len({row.spans[1].text for row in found.transcripts}) == len(TAKING_BACK)
 
 
@@ -127,10 +127,11 @@ def test_with_every_fault_the_same_rows_come_out_and_every_request_is_in_the_boo
     assert here.ledger["refused"] == sum(stub.met[fault] for fault in TEXT_FAULTS)
 
 
+@pytest.mark.slow
 def test_a_request_that_is_never_answered_is_given_up_counted_and_sent_again(world):
     with LlmStub(writes, Faults(script=["hang"])) as stub:
         here = world(stub)
-        found = here.collect(rows=2, chunk=2, timeout=5)
+        found = here.collect(rows=2, chunk=2, timeout=10)
         assert stub.met["hang"] == 2
     assert found.funnel == {"kept": 2}
     assert here.ledger["lost"] >= 2
@@ -146,9 +147,8 @@ def test_an_answer_that_stays_malformed_and_one_that_never_comes_are_counted_wit
         found = here.collect()
     malformed = found.funnel["writer: malformed answer"]
     assert malformed >= 1
-    assert found.funnel == {"kept": len(found.transcripts) + found.funnel["kept"] - ROWS} | {
-        "writer: malformed answer": malformed
-    }
+    assert set(found.funnel) == {"kept", "writer: malformed answer"}
+    assert {row.meta["subject"] for row in found.transcripts} == set(SUBJECTS) - {"kites"}
     assert here.ledger["refused"] == ROUNDS * malformed
     here.check_ledger(found.funnel)
 
