@@ -76,13 +76,14 @@ def _generate(options: argparse.Namespace) -> None:
     from esr_train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    if options.arm not in (None, *recipe.arms):
-        raise InputError(f"the recipe has no arm {options.arm!r}", "--arm", f"It has {', '.join(recipe.arms)}.")
+    if options.arm not in (None, *recipe.trained_arms):
+        trained = ", ".join(recipe.trained_arms) or "none"
+        raise InputError(f"the recipe trains no arm {options.arm!r}", "--arm", f"It trains {trained}.")
     from recipes.pipeline import begun
 
     _, parts = begun(recipe)
     for part in parts:
-        for arm in [options.arm] if options.arm else recipe.arms:
+        for arm in [options.arm] if options.arm else recipe.trained_arms:
             part.data(arm)
             print(part.directory / "data" / f"{arm}.jsonl")
 

@@ -35,9 +35,10 @@ def _run(options: argparse.Namespace) -> None:
 
 def _recipe_and_arm(options: argparse.Namespace) -> tuple[Recipe, str]:
     recipe = load_recipe(options.recipe, options.overrides)
-    arm = options.arm or next(iter(recipe.arms))
-    if arm not in recipe.arms:
-        raise InputError(f"the recipe has no arm {arm!r}", "--arm", f"It has {', '.join(recipe.arms)}.")
+    arm = options.arm or next(iter(recipe.trained_arms), None)
+    if arm is None or arm not in recipe.trained_arms:
+        wanted = f"the recipe trains no arm {arm!r}" if arm else "the recipe trains no arm"
+        raise InputError(wanted, "--arm", f"It trains {', '.join(recipe.trained_arms) or 'none'}.")
     return recipe, arm
 
 

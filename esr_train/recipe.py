@@ -15,7 +15,23 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 Range = Annotated[tuple[float, float], Field(description="low and high end, both included")]
-CONDITIONS = ("steered", "unsteered", "steered_recalibrated")
+Condition = Literal[
+    "steered",
+    "unsteered",
+    "steered_recalibrated",
+    "boost",
+    "random_direction",
+    "random_latents",
+    "unsteered_continues",
+    "steered_continues",
+    "switched_off",
+]
+NEEDS: dict[str, str] = {
+    "unsteered_continues": "steered",
+    "steered_continues": "unsteered",
+    "switched_off": "steered",
+}
+"""Conditions whose replies go on from another condition's responses."""
 
 
 class Section(BaseModel):
@@ -98,7 +114,13 @@ class CalibrationSection(Section):
     """Probabilistic bisection for each latent's threshold on the base model (strengths in `norm` units)."""
 
     target: Annotated[float, Field(gt=0, lt=100)] = 30.0
-    rounds: AtLeastOne = 10
+    rounds: AtLeastOne = Field(10, description="at most; see stop_width")
+    stop_width: Positive | None = Field(
+        None, description="a latent is asked no more once its 90 % interval is narrower than this share of its median"
+    )
+    prior: tuple[Positive, Positive] | None = Field(
+        None, description="mean and standard deviation of the thresholds; None: the middle and half of the bounds"
+    )
     prompts: AtLeastOne = Field(4, description="responses per latent and round")
     bounds: Range = (0.1, 2.0)
     max_new_tokens: AtLeastOne = 256
@@ -280,19 +302,92 @@ class TrainSection(Section):
     probe: ProbeSection | None = None
 
 
+class BoostSection(Section):
+    """Strengths beside the threshold; each is a condition of its own."""
+
+    multiples: tuple[Positive, ...] = Field((0.5, 0.75, 1.25, 1.5), description="of the threshold")
+    deviations: tuple[float, ...] = Field((), description="added, in standard deviations of the latent's posterior")
+
+
 class EvalSection(Section):
     """Held-out cells: test latents x test prompts, the same for every arm."""
 
     trials: AtLeastOne = Field(256, description="trials per arm and condition")
-    conditions: tuple[Literal["steered", "unsteered", "steered_recalibrated"], ...] = ("steered", "unsteered")
+    control_trials: AtLeastOne | None = Field(
+        None, description="the same for conditions beside steered, unsteered and steered_recalibrated; None: `trials`"
+    )
+    conditions: tuple[Condition, ...] = ("steered", "unsteered")
+    boost: BoostSection = BoostSection()
+    prefix_sentences: AtLeastOne = Field(2, description="sentences of a response that another condition goes on from")
+    restart_phrases: str | None = Field(
+        None, description="text file, one a line: how likely they are is measured at sentence ends"
+    )
     bootstrap: AtLeastOne = 2000
+
+    @model_validator(mode="after")
+    def _conditions_are_complete(self) -> "EvalSection":
+        for condition in self.conditions:
+            if NEEDS.get(condition, condition) not in self.conditions:
+                raise ValueError(f"{condition!r} goes on from responses of {NEEDS[condition]!r}: add that condition")
+        if "boost" in self.conditions and not (self.boost.multiples or self.boost.deviations):
+            raise ValueError("the condition 'boost' needs boost.multiples or boost.deviations")
+        return self
+
+
+class EditSection(Section):
+    """SAE latents whose activation is changed in every forward pass of an arm."""
+
+    ablate: tuple[Count, ...] = Field((), description="latents that are set to 0")
+    clamp: dict[Count, float] = Field(default_factory=dict, description="latent -> the activation it is set to")
+    matched_random: bool = Field(
+        False, description="take random latents of like activation frequency and decoder norm instead: the control"
+    )
+
+    @model_validator(mode="after")
+    def _names_latents_once(self) -> "EditSection":
+        if not self.ablate and not self.clamp:
+            raise ValueError("name latents under ablate or clamp")
+        if both := sorted({*self.ablate} & {*self.clamp}):
+            raise ValueError(f"latent {both[0]} stands under ablate and under clamp")
+        return self
 
 
 class ArmSection(Section):
-    """An arm that is trained: overrides of `data` and `train`. The base model is an arm by itself."""
+    """A model under test. `base` is an arm by itself.
+
+    An arm is trained with its overrides of `data` and `train`, unless one of `of`, `adapter` or `model` says where
+    its weights come from.
+    """
 
     data: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
+    of: str | None = Field(None, description="the arm whose weights it has: base, or one with weights of its own")
+    adapter: str | None = Field(None, description="folder of a finished adapter")
+    model: str | None = Field(None, description="hub id or folder of a whole model, such as a merged one")
+    merged: bool = Field(False, description="the adapter is merged into the model before it is measured")
+    prompt: str | None = Field(
+        None, description="a shipped prompt variant by name, or a text with {prompt} and perhaps {label}"
+    )
+    edit: EditSection | None = None
+    conditions: tuple[Condition, ...] | None = Field(None, description="some of eval.conditions; None: all of them")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether this experiment trains it."""
+        return self.of is None and self.adapter is None and self.model is None
+
+    @model_validator(mode="after")
+    def _weights_come_from_one_place(self) -> "ArmSection":
+        named = [name for name in ("of", "adapter", "model") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"its weights come from {' and from '.join(named)}: keep one")
+        if named and (self.data or self.train):
+            raise ValueError(f"it is not trained, because {named[0]} is set: remove data and train")
+        if self.merged and (self.model or self.of == "base"):
+            raise ValueError("there is no adapter to merge: remove merged")
+        if self.prompt is not None and "{" in self.prompt and "{prompt}" not in self.prompt:
+            raise ValueError("the prompt variant leaves out {prompt}")
+        return self
 
 
 class Recipe(Section):
@@ -322,9 +417,23 @@ class Recipe(Section):
     def _arms_are_valid(self) -> "Recipe":
         if "base" in self.arms:
             raise ValueError("arms: 'base' is always there and is not trained; remove it")
-        for name in self.arms:
+        for name, arm in self.arms.items():
             self.for_arm(name)
+            if arm.of not in (None, "base") and (arm.of not in self.arms or self.arms[arm.of].of is not None):
+                raise ValueError(f"arms.{name}.of: {arm.of!r} is no arm with weights of its own")
+            for condition in arm.conditions or ():
+                if condition not in self.eval.conditions:
+                    raise ValueError(f"arms.{name}.conditions: {condition!r} is not among eval.conditions")
+                if condition == "switched_off" and "steered" not in (arm.conditions or ()):
+                    raise ValueError(
+                        f"arms.{name}.conditions: {condition!r} goes on from the arm's 'steered' responses"
+                    )
         return self
+
+    @property
+    def trained_arms(self) -> tuple[str, ...]:
+        """The arms that are trained here."""
+        return tuple(name for name, arm in self.arms.items() if arm.is_trained)
 
     @property
     def directory(self) -> Path:

@@ -16,6 +16,7 @@ from esr_train.recipe import CalibrationSection
 from esr_train.steering.engine import Engine, Progress, Request, Sampling
 from esr_train.steering.intervention import Positions
 from esr_train.transcript import SaeRef
+from eval.arms import PLAIN, Variant
 from eval.cells import Prompt, derived_seed, fingerprint
 from eval.judging.judge import Judge, JudgeItem
 from eval.store import TrialStore
@@ -59,6 +60,11 @@ class Threshold:
     verified: float | None = None
     verified_n: int = 0
 
+    @property
+    def spread(self) -> float:
+        """The posterior's standard deviation in `norm` units, read off its 90 % interval as if it were Gaussian."""
+        return (self.high - self.low) / 3.29
+
 
 def calibrate(
     engine: Engine,
@@ -70,6 +76,7 @@ def calibrate(
     sampling: Sampling,
     *,
     positions: Positions = "all",
+    variant: Variant = PLAIN,
     seed: int = 0,
     store: TrialStore | None = None,
     progress: Progress | None = None,
@@ -77,13 +84,15 @@ def calibrate(
     """Thresholds of all latents in lockstep: every round is one call of the engine with a query for each.
 
     Probabilistic bisection (Waeber, Frazier & Henderson 2011): the posterior of each threshold lives on a
-    grid over `section.bounds`, its prior is Gaussian, and each round asks at the posterior's median. To
-    recalibrate for a tuned model, call this with its engine (and wider bounds if it resists).
+    grid over `section.bounds`, its prior is Gaussian, and each round asks at the posterior's median. With
+    `section.stop_width` a round leaves out the latents whose posterior is already that narrow. To recalibrate
+    for a tuned model, call this with its engine (and wider bounds if it resists).
 
     Args:
         prompts: asked while bisecting; a latent is never asked about its own topic.
         verify_on: other prompts, on which the thresholds are checked.
         sampling: as in the trials, but with `section.max_new_tokens`.
+        variant: the arm's prompt variant and interventions.
         store: the rounds' scores are kept here, so that a killed calibration goes on where it stopped; rows
             of other settings are ignored. One file a model: an engine does not tell models apart.
         progress: told of `work(len(latents), section)` responses in all.
@@ -99,32 +108,41 @@ def calibrate(
     if not latents:
         return []
     grid = np.linspace(low, high, GRID_POINTS)
-    prior = np.exp(-0.5 * ((grid - (low + high) / 2) / (PRIOR_WIDTH * (high - low))) ** 2)
+    middle, width = section.prior or ((low + high) / 2, PRIOR_WIDTH * (high - low))
+    prior = np.exp(-0.5 * ((grid - middle) / width) ** 2)
     posterior = np.tile(prior / prior.sum(), (len(latents), 1))
-    ask = _Lockstep(engine, judge, tuple(latents), sampling, section, positions, seed, store, progress)
+    ask = _Lockstep(engine, judge, tuple(latents), sampling, section, positions, variant, seed, store, progress)
     seen = np.zeros(len(latents), dtype=int)
     for round_ in range(section.rounds):
-        asked_at = _quantile(posterior, grid, 0.5)
-        scores = ask.scores(f"round {round_}", asked_at, prompts, section.prompts)
-        posterior = np.stack(
-            [
-                updated(density, grid, at, found, section.target)
-                for density, at, found in zip(posterior, asked_at, scores, strict=True)
-            ]
-        )
-        seen += [len(found) for found in scores]
+        asked_at = quantile(posterior, grid, 0.5)
+        places = still_wide(posterior, grid, section.stop_width)
+        if progress and len(places) < len(latents):
+            progress((len(latents) - len(places)) * section.prompts, 0)
+        scores = ask.scores(f"round {round_}", places, asked_at, prompts, section.prompts)
+        for place, found in zip(places, scores, strict=True):
+            posterior[place] = updated(posterior[place], grid, asked_at[place], found, section.target)
+            seen[place] += len(found)
     thresholds = _thresholds(latents, posterior, grid, seen)
     if not section.verify:
         return thresholds
-    checked = ask.scores("verify", [each.norm for each in thresholds], verify_on, section.verify)
+    norms = [each.norm for each in thresholds]
+    checked = ask.scores("verify", range(len(latents)), norms, verify_on, section.verify)
     return [
         replace(each, verified=float(np.mean(found)) if found else None, verified_n=len(found))
         for each, found in zip(thresholds, checked, strict=True)
     ]
 
 
+def still_wide(posterior: np.ndarray, grid: np.ndarray, stop_width: float | None) -> list[int]:
+    """The places of the latents whose posterior [latents, points] is not narrower than `stop_width` medians yet."""
+    if stop_width is None:
+        return list(range(len(posterior)))
+    low, median, high = (quantile(posterior, grid, share) for share in (0.05, 0.5, 0.95))
+    return np.flatnonzero(high - low > stop_width * median).tolist()
+
+
 def work(latents: int, section: CalibrationSection) -> int:
-    """How many responses a calibration takes."""
+    """How many responses a calibration takes at most."""
     return latents * (section.rounds * section.prompts + section.verify)
 
 
@@ -148,7 +166,7 @@ def updated(density: np.ndarray, grid: np.ndarray, at: float, scores: Sequence[f
     return result / result.sum()
 
 
-def _quantile(posterior: np.ndarray, grid: np.ndarray, share: float) -> np.ndarray:
+def quantile(posterior: np.ndarray, grid: np.ndarray, share: float) -> np.ndarray:
     """Quantiles [latents] of posteriors [latents, points]."""
     return grid[(np.cumsum(posterior, axis=1) < share).sum(axis=1).clip(max=len(grid) - 1)]
 
@@ -156,7 +174,7 @@ def _quantile(posterior: np.ndarray, grid: np.ndarray, share: float) -> np.ndarr
 def _thresholds(
     latents: Sequence["Direction"], posterior: np.ndarray, grid: np.ndarray, seen: np.ndarray
 ) -> list[Threshold]:
-    low, median, high = (_quantile(posterior, grid, share) for share in (0.05, 0.5, 0.95))
+    low, median, high = (quantile(posterior, grid, share) for share in (0.05, 0.5, 0.95))
     margin = BOUND_MARGIN * (grid[-1] - grid[0])
     result = []
     for place, latent in enumerate(latents):
@@ -184,20 +202,23 @@ class _Lockstep:
     sampling: Sampling
     section: CalibrationSection
     positions: Positions
+    variant: Variant
     seed: int
     store: TrialStore | None
     progress: Progress | None
 
     def scores(
-        self, name: str, norms: Sequence[float] | np.ndarray, prompts: Sequence[Prompt], count: int
+        self,
+        name: str,
+        places: Sequence[int],
+        norms: Sequence[float] | np.ndarray,
+        prompts: Sequence[Prompt],
+        count: int,
     ) -> list[list[float]]:
-        """First-attempt scores of `count` responses a latent, unscored ones left out; one engine call."""
-        keys = [
-            self._key(name, latent, float(norm), prompts, count)
-            for latent, norm in zip(self.latents, norms, strict=True)
-        ]
+        """First-attempt scores of `count` responses for each latent at `places`, without the unscored; one call."""
+        keys = {place: self._key(name, self.latents[place], float(norms[place]), prompts, count) for place in places}
         kept = {row["key"]: row["scores"] for row in self.store.rows()} if self.store else {}
-        missing = [place for place, key in enumerate(keys) if key not in kept]
+        missing = [place for place, key in keys.items() if key not in kept]
         found = self._measure(name, [(self.latents[place], float(norms[place])) for place in missing], prompts, count)
         rows = [{"key": keys[place], "scores": scores} for place, scores in zip(missing, found, strict=True)]
         if self.store:
@@ -205,7 +226,7 @@ class _Lockstep:
         if self.progress and len(rows) < len(keys):
             self.progress((len(keys) - len(rows)) * count, 0)
         kept.update({row["key"]: row["scores"] for row in rows})
-        return [kept[key] for key in keys]
+        return [kept[key] for key in keys.values()]
 
     def _measure(
         self, name: str, queries: Sequence[tuple["Direction", float]], prompts: Sequence[Prompt], count: int
@@ -216,11 +237,14 @@ class _Lockstep:
             for number, prompt in enumerate(self._draw(name, latent, prompts, count))
         ]
         requests = [
-            Request(
-                id=f"{name} / latent {latent.latent} / {number}",
-                prompt=prompt.text,
-                interventions=(latent.add(norm, self.positions),),
-                seed=derived_seed(self.seed, name, latent.latent, number),
+            self.variant.apply(
+                Request(
+                    id=f"{name} / latent {latent.latent} / {number}",
+                    prompt=prompt.text,
+                    interventions=(latent.add(norm, self.positions),),
+                    seed=derived_seed(self.seed, name, latent.latent, number),
+                ),
+                latent.label,
             )
             for latent, norm, prompt, number in asked
         ]

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eval.conditions import order, title
 from eval.metrics import METRICS
-from eval.report.page import CONDITIONS, HEADLINE
+from eval.report.page import HEADLINE
 from eval.report.story import shown
 
 
@@ -17,14 +18,14 @@ def lines(metrics: Mapping[str, Any], everything: bool = False) -> list[str]:
     """
     names = list(METRICS) if everything else list(HEADLINE)
     said: list[str] = []
-    for condition in CONDITIONS:
-        for title, arms, signed in (
-            (CONDITIONS[condition], metrics["arms"], False),
+    for condition in sorted({name for each in metrics["arms"].values() for name in each}, key=order):
+        for heading, arms, signed in (
+            (title(condition), metrics["arms"], False),
             ("Differences on shared cells (rates in percentage points)", metrics["paired"], True),
         ):
             found = {arm: each[condition] for arm, each in arms.items() if condition in each}
             if found:
-                said += ["", title, *_table(found, names, signed)]
+                said += ["", heading, *_table(found, names, signed)]
     return said[1:] or ["no arm has been measured"]
 
 

@@ -40,6 +40,11 @@ class TrialStore:
         """The finished trials, in file order."""
         return list(self._rows.values())
 
+    def touch(self) -> None:
+        """Make the file if it is not there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+
     def append(self, rows: Iterable[Trial]) -> None:
         """Write a batch and wait until it is on disk.
 

@@ -1,13 +1,14 @@
 """Run cells through an engine and a judge into a store that a kill cannot corrupt."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from esr_train.errors import RunError
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
 from esr_train.steering.intervention import Positions
+from eval.arms import PLAIN, Variant
 from eval.cells import Cell
 from eval.judging.attempts import find_cues
 from eval.judging.judge import Judge, JudgeItem, Judgement
@@ -29,11 +30,13 @@ class Steerer:
         directions: latent index -> its direction.
         norms: latent index -> its threshold in `norm` units.
         positions: which tokens are steered.
+        off: do not steer after all; the strength is then that of the text which a cell goes on from.
     """
 
     directions: Mapping[int, "Direction"]
     norms: Mapping[int, float]
     positions: Positions = "all"
+    off: bool = False
 
     def strength(self, cell: Cell) -> "Strength | None":
         """The cell's strength in both units; None for an unsteered cell.
@@ -48,10 +51,23 @@ class Steerer:
     def request(self, cell: Cell, key: str) -> Request:
         """The cell as a request. Its seed is the cell's, so arms draw the same noise."""
         strength = self.strength(cell)
-        if cell.latent is None or strength is None:
+        if cell.latent is None or strength is None or self.off:
             return Request(id=key, prompt=cell.prompt, seed=cell.seed)
         add = self.directions[cell.latent].add(strength.norm, self.positions)
         return Request(id=key, prompt=cell.prompt, interventions=(add,), seed=cell.seed)
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What is read off a response beside its judgement; without `count` and `restarts` neither is.
+
+    Args:
+        count: tokens of a text.
+        restarts: per request and reply, [characters, log-probability that a restart comes next] at sentence ends.
+    """
+
+    count: Callable[[str], int] | None = None
+    restarts: Callable[[Sequence[Request], Sequence[str]], list[list[list[float]]]] | None = None
 
 
 def run_trials(
@@ -64,6 +80,9 @@ def run_trials(
     *,
     arm: str,
     condition: str,
+    variant: Variant = PLAIN,
+    prefixes: Mapping[str, str] | None = None,
+    readings: Readings | None = None,
     chunk_rows: int = CHUNK_ROWS,
     progress: Progress | None = None,
 ) -> list[Trial]:
@@ -73,6 +92,8 @@ def run_trials(
     with the same rows.
 
     Args:
+        variant: the arm's prompt variant and interventions. The judge sees the cell's own prompt.
+        prefixes: cell key -> text that the reply goes on from; it is part of the response.
         progress: told of the rows already there at once, and of the others as they finish.
 
     Raises:
@@ -80,29 +101,29 @@ def run_trials(
             finished before are kept.
     """
     keys = [trial_key(arm, condition, cell) for cell in cells]
-    done = store.keys()
+    done, prefixes = store.keys(), prefixes or {}
     missing = [(key, cell) for key, cell in zip(keys, cells, strict=True) if key not in done]
     if progress and len(missing) < len(cells):
         progress(len(cells) - len(missing), 0)
+    about = {"arm": arm, "condition": condition, "variant": variant.to_json()}
+    about |= {"engine": engine.name, "sampling": asdict(sampling)}
     for start in range(0, len(missing), chunk_rows):
         chunk = missing[start : start + chunk_rows]
-        requests = [steerer.request(cell, key) for key, cell in chunk]
+        plain = [replace(steerer.request(cell, key), prefix=prefixes.get(cell.key, "")) for key, cell in chunk]
+        requests = [variant.apply(each, cell.label) for each, (_, cell) in zip(plain, chunk, strict=True)]
         completions = engine.generate(requests, sampling, progress)
-        _check_steering(arm, chunk, completions)
-        items = [
-            JudgeItem(cell.prompt, completion.text, cell.label, recovery=True)
-            for (_, cell), completion in zip(chunk, completions, strict=True)
+        _check_steering(arm, requests, completions)
+        responses = [each.prefix + found.text for each, found in zip(requests, completions, strict=True)]
+        judgements = _judged(judge, [cell for _, cell in chunk], responses)
+        rows = [
+            _row(key, cell, steerer.strength(cell), about, request, completion, judgement)
+            for (key, cell), request, completion, judgement in zip(
+                chunk, requests, completions, judgements, strict=True
+            )
         ]
-        judgements = judge.judge(items)
-        if len(judgements) != len(items):
-            raise RunError(f"{judge.name} returned {len(judgements)} judgements for {len(items)} responses.")
-        about = {"arm": arm, "condition": condition, "engine": engine.name, "sampling": asdict(sampling)}
-        store.append(
-            _row(key, cell, steerer.strength(cell), about, completion, judgement)
-            for (key, cell), completion, judgement in zip(chunk, completions, judgements, strict=True)
-        )
-    rows = {row["key"]: row for row in store.rows()}
-    return [rows[key] for key in keys]
+        store.append(_read(rows, requests, readings or Readings()))
+    rows_by_key = {row["key"]: row for row in store.rows()}
+    return [rows_by_key[key] for key in keys]
 
 
 def trial_key(arm: str, condition: str, cell: Cell) -> str:
@@ -110,14 +131,39 @@ def trial_key(arm: str, condition: str, cell: Cell) -> str:
     return f"{arm}/{condition}/{cell.key}"
 
 
-def _check_steering(arm: str, chunk: Sequence[tuple[str, Cell]], completions: Sequence[Completion]) -> None:
-    if len(completions) != len(chunk):
-        raise RunError(f"{arm}: the engine returned {len(completions)} completions for {len(chunk)} requests.")
-    for (key, cell), completion in zip(chunk, completions, strict=True):
-        if (completion.steered_tokens > 0) != (cell.latent is not None):
-            wanted = "unsteered" if cell.latent is None else f"steered by latent {cell.latent}"
+def _check_steering(arm: str, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
+    if len(completions) != len(requests):
+        raise RunError(f"{arm}: the engine returned {len(completions)} completions for {len(requests)} requests.")
+    for request, completion in zip(requests, completions, strict=True):
+        if (completion.steered_tokens > 0) != bool(request.interventions):
+            wanted = "steered" if request.interventions else "unsteered"
             found = f"{completion.steered_tokens} tokens were steered"
-            raise RunError(f"the trial {key} should have been {wanted}, but {found}.")
+            raise RunError(f"the trial {request.id} should have been {wanted}, but {found}.")
+
+
+def _judged(judge: Judge, cells: Sequence[Cell], responses: Sequence[str]) -> list[Judgement]:
+    items = [
+        JudgeItem(cell.prompt, response, cell.label, recovery=True)
+        for cell, response in zip(cells, responses, strict=True)
+    ]
+    judgements = judge.judge(items)
+    if len(judgements) != len(items):
+        raise RunError(f"{judge.name} returned {len(judgements)} judgements for {len(items)} responses.")
+    return judgements
+
+
+def _read(rows: Sequence[Trial], requests: Sequence[Request], readings: Readings) -> list[Trial]:
+    """Rows with the place of the first restart in tokens, and how likely restarts were."""
+    read = [dict(row) for row in rows]
+    if readings.count:
+        for row in read:
+            if len(row["attempts"]) > 1:
+                row["restart_token"] = readings.count(row["response"][: row["attempts"][1]["start"]])
+    if readings.restarts:
+        firsts = [row["response"][: row["attempts"][0]["end"]] if row["attempts"] else row["response"] for row in read]
+        for row, found in zip(read, readings.restarts(requests, firsts), strict=True):
+            row["restart_logprobs"] = found
+    return read
 
 
 def _row(
@@ -125,10 +171,11 @@ def _row(
     cell: Cell,
     strength: "Strength | None",
     about: Mapping[str, Any],
+    request: Request,
     completion: Completion,
     judgement: Judgement,
 ) -> Trial:
-    judged = judgement.to_json()
+    judged, response = judgement.to_json(), request.prefix + completion.text
     return {
         "key": key,
         "arm": about["arm"],
@@ -142,14 +189,18 @@ def _row(
             "strength": asdict(strength) if strength else None,
             "seed": cell.seed,
         },
+        "variant": about["variant"],
         "engine": about["engine"],
         "sampling": about["sampling"],
-        "response": completion.text,
+        "prefix": len(request.prefix),
+        "response": response,
         "finish_reason": completion.finish_reason,
         "tokens": len(completion.token_ids),
         "steered_tokens": completion.steered_tokens,
         "attempts": judged["attempts"],
-        "cue": bool(find_cues(completion.text)),
+        "cue": bool(find_cues(response)),
+        "restart_token": None,
+        "restart_logprobs": [],
         "judge": judged["judge"],
         "judge_raw": judged["judge_raw"],
         "flags": judged["flags"],

@@ -6,17 +6,22 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_gen.collect import collect
 from data_gen.context import SteerableLatent
 from data_gen.inventory import require_diversity
 from data_gen.mixture import mix
 from esr_train.errors import InputError
-from esr_train.files import replacing, write_json
+from esr_train.files import read_json, replacing, write_json
 from esr_train.interchange import read_segments
 from esr_train.provenance import git_state, hardware, relevant, sha256, versions
 from esr_train.recipe import DataSection, Recipe, dump_recipe
+from esr_train.steering.engine import Engine
 from esr_train.steering.sae import Direction
 from esr_train.transcript import read_transcripts, write_transcripts
+from eval.arms import PLAIN, Variant
 from eval.calibration import (
     Threshold,
     calibrate,
@@ -24,16 +29,18 @@ from eval.calibration import (
     save_thresholds,
     work,
 )
-from eval.cells import Cell, make_cells, unsteered
+from eval.cells import Cell, make_cells
+from eval.conditions import names
 from eval.store import TrialStore, read_trials
-from eval.trials import Steerer, progress_bar, run_trials
+from eval.trials import progress_bar
+from recipes.arms import Weights, frequencies, weights
 from recipes.latents import steerable, threshold_key
 from recipes.probe import probe
 from recipes.sources import HOW_ASKED, UNSTEERED, check_held_out, chunk_rows, maker, source_files
 from recipes.stages import Stages, digest
+from recipes.trials import ArmTrials
 from recipes.world import World
 
-RECALIBRATED = "steered_recalibrated"
 WIDER = 2.0
 """Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
 
@@ -99,11 +106,31 @@ class Experiment:
 
     def measure_arm(self, arm: str) -> None:
         """Run an arm's trials, after whatever they need and is not there yet."""
-        if arm == "base":
-            self._trials("base", None)
-        else:
-            adapter, trained = self._train(arm, self.data(arm))
-            self._trials(arm, adapter, trained)
+        ArmTrials(self, arm, weights(self, arm)).run()
+
+    def trained(self, arm: str) -> Weights:
+        """The arm's adapter, trained first if it is not there yet."""
+        adapter, fingerprint = self._train(arm, self.data(arm))
+        return Weights(fingerprint, adapter)
+
+    @cached_property
+    def frequency(self) -> NDArray[np.float64]:
+        """How often each latent of the SAE is active in the base model's own answers, [n_latents]."""
+        if self.shared:
+            return self.shared.frequency
+        path = self.directory / "frequency.json"
+        inputs = {"calibration": self.calibrated[0], "seed": self.recipe.seed}
+
+        def make() -> None:
+            write_json(path, frequencies(self.world, self.recipe.seed))
+
+        self.stages.do("frequency", inputs, [path.name], make)
+        return np.array(read_json(path))
+
+    @property
+    def spreads(self) -> dict[int, float]:
+        """The standard deviation of each latent's posterior, in `norm` units."""
+        return {each.latent: each.spread for each in self.calibrated[1]}
 
     @cached_property
     def calibrated(self) -> tuple[str, list[Threshold]]:
@@ -117,7 +144,7 @@ class Experiment:
 
         def make() -> None:
             scores = self.directory / "calibration" / "base.jsonl"
-            save_thresholds(path, key, self._bisect("base", None, self.directions, scores))
+            save_thresholds(path, key, self.bisect("base", self.world.base, self.directions, scores))
 
         fingerprint = self.stages.do("calibrate", self._calibration_inputs(), ["thresholds.json", "calibration"], make)
         thresholds = load_thresholds(path, key)
@@ -146,13 +173,15 @@ class Experiment:
         latents = [each.direction for each in self.latents["test"]]
         return make_cells(self.world.pools.test, latents, self.recipe.eval.trials, self.recipe.seed)
 
-    def _bisect(self, label: str, adapter: Path | None, latents: Sequence[Direction], scores: Path) -> list[Threshold]:
+    def bisect(
+        self, label: str, engine: Engine, latents: Sequence[Direction], scores: Path, variant: Variant = PLAIN
+    ) -> list[Threshold]:
+        """Thresholds of latents on an engine; another one than the base's is searched up to higher strengths."""
         section = self.recipe.calibration
-        if adapter:
+        if label != "base":
             low, high = section.bounds
             section = section.model_copy(update={"bounds": (low, WIDER * high)})
         pools = self.world.pools
-        engine = self.world.engine(adapter) if adapter else self.world.base
         with progress_bar(work(len(latents), section), f"calibrate {label}") as progress:
             return calibrate(
                 engine,
@@ -163,6 +192,7 @@ class Experiment:
                 section,
                 self.world.sampling(),
                 positions=self.recipe.engine.positions,
+                variant=variant,
                 seed=self.recipe.seed,
                 store=TrialStore(scores),
                 progress=progress,
@@ -252,60 +282,10 @@ class Experiment:
         fingerprint = self.stages.do(f"train/{arm}", inputs, [f"adapter/{arm}"], make)
         return self.directory / "adapter" / arm, fingerprint
 
-    def _trials(self, arm: str, adapter: Path | None, trained: str = "base") -> None:
-        """Run the arm's trials in every condition; a recalibrated one first measures the arm's own thresholds."""
-        section = self.recipe.eval
-        name = f"trials/{arm}.jsonl"
-        wanted = [each for each in section.conditions if adapter or each != RECALIBRATED]
-        inputs = {
-            "trained": trained,
-            "calibration": self.calibrated[0],
-            "sampling": self.recipe.sampling.model_dump(),
-            "cells": [cell.key for cell in self.cells],
-            "conditions": wanted,
-        }
-        own = f"calibration/{arm}.jsonl"
-
-        def make() -> None:
-            if adapter:
-                self.world.release()
-            engine = self.world.engine(adapter) if adapter else self.world.base
-            store = TrialStore(self.directory / name)
-            with progress_bar(len(self.cells) * len(wanted), f"trials {arm}") as progress:
-                for condition in wanted:
-                    norms = self._norms(arm, adapter, self.directory / own) if condition == RECALIBRATED else None
-                    run_trials(
-                        engine,
-                        self.world.judge,
-                        store,
-                        unsteered(self.cells) if condition == "unsteered" else self._steerable(norms),
-                        self._steerer(norms),
-                        self.world.sampling(),
-                        arm=arm,
-                        condition=condition,
-                        chunk_rows=self.recipe.engine.batch_rows,
-                        progress=progress,
-                    )
-
-        self.stages.do(f"trials/{arm}", inputs, [name, *([own] if RECALIBRATED in wanted else [])], make)
-
-    def _norms(self, arm: str, adapter: Path | None, scores: Path) -> dict[int, float]:
-        latents = [each.direction for each in self.latents["test"]]
-        found = self._bisect(arm, adapter, latents, scores)
-        return {each.latent: each.norm for each in found if each.bound is None}
-
-    def _steerable(self, norms: dict[int, float] | None) -> list[Cell]:
-        return self.cells if norms is None else [cell for cell in self.cells if cell.latent in norms]
-
-    def _steerer(self, norms: dict[int, float] | None) -> Steerer:
-        latents = self.latents["test"]
-        base = {each.direction.latent: each.threshold for each in latents}
-        directions = {each.direction.latent: each.direction for each in latents}
-        return Steerer(directions, base if norms is None else norms, self.recipe.engine.positions)
-
     def trials(self) -> dict[str, list[dict[str, Any]]]:
-        """The finished trials of every arm; each row's `seed` is this run's."""
+        """The finished trials of every arm in the recipe's conditions; each row's `seed` is this run's."""
+        wanted, seed = names(self.recipe.eval), self.recipe.seed
+        found = {arm: read_trials(self.directory / "trials" / f"{arm}.jsonl") for arm in ("base", *self.recipe.arms)}
         return {
-            arm: [{**row, "seed": self.recipe.seed} for row in read_trials(self.directory / "trials" / f"{arm}.jsonl")]
-            for arm in ("base", *self.recipe.arms)
+            arm: [{**row, "seed": seed} for row in rows if row["condition"] in wanted] for arm, rows in found.items()
         }

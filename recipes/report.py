@@ -9,6 +9,7 @@ from esr_train.files import read_json, write_json
 from eval.judging.model_judge import ModelJudge
 from eval.report.page import write_report
 from eval.summary import summarise
+from recipes.arms import form
 from recipes.panel import write_agreement
 from recipes.pipeline import Experiment
 
@@ -45,7 +46,7 @@ def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[di
             "latents": f"{len(latents)} latents that stand for these topics",
             "prompts": f"{len(prompts)} prompts on these topics",
         },
-        "form": "adapter, not merged",
+        "form": [f"{arm}: {form(top.recipe, arm)}" for arm in rows],
         "judge": top.world.judge.name,
         "model": top.recipe.model.path,
         "seeds": ", ".join(str(part.recipe.seed) for part in parts),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from esr_train.recipe import Recipe
+from recipes.arms import needs_frequency
 from recipes.pipeline import begun
 from recipes.report import report
 from recipes.workers import measure_in_processes
@@ -16,8 +17,12 @@ def run(recipe: Recipe) -> Path:
     """
     top, parts = begun(recipe)
     if parts != [top]:
-        for arm in recipe.arms:
+        for arm in recipe.trained_arms:
             top.sources(recipe.for_arm(arm).data)
+        # What all parts share is made before they run beside each other.
+        top.calibrated  # noqa: B018
+        if needs_frequency(recipe):
+            top.frequency  # noqa: B018
     if recipe.workers > 1 and len(parts) > 1:
         measure_in_processes(recipe, len(parts))
     else:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,7 @@ from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.provenance import sha256
 from esr_train.recipe import EngineSection, JudgeSection, ModelSection, PromptsSection, Recipe, SaeSection
 from esr_train.steering.engine import Engine, Sampling
-from esr_train.steering.sae import Direction, check_fits, load_sae, read_labels, residual_norm
+from esr_train.steering.sae import Direction, LoadedSae, check_fits, load_sae, read_labels, residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
@@ -155,15 +155,27 @@ class World:
     @cached_property
     def directions(self) -> list[Direction]:
         """The directions of the labelled latents: the first `latents_per_topic` with each label."""
-        section: SaeSection = present(self.recipe.sae, "sae")
-        sae = load_sae(self.sae_ref)
+        model = self.open_model()
+        check_fits(self.sae, model)
+        norm = residual_norm(model, self.tokenizer, self._norm_texts(), self.sae.layer)
+        chosen = first_of_each(self.labels, set(self.pools.topics), self.recipe.calibration.latents_per_topic)
+        return [self.sae.direction(latent, norm, self.labels[latent]) for latent in chosen]
+
+    def open_model(self) -> Any:
+        """The base model as transformers runs it: its hidden states can be read."""
         # vLLM's own copy of the model gives no hidden states; another one is loaded for as long as it takes.
-        model = getattr(self.base, "model", None) or load_model(self.recipe.model)
-        check_fits(sae, model)
-        labels = read_labels(located(required(section.labels, "sae.labels")))
-        norm = residual_norm(model, self.tokenizer, self._norm_texts(), sae.layer)
-        chosen = first_of_each(labels, set(self.pools.topics), self.recipe.calibration.latents_per_topic)
-        return [sae.direction(latent, norm, labels[latent]) for latent in chosen]
+        return getattr(self.base, "model", None) or load_model(self.recipe.model)
+
+    @cached_property
+    def sae(self) -> LoadedSae:
+        """The recipe's SAE."""
+        return load_sae(self.sae_ref)
+
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """What the SAE's latents stand for."""
+        section: SaeSection = present(self.recipe.sae, "sae")
+        return read_labels(located(required(section.labels, "sae.labels")))
 
     def _norm_texts(self) -> list[str]:
         prompts: Sequence[Prompt] = self.pools.train[:: max(len(self.pools.train) // NORM_TEXTS, 1)]

@@ -2,6 +2,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -41,6 +42,7 @@ class FakeDirection:
     threshold: float
     label: str | None = None
     sae: SaeRef = SAE
+    slope: float = 0.08
 
     def strength(self, norm: float) -> Strength:
         return Strength(raw=100 * norm, norm=norm)
@@ -72,7 +74,7 @@ class FakeEngine:
 
     def _text(self, request: Request) -> str:
         direction, norm = request.interventions[0].vector  # type: ignore[union-attr, misc]
-        mean = 1 / (1 + math.exp((norm - direction.threshold) / 0.08 + math.log(0.7 / 0.3)))
+        mean = 1 / (1 + math.exp((norm - direction.threshold) / direction.slope + math.log(0.7 / 0.3)))
         rng = Random(request.seed)
         return str(100 * rng.betavariate(2 * mean + 1e-9, 2 * (1 - mean) + 1e-9))
 
@@ -107,6 +109,36 @@ def test_the_posterior_interval_holds_most_thresholds():
     inside = [each.low <= latent.threshold <= each.high for each, latent in zip(found, latents(), strict=True)]
     assert np.mean(inside) >= 0.9
     assert np.median([each.high - each.low for each in found]) < 0.5
+
+
+def test_latents_whose_answers_say_much_stop_early_and_lie_within_the_width():
+    """What that saves at equal error is measured by `benchmarks/calibration.py`."""
+    mixed = [FakeDirection(n, 0.4 + 0.9 * n / 120, None, slope=0.02 if n % 2 else 0.15) for n in range(120)]
+    section = SECTION.model_copy(update={"rounds": 15, "stop_width": 0.3, "verify": 0})
+    found = measured(FakeEngine(), mixed, section=section)
+    steep, flat = (np.mean([each.n for each in found[start::2]]) for start in (1, 0))
+    assert steep < 0.8 * flat < 60
+    stopped = [(each, latent) for each, latent in zip(found, mixed, strict=True) if each.n < 60]
+    assert len(stopped) > 60
+    assert all(each.high - each.low <= 0.3 * each.norm for each, _ in stopped)
+    near = [each.low <= latent.threshold <= each.high for each, latent in stopped]
+    assert np.mean(near) >= 0.85
+
+
+def test_a_stopped_latent_is_asked_no_more_and_the_bar_still_fills():
+    engine, told = FakeEngine(), []
+    section = SECTION.model_copy(update={"stop_width": 0.3})
+    found = measured(engine, latents(6), section=section, progress=lambda rows, _: told.append(rows))
+    assert min(each.n for each in found) < 40
+    assert sum(told) == work(6, section)
+    asked = [{request.id.split(" / ")[1] for request in call} for call in engine.calls[:-1]]
+    assert all(later <= earlier for earlier, later in pairwise(asked))
+
+
+def test_a_prior_is_where_the_first_question_is_asked():
+    engine = FakeEngine()
+    measured(engine, latents(1), section=SECTION.model_copy(update={"prior": (0.5, 0.1)}))
+    assert engine.calls[0][0].interventions[0].vector[1] == pytest.approx(0.5, abs=0.01)  # type: ignore[union-attr]
 
 
 def test_all_latents_share_one_engine_call_a_round():

@@ -193,3 +193,48 @@ def test_the_training_mode_is_put_back(family):
 
 def test_no_requests_give_no_completions(family):
     assert TransformersEngine(family.model, family.tokenizer).generate([], GREEDY) == []
+
+
+def test_log_probabilities_are_those_of_the_naive_forward_pass_under_each_rows_steering(family):
+    engine = TransformersEngine(family.model, family.tokenizer, batch_rows=3)
+    texts = [" Wait, the mast.", " Then dust it.", " Knead", " Start", " Smooth the board."]
+    found = engine.log_probabilities(steered_requests(), texts)
+    for request, text, value in zip(steered_requests(), texts, found, strict=True):
+        ids, start = module.encode_prompt(family.tokenizer, request.prompt, None, request.prefix)
+        whole, _ = module.encode_prompt(family.tokenizer, request.prompt, None, request.prefix + text)
+        assert whole[: len(ids)] == ids
+        logits = forward(family, request, whole, start)
+        tail = torch.tensor(whole[len(ids) :])
+        wanted = logits[len(ids) - 1 : -1].log_softmax(-1).gather(1, tail[:, None]).sum()
+        assert value == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_the_first_tokens_log_probability_is_that_of_sampling_it(family):
+    """Greedy decoding's first token is the likeliest of all one-token continuations."""
+    engine = TransformersEngine(family.model, family.tokenizer)
+    request = steered_requests()[0]
+    (made,) = engine.generate([request], GREEDY)
+    first = family.tokenizer.decode(made.token_ids[:1])
+    others = ["Wait", " the", " mast"]
+    values = engine.log_probabilities([request] * 4, [first, *others])
+    assert values[0] >= max(values[1:])
+    assert all(value <= 0 for value in values)
+
+
+def forward(family, request: Request, ids: list[int], reply_start: int) -> torch.Tensor:
+    """Logits [positions, vocabulary] of one row, steered by plain hooks."""
+
+    def hooked(add: Add):
+        def hook(_, __, output):
+            output = output.clone()
+            output[:, 0 if add.positions == "all" else reply_start :] += add.vector
+            return output
+
+        return decoder_layers(family.model)[add.layer].register_forward_hook(hook)
+
+    handles = [hooked(add) for add in request.interventions]
+    with torch.no_grad():
+        logits = family.model(torch.tensor([ids])).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits

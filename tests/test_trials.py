@@ -88,8 +88,9 @@ def test_a_row_describes_itself(tmp_path: Path):
     cell, row = CELLS[0], run(tmp_path / "base.jsonl", FakeEngine())[0]
     norm = 2.0 * STEERER.norms[cell.latent]
     assert list(row) == [
-        "key", "arm", "condition", "seed", "cell", "engine", "sampling", "response", "finish_reason",
-        "tokens", "steered_tokens", "attempts", "cue", "judge", "judge_raw", "flags", "error",
+        "key", "arm", "condition", "seed", "cell", "variant", "engine", "sampling", "prefix", "response",
+        "finish_reason", "tokens", "steered_tokens", "attempts", "cue", "restart_token", "restart_logprobs",
+        "judge", "judge_raw", "flags", "error",
     ]  # fmt: skip
     assert row["cell"] == {
         "prompt": cell.prompt,
@@ -163,7 +164,7 @@ def test_chunks_do_not_change_rows(tmp_path: Path):
 
 
 def test_a_steered_trial_that_was_not_steered_is_an_error_and_no_data_point(tmp_path: Path):
-    with pytest.raises(RunError, match="should have been steered by latent"):
+    with pytest.raises(RunError, match="should have been steered, but 0 tokens"):
         run(tmp_path / "base.jsonl", FakeEngine(steers=False))
     assert TrialStore(tmp_path / "base.jsonl").rows() == []
 

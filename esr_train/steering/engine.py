@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from esr_train.errors import RunError
 from esr_train.steering.intervention import Intervention
@@ -70,6 +70,18 @@ class Completion:
 
 Progress = Callable[[int, int], None]
 """Called with (rows finished, tokens generated) since the last call."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """An engine that also says how likely a text is."""
+
+    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
+        """Log-probability (nats, temperature 1) of each continuation right after its request's prefix.
+
+        The request's interventions are at work, as in generation; its seed plays no part.
+        """
+        ...
 
 
 class Engine(Protocol):

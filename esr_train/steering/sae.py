@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -173,27 +173,42 @@ def residual_norm(model: Any, tokenizer: Any, texts: Sequence[str], layer: int) 
     Raises:
         InputError: if the layer does not exist, or there is no token besides BOS.
     """
-    check_layer(model, layer, "layer")
-    sequences = [ids for ids in (_with_bos(tokenizer, text) for text in texts) if len(ids) > 1]
-    if not sequences:
+    norms = [hidden.float().norm(dim=-1).cpu() for hidden in hidden_states(model, tokenizer, texts, layer)]
+    if not norms:
         raise InputError("there is no text to measure the residual norm on")
-    norms: list[torch.Tensor] = []
+    return float(torch.cat(norms).median())
+
+
+def hidden_states(model: Any, tokenizer: Any, texts: Sequence[str], layer: int) -> Iterator[torch.Tensor]:
+    """The output of decoder layer `layer` for every text in turn, [tokens, d_model], without BOS and empty texts.
+
+    Args:
+        model: in any wrapper; its training mode is left as it is found.
+        tokenizer: its BOS is put in front of texts that do not begin with it.
+        texts: plain or rendered.
+        layer: counted from 0.
+
+    Raises:
+        InputError: if the layer does not exist.
+    """
+    check_layer(model, layer, "layer")
+    kept: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        norms.append(hidden[0, 1:].float().norm(dim=-1).cpu())
+        kept.append(output[0] if isinstance(output, tuple) else output)
 
     training = model.training
     handle = decoder_layers(model)[layer].register_forward_hook(keep)
     try:
         model.eval()
-        with torch.no_grad():
-            for ids in sequences:
-                model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
+        for ids in (_with_bos(tokenizer, text) for text in texts):
+            if len(ids) > 1:
+                with torch.no_grad():
+                    model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
+                yield kept.pop()[0, 1:]
     finally:
         handle.remove()
         model.train(training)
-    return float(torch.cat(norms).median())
 
 
 def read_labels(path: Path | str) -> dict[int, str]:

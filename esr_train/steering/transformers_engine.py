@@ -7,7 +7,7 @@ steered tokens can be held against what was asked.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -76,6 +76,49 @@ class TransformersEngine:
                 progress(len(batch), sum(len(row.generated) for row in batch))
         return [completions[place] for place in range(len(rows))]
 
+    @torch.no_grad()
+    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
+        """Log-probability (nats, temperature 1) of each continuation right after its request's prefix.
+
+        Raises:
+            InputError: an intervention that does not fit the model.
+            RunError: a row that was not steered at exactly the tokens it asked for.
+        """
+        scored = []
+        for place, (request, text) in enumerate(zip(requests, continuations, strict=True)):
+            prompt = self._encode(request)
+            given = prompt.ids
+            whole = self._encode(replace(request, prefix=request.prefix + text)).ids
+            # Where the border falls inside a token, that whole token belongs to the continuation.
+            shared = next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), len(given))
+            # As if the last token had been generated and then fed: every token of the row is steered as asked.
+            row = _Row(place, request, Encoding(whole, prompt.reply_start), whole[-1:])
+            scored.append((row, len(whole) - min(shared, len(whole) - 1)))
+        scored.sort(key=lambda each: -len(each[0].ids))
+        found: dict[int, float] = {}
+        for start in range(0, len(scored), self.batch_rows):
+            batch = scored[start : start + self.batch_rows]
+            values = self._scored([row for row, _ in batch], [tail for _, tail in batch])
+            found.update({row.place: value for (row, _), value in zip(batch, values, strict=True)})
+        return [found[place] for place in range(len(scored))]
+
+    def _scored(self, rows: Sequence[_Row], tails: Sequence[int]) -> list[float]:
+        """Summed log-probabilities of each row's last tokens, as many as `tails` says."""
+        with (
+            _evaluating(self.model),
+            SteeringHook(self.model, [r.request.interventions for r in rows]) as hook,
+        ):
+            batch = _Batch(self.model, rows, Sampling())
+            hook.place(batch.prompt_owner(), batch.reply)
+            logits = batch.logits(batch.ids, max(tails) + 1)
+            counts = hook.counts()
+        values = []
+        for number, (row, tail) in enumerate(zip(rows, tails, strict=True)):
+            self._completion(row, {at: c[number] for at, c in counts.items()})
+            tokens = batch.ids[number, -tail:, None]
+            values.append(float(logits[number, -tail - 1 : -1].float().log_softmax(-1).gather(1, tokens).sum()))
+        return values
+
     def _encode(self, request: Request) -> Encoding:
         return Encoding(*encode_prompt(self.tokenizer, request.prompt, request.system, request.prefix))
 
@@ -122,17 +165,22 @@ class _Batch:
 
     def next_tokens(self, fed: torch.Tensor) -> torch.Tensor:
         """Feed `fed` [rows, positions], the last positions of `ids`; the next token of every row, [rows]."""
+        logits = self.logits(fed, 1)
+        scores = self._chain(cast(torch.LongTensor, self.ids), cast(torch.FloatTensor, logits[:, -1].float()))
+        return scores.argmax(-1)
+
+    def logits(self, fed: torch.Tensor, last: int) -> torch.Tensor:
+        """Feed `fed`, the last positions of `ids`; logits at its `last` positions, [rows, last, vocabulary]."""
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-        logits = self.model(
+        found: torch.Tensor = self.model(
             input_ids=fed,
             attention_mask=self.mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         ).logits
-        scores = self._chain(cast(torch.LongTensor, self.ids), cast(torch.FloatTensor, logits[:, -1].float()))
-        return scores.argmax(-1)
+        return found
 
     def append(self, tokens: torch.Tensor) -> None:
         """Put one token a row behind `ids`."""

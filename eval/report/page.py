@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from esr_train.files import replacing
+from eval.conditions import order, title
 from eval.metrics import METRICS
 from eval.report.drawing import arm_colours, inline_svg
 from eval.report.figures import Material, draw_figures, save_figures
@@ -20,16 +21,11 @@ HEADLINE = {
     "first_score": "First score",
     "last_score": "Last score",
 }
-CONDITIONS = {
-    "steered": "Steered at the base model's thresholds",
-    "unsteered": "Unsteered",
-    "steered_recalibrated": "Steered at the arm's own thresholds",
-}
 
 
 def write_report(
     run_dir: Path,
-    title: str,
+    heading: str,
     metrics: Mapping[str, Any],
     rows_by_arm: Mapping[str, Sequence[Trial]],
     thresholds: Mapping[str, Any] | None,
@@ -39,7 +35,7 @@ def write_report(
 
     Args:
         run_dir: the run's folder.
-        title: the page's heading.
+        heading: of the page.
         metrics: as in metrics.json.
         rows_by_arm: the trials of each arm.
         thresholds: as in thresholds.json (`thresholds`: entries with `latent`, `label`, `norm`, `low`, `high`,
@@ -55,7 +51,7 @@ def write_report(
     arms = list(metrics["arms"])
     trials = embedded(rows_by_arm)
     page = _template().render(
-        title=title,
+        title=heading,
         story=story(metrics),
         arms=list(enumerate(arms)),
         colours=list(arm_colours(arms).values()),
@@ -68,7 +64,7 @@ def write_report(
         notes={name.replace("_", " "): _lines(value) for name, value in notes.items() if name != "held_out"},
         embedded=len(trials),
         trials=sum(len(rows) for rows in rows_by_arm.values()),
-        data=script_json({"arms": arms, "conditions": CONDITIONS, "trials": trials}),
+        data=script_json({"arms": arms, "conditions": _titles(metrics["arms"]), "trials": trials}),
     )
     with replacing(run_dir / "report.html") as file:
         file.write(page)
@@ -86,10 +82,10 @@ def _template() -> Any:
 
 def _groups(arms: Mapping[str, Any], signed: bool = False) -> list[dict[str, Any]]:
     """Per condition, in a fixed order, a row for every arm measured under it, a cell for every column."""
-    conditions = sorted({name for found in arms.values() for name in found}, key=_condition_order)
+    conditions = _titles(arms)
     return [
         {
-            "title": CONDITIONS.get(condition, condition),
+            "title": conditions[condition],
             "rows": [
                 {
                     "arm": arm,
@@ -122,16 +118,16 @@ def _everything(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
             "missing": estimate["unscored"],
             **text,
         }
-        for condition in sorted({name for found in arms.values() for name in found}, key=_condition_order)
+        for condition in _titles(arms)
         for name in METRICS
         for arm, found in arms.items()
         if (estimate := found.get(condition, {}).get(name)) and (text := shown(estimate, METRICS[name].is_rate))
     ]
 
 
-def _condition_order(condition: str) -> tuple[int, str]:
-    known = list(CONDITIONS)
-    return (known.index(condition) if condition in known else len(known), condition)
+def _titles(arms: Mapping[str, Any]) -> dict[str, str]:
+    """Every condition that was measured, in reading order, and what it is called."""
+    return {name: title(name) for name in sorted({name for found in arms.values() for name in found}, key=order)}
 
 
 def _lines(value: Any) -> list[str]:

@@ -1,0 +1,79 @@
+"""What an arm changes beside its weights: the words around the prompt, and interventions of its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from esr_train.errors import InputError
+from esr_train.steering.engine import Request
+from esr_train.steering.intervention import Intervention
+
+UNKNOWN_LABEL = "something else"
+"""Stands for {label} where nothing steers, or the latent has no label."""
+
+PROMPTS = {
+    "monitor": (
+        "{prompt}\n\nKeep an eye on your own text while you write. As soon as a sentence has nothing to do with what "
+        "I asked, say so and return to my question."
+    ),
+    "restart": (
+        "{prompt}\n\nAfter every sentence, ask yourself whether it helps with my question. If it does not, write "
+        '"Wait, that was off-topic." and begin your answer again.'
+    ),
+    "resist": (
+        "{prompt}\n\nSomething may pull your answer towards another subject. Do not follow it. If you notice that you "
+        "did, break off, say that you slipped, and answer what I asked."
+    ),
+    "warned": (
+        "{prompt}\n\nYour answer may be pulled towards this: {label}. Stay with my question; if you slip, stop and "
+        "start over."
+    ),
+}
+"""Self-monitoring instructions, by name. `{prompt}` is the user's message, `{label}` what the latent stands for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """What an arm does to every request.
+
+    Args:
+        prompt: text with {prompt} and perhaps {label} that takes the prompt's place; None leaves it.
+        interventions: applied after the cell's steering, in every condition.
+        edits: the interventions as trial rows describe them.
+    """
+
+    prompt: str | None = None
+    interventions: tuple[Intervention, ...] = ()
+    edits: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, request: Request, label: str | None) -> Request:
+        """The request as this arm runs it; `label` is the steering latent's."""
+        # Not str.format: a prompt may contain braces of its own.
+        text = self.prompt or "{prompt}"
+        parts = [part.replace("{label}", label or UNKNOWN_LABEL) for part in text.split("{prompt}")]
+        interventions = (*request.interventions, *self.interventions)
+        return replace(request, prompt=request.prompt.join(parts), interventions=interventions)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """The variant as it stands in a trial row; None where it changes nothing."""
+        return {"prompt": self.prompt, **self.edits} if self.prompt or self.interventions else None
+
+
+PLAIN = Variant()
+
+
+def prompt_text(prompt: str | None, where: str) -> str | None:
+    """A shipped variant's text by its name, or a text with {prompt} as it is.
+
+    Raises:
+        InputError: naming `where` and the shipped names.
+    """
+    if prompt is None or "{prompt}" in prompt:
+        return prompt
+    if prompt not in PROMPTS:
+        raise InputError(
+            f"there is no prompt variant {prompt!r}",
+            where,
+            f"Take one of {', '.join(PROMPTS)}, or a text with {{prompt}}.",
+        )
+    return PROMPTS[prompt]

@@ -1,0 +1,61 @@
+"""How likely a restart is at every sentence end: a reading that needs far fewer trials than counting restarts."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from esr_train.errors import InputError
+from esr_train.files import read_text
+from esr_train.steering.engine import Request, Scorer
+from eval.judging.attempts import sentences
+
+MOST_ENDS = 6
+"""Sentence ends read in one response, from its beginning."""
+CHUNK = 4096
+"""Texts scored in one call of the engine."""
+
+
+def read_phrases(path: Path | str) -> tuple[str, ...]:
+    """Restart phrases, one a line; a [heading], as files of cues have them, is none.
+
+    Raises:
+        InputError: if the file is missing or empty.
+    """
+    lines = (line.strip() for line in read_text(path).splitlines())
+    phrases = tuple(dict.fromkeys(line for line in lines if line and not line.startswith(("[", "#"))))
+    if not phrases:
+        raise InputError("the file holds no phrase", str(path), "Write restart phrases, one a line.")
+    return phrases
+
+
+def restart_reader(
+    scorer: Scorer, phrases: Sequence[str]
+) -> Callable[[Sequence[Request], Sequence[str]], list[list[list[float]]]]:
+    """What reads, for each request and first attempt, [characters, log-probability] at the attempt's sentence ends.
+
+    The log-probability (nats) is that of any of the phrases coming next, the request's interventions at work. No
+    phrase should be the beginning of another: it would count twice.
+    """
+
+    def read(requests: Sequence[Request], firsts: Sequence[str]) -> list[list[list[float]]]:
+        ends = [[end for _, end in sentences(text)[:MOST_ENDS]] for text in firsts]
+        asked = [
+            (replace(request, id=f"{request.id} / {end} / {number}", prefix=text[:end]), f" {phrase}")
+            for request, text, places in zip(requests, firsts, ends, strict=True)
+            for end in places
+            for number, phrase in enumerate(phrases)
+        ]
+        scores: list[float] = []
+        for start in range(0, len(asked), CHUNK):
+            part = asked[start : start + CHUNK]
+            scores += scorer.log_probabilities([request for request, _ in part], [text for _, text in part])
+        groups = iter([scores[start : start + len(phrases)] for start in range(0, len(scores), len(phrases))])
+        return [[[end, round(_log_sum(next(groups)), 4)] for end in places] for places in ends]
+
+    return read
+
+
+def _log_sum(values: Sequence[float]) -> float:
+    top = max(values)
+    return top + math.log(sum(math.exp(value - top) for value in values))

@@ -1,0 +1,149 @@
+"""How the same cells are run under every condition, and where one condition goes on from another."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from esr_train.errors import InputError
+from esr_train.recipe import BoostSection, EvalSection
+from esr_train.steering.sae import Direction
+from esr_train.transcript import SaeRef
+from eval.cells import Cell
+from eval.conditions import (
+    Boost,
+    boosted,
+    boosts,
+    names,
+    opening,
+    order,
+    random_directions,
+    through_restart,
+    title,
+    with_latents,
+)
+from eval.matching import matched_latents
+
+CELLS = [Cell(f"How do I fold sheet {n}?", "linen", n % 3, f"topic{n % 3}", 1.0, n) for n in range(6)]
+DIRECTIONS = {
+    latent: Direction(SaeRef("sae", "0"), 1, latent, f"topic{latent}", torch.eye(8)[latent], 2.0, 5.0)
+    for latent in range(3)
+}
+
+
+def test_a_sweep_is_one_condition_for_each_strength_and_what_goes_on_from_others_runs_last():
+    wanted = ("switched_off", "boost", "steered", "unsteered_continues", "random_direction")
+    section = EvalSection(conditions=wanted, boost=BoostSection(multiples=(0.5, 1.25), deviations=(-1, 2)))
+    assert names(section) == (
+        "boost_x0.5", "boost_x1.25", "boost_-1sd", "boost_+2sd", "steered", "random_direction",
+        "switched_off", "unsteered_continues",
+    )  # fmt: skip
+    assert title("boost_x1.25") == "Steered at 1.25 × the threshold"
+    assert title("boost_-1sd") == "Steered at the threshold − 1 standard deviations"
+    assert title("somebody's own") == "somebody's own"
+
+
+def test_conditions_stand_in_reading_order_with_sweeps_by_strength():
+    shuffled = ["mine", "boost_x1.5", "switched_off", "boost_x0.5", "unsteered", "steered"]
+    assert sorted(shuffled, key=order) == ["steered", "unsteered", "switched_off", "boost_x0.5", "boost_x1.5", "mine"]
+
+
+def test_a_boost_multiplies_the_threshold_or_adds_deviations_of_the_latents_own_posterior():
+    norms, spreads = {0: 0.5, 1: 1.0, 2: 0.2}, {0: 0.1, 1: 0.1, 2: 0.3}
+    sweep = boosts(BoostSection(multiples=(1.5,), deviations=(-1,)))
+    assert sweep == {"boost_x1.5": Boost(multiple=1.5), "boost_-1sd": Boost(deviations=-1)}
+    assert {cell.multiple for cell in boosted(CELLS, sweep["boost_x1.5"], norms, spreads)} == {1.5}
+    weaker = boosted(CELLS, sweep["boost_-1sd"], norms, spreads)
+    assert {cell.latent: cell.multiple for cell in weaker} == {0: 0.8, 1: 0.9}
+    assert [cell.seed for cell in weaker] == [0, 1, 3, 4]
+
+
+def test_random_directions_have_unit_norm_keep_the_latents_scale_and_stand_for_nothing():
+    drawn = random_directions(DIRECTIONS, seed=0)
+    for latent, direction in drawn.items():
+        assert float(direction.unit.norm()) == pytest.approx(1)
+        assert abs(float(direction.unit @ DIRECTIONS[latent].unit)) < 0.95
+        assert direction.label is None
+        vector = direction.add(0.7).vector
+        assert float(vector.norm()) == pytest.approx(float(DIRECTIONS[latent].add(0.7).vector.norm()))
+    again, other = random_directions(DIRECTIONS, seed=0), random_directions(DIRECTIONS, seed=1)
+    assert torch.equal(drawn[0].unit, again[0].unit)
+    assert not torch.equal(drawn[0].unit, other[0].unit)
+
+
+def test_cells_take_the_stand_ins_latent_and_label():
+    instead = {0: DIRECTIONS[1], 1: DIRECTIONS[2], 2: DIRECTIONS[0]}
+    found = with_latents(CELLS, instead)
+    assert [cell.latent for cell in found] == [1, 2, 0, 1, 2, 0]
+    assert found[0].label == "topic1"
+    assert [cell.seed for cell in found] == [cell.seed for cell in CELLS]
+
+
+def test_stand_ins_are_near_in_frequency_and_decoder_norm_distinct_and_never_excluded():
+    rng = np.random.default_rng(0)
+    frequency, norms = 10 ** rng.uniform(-4, -1, 500), rng.uniform(0.5, 2, 500)
+    frequency[:50] = 0
+    wanted, excluded = list(range(100, 120)), set(range(300, 500))
+    found = matched_latents(wanted, frequency, norms, excluded, seed=0)
+    assert sorted(found) == wanted
+    assert len(set(found.values())) == len(wanted)
+    assert not set(found.values()) & (set(wanted) | excluded | set(range(50)))
+    apart = [abs(np.log10(frequency[a] / frequency[b])) for a, b in found.items()]
+    others = [abs(np.log10(frequency[a] / frequency[b])) for a in wanted for b in range(50, 300)]
+    assert np.mean(apart) < 0.25 * np.mean(others)
+    assert np.mean([abs(norms[a] - norms[b]) for a, b in found.items()]) < 0.2
+    assert found == matched_latents(wanted, frequency, norms, excluded, seed=0)
+    assert found != matched_latents(wanted, frequency, norms, excluded, seed=1)
+
+
+def test_too_few_active_latents_to_stand_in_are_refused():
+    with pytest.raises(InputError, match="only 1 others are ever active"):
+        matched_latents([0, 1], np.array([0.1, 0.1, 0.1, 0.0]), np.ones(4), set(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("response", "begun"),
+    [
+        ("Knead it. Dust it. Shape it. Bake it.", "Knead it. Dust it."),
+        ("Knead it. Wait, that's not right. Fold it. Tuck it.", "Knead it."),
+        ("Knead it. Dust it.", "Knead it."),
+        ("knead dough the dough", "knead dough"),
+        ("", ""),
+    ],
+)
+def test_an_opening_is_the_first_sentences_of_the_first_attempt_and_never_all_of_it(response: str, begun: str):
+    found = opening(response, 2)
+    assert found == begun
+    assert not response or len(found) < len(response)
+
+
+@dataclass
+class Said:
+    """A response with the attempts that a judge found in it."""
+
+    response: str
+    starts: tuple[int, ...]
+
+    def row(self) -> dict:
+        ends = (*self.starts[1:], len(self.response))
+        attempts = [{"start": a, "end": b, "score": 1} for a, b in zip(self.starts, ends, strict=False)]
+        return {"response": self.response, "attempts": attempts}
+
+
+DETOUR = "Knead the dough. Wait, that's not right. You asked about sheets. Fold it. Tuck it."
+
+
+@pytest.mark.parametrize(
+    ("said", "begun"),
+    [
+        (Said(DETOUR, (0, 17)), "Knead the dough. Wait, that's not right. You asked about sheets."),
+        (Said(DETOUR, ()), "Knead the dough. Wait, that's not right. You asked about sheets."),
+        (Said("Knead it. Fold the sheet. Tuck it.", (0, 10)), "Knead it. Fold the sheet."),
+        (Said("Knead it. Fold the sheet.", (0,)), None),
+        (Said("Knead it. Fold the sheet.", ()), None),
+    ],
+    ids=["cue", "unscored", "a restart only the judge sees", "none", "unscored without"],
+)
+def test_steering_goes_off_after_the_first_restarts_cue(said: Said, begun: str | None):
+    assert through_restart(said.row()) == begun
