@@ -116,10 +116,11 @@ def restart_logprob(trial: Trial) -> Value:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's function and whether its values are events (0/1)."""
+    """A metric's function, whether its values are events (0/1), and between which values it can lie."""
 
     of: Callable[[Trial], Value]
     is_rate: bool
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
 
 RATES = (
@@ -134,10 +135,13 @@ RATES = (
     parroting_rate,
     hijack_rate,
 )
-MEANS = (first_score, last_score, improvement, restart_position, restart_logprob)
-METRICS = {function.__name__: Metric(function, True) for function in RATES} | {
-    function.__name__: Metric(function, False) for function in MEANS
-}
+SCORES = (first_score, last_score)
+MEANS = (improvement, restart_position, restart_logprob)
+METRICS = (
+    {function.__name__: Metric(function, True) for function in RATES}
+    | {function.__name__: Metric(function, False, (0, 100)) for function in SCORES}
+    | {function.__name__: Metric(function, False) for function in MEANS}
+)
 
 
 def attempts_histogram(trials: Sequence[Trial]) -> dict[str, int]:

@@ -89,12 +89,17 @@ def mean(
     unscored: int = 0,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
-    """The mean over trials, with a studentised cluster bootstrap (Student's t over few clusters)."""
+    """The mean over trials, with a studentised cluster bootstrap (Student's t over few clusters).
+
+    `bounds` are the least and the largest value there can be; the interval does not pass them.
+    """
     x = np.asarray(values, dtype=float)
     if not len(x):
         return Estimate(None, None, None, 0, unscored)
-    low, high = _mean_interval(*totals(x, clusters), resamples, seed)
+    ends = _mean_interval(*totals(x, clusters), resamples, seed)
+    low, high = (None if end is None else float(np.clip(end, *bounds)) for end in ends)
     return Estimate(float(x.mean()), low, high, len(x), unscored)
 
 

@@ -145,8 +145,10 @@ def _values(trials: Sequence[Trial], name: str) -> Values:
 
 
 def _summary(name: str, found: Values, bootstrap: int, seed: int) -> Estimate:
-    summary = statistics.rate if METRICS[name].is_rate else statistics.mean
-    return summary(found.values, found.clusters, found.unscored, bootstrap, seed)
+    given = (found.values, found.clusters, found.unscored, bootstrap, seed)
+    if METRICS[name].is_rate:
+        return statistics.rate(*given)
+    return statistics.mean(*given, bounds=METRICS[name].bounds)
 
 
 def difference(

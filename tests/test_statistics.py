@@ -284,3 +284,11 @@ def test_kappa_comes_with_its_prevalence() -> None:
     assert found.prevalence == pytest.approx(0.55)
     assert kappa([True, True], [True, True]).kappa is None
     assert kappa([None], [True]).n == 0
+
+
+def test_the_interval_of_a_mean_does_not_pass_the_values_there_can_be():
+    scores, clusters = [100.0] * 59 + [60.0], [number // 4 for number in range(60)]
+    free, bounded = statistics.mean(scores, clusters), statistics.mean(scores, clusters, bounds=(0, 100))
+    assert free.high > 100
+    assert bounded.high == 100
+    assert bounded.low == free.low
