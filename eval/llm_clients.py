@@ -121,7 +121,7 @@ class InspectLlm:
             raise InputError(_plain(str(error)), self.name, "Name a model of inspect_ai's model API.") from None
         # The vendors' own clients would send a failed request again by themselves, where nobody counts it.
         client = getattr(model.api, "client", None)
-        if hasattr(client, "max_retries"):
+        if client is not None and hasattr(client, "max_retries"):
             client.max_retries = 0
         return model
 
