@@ -10,11 +10,13 @@ export TOKENIZERS_PARALLELISM := false
 quickstart: install
 	$(BIN)/esr run recipes/tiny/quickstart.yaml
 
+# Two test files at a time, one thread each: faster on two cores than one with two threads.
+test test-fast: export OMP_NUM_THREADS := 1
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .
