@@ -227,3 +227,16 @@ def test_a_prefixed_row_whose_detour_is_held_out_is_refused(make):
         check_held_out(kept(outcomes), [cell])
     with pytest.raises(InputError, match="share 1 off-topic subject"):
         check_held_out(kept(outcomes), [Cell("How do I sail?", "sailing", 8, "Owls", 1.0, 0)])
+
+
+def test_a_reply_begins_unsteered_and_its_beginning_is_trained(make):
+    engine, outcomes = make(behind=lambda prefix: " " + DETOUR, start=[0, 3], count=60)
+    rows = kept(outcomes)
+    begun = [row for row in rows if row.spans[0].kind is SpanKind.ANSWER]
+    starts = [row.spans[0].text for row in begun]
+    assert len(rows) == 60
+    assert set(starts) == {"Knead", "Knead the", "Knead the dough."}
+    assert len(rows) - len(begun) in range(5, 30)
+    assert all([span.kind for span in row.spans[-3:]] == list(SpanKind) for row in rows)
+    assert sorted(each.prefix for each in engine.requests if each.interventions and each.prefix) == sorted(starts)
+    assert not [each for each in engine.requests if not each.interventions and each.prefix]
