@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recipes.tiny.architecture import build_model
-from recipes.tiny.tokenizer import build_tokenizer
+from recipes.tiny.tokenizer import finished, train_pieces
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT.parent / "shared" / "data" / "paper"
@@ -38,7 +38,7 @@ class Family:
 
 def make_family(name: str) -> Family:
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(TEXTS, name, vocab_size=400)
+    tokenizer = finished(train_pieces(TEXTS, name, vocab_size=400), name)
     model = build_model(name, tokenizer, width=64, layers=4).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
