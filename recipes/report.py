@@ -10,8 +10,10 @@ from eval.judging.model_judge import ModelJudge
 from eval.report.page import write_report
 from eval.summary import summarise
 from recipes.arms import form
+from recipes.panel import NAME as AGREEMENT
 from recipes.panel import write_agreement
 from recipes.pipeline import Experiment
+from recipes.sweep import mixtures
 
 
 def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
@@ -26,7 +28,17 @@ def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
     write_json(top.directory / "metrics.json", metrics)
     write_agreement(top, parts, rows)
     thresholds = read_json(top.directory / "thresholds.json")
-    path = write_report(top.directory, top.recipe.name, metrics, rows, thresholds, _notes(top, parts, rows))
+    agreement = top.directory / AGREEMENT
+    path = write_report(
+        top.directory,
+        top.recipe.name,
+        metrics,
+        rows,
+        thresholds,
+        _notes(top, parts, rows),
+        read_json(agreement) if agreement.is_file() else None,
+        mixtures(top.recipe),
+    )
     for judge in (top.world.judge, *top.world.other_judges):
         if isinstance(judge, ModelJudge):
             print(f"judge {judge.spent}", flush=True)

@@ -11,7 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from eval.report.figures import Material, draw_figures
+from eval.panel import agreement
+from eval.report.figures import draw_figures
+from eval.report.material import Material
 from eval.report.page import write_report
 from eval.report.story import headline_arm, story
 from eval.report.transcripts import embedded, script_json
@@ -142,6 +144,25 @@ def test_attempts_are_cut_by_characters_even_after_an_emoji(tmp_path: Path) -> N
     assert '<span class="badge">90</span>Wait, second.</mark>' in document
 
 
+def test_controls_filter_as_a_reader_moves_them(report: Path, tmp_path: Path) -> None:
+    moves = "const f = document.getElementById('filters'); f.elements.arm.value = 'tuned';"
+    moves += " f.elements.condition.value = ''; f.elements.min.value = '94'; f.elements.q.value = 'TASK 8';"
+    moves += " f.dispatchEvent(new Event('input'));"
+    moved = tmp_path / "moved.html"
+    moved.write_text(report.read_text(encoding="utf-8").replace("</body>", f"<script>{moves}</script></body>"))
+    document, console = browse(moved, tmp_path / "profile")
+    assert console == ""
+    assert cards(document) == [("tuned", "3")]
+
+
+def test_the_browser_itself_refuses_a_request_and_would_say_so(report: Path, tmp_path: Path) -> None:
+    page = tmp_path / "leak.html"
+    leak = '<img src="http://127.0.0.1:9/x.png"></body>'
+    page.write_text(report.read_text(encoding="utf-8").replace("</body>", leak))
+    _, console = browse(page, tmp_path / "profile")
+    assert "Content Security Policy" in console
+
+
 def test_nothing_is_fetched_from_anywhere(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     assert not re.search(r"""(?:src|href|action)\s*=\s*["']?\s*(?:https?:)?//""", page)
@@ -185,6 +206,52 @@ def test_the_csv_beside_the_rates_figure_holds_the_metrics(report: Path) -> None
     for row in rows:
         estimate = metrics["arms"][row["arm"]][row["condition"]][row["metric"]]
         assert {key: float(row[key]) for key in estimate} == estimate
+
+
+def everything() -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any], dict[str, Any], dict[str, dict[str, float]]]:
+    """Trials of every kind of arm and condition, their metrics, two judges' agreement, and a sweep over mixtures."""
+    rows = arms()
+    for strength in ("x0.5", "x1.5", "-1sd", "+1sd"):
+        rows["base"] += [trial("base", i, 40 + i, condition=f"boost_{strength}") for i in range(12)]
+    asked = {"prompt": "{prompt} Look again.", "ablate": [], "clamp": {}}
+    ablated = {"prompt": None, "ablate": [7, 9], "clamp": {}}
+    rows["asked"] = [trial("asked", i, 20, 60, variant=asked) for i in range(12)]
+    rows["ablated"] = [trial("ablated", i, 20, variant=ablated) for i in range(12)]
+    for share in (10, 90):
+        rows[f"mixed-{share}"] = [trial(f"mixed-{share}", i, 20, 20 + share) for i in range(12)]
+    stern = {arm: [{**row, "attempts": row["attempts"][:1]} for row in trials] for arm, trials in rows.items()}
+    judges = agreement({"mild": rows, "stern": stern}, 50, 0)
+    return rows, summarise(rows, 50), judges, {"mixed": {"mixed-10": 0.1, "mixed-90": 0.9}}
+
+
+def test_sweeps_variants_and_judges_have_figures_where_there_are_data(tmp_path: Path) -> None:
+    rows, metrics, judges, sweeps = everything()
+    write_report(tmp_path, "All", metrics, rows, None, {}, judges, sweeps)
+    tables = {
+        path.stem: list(csv.DictReader(path.open(encoding="utf-8"))) for path in (tmp_path / "figures").glob("*.csv")
+    }
+    boosts = [row for row in tables["boost_sweep"] if row["line"] == "base" and row["metric"] == "first_score"]
+    assert [float(row["strength / threshold"]) for row in boosts] == [0.5, 1.0, 1.5]
+    assert [float(row["value"]) for row in boosts] == [45.5, 35.5, 45.5]
+    deviations = {row["standard deviations above the threshold"] for row in tables["boost_sweep_sd"]}
+    assert deviations == {"-1.0", "0.0", "1.0"}
+    assert {row["line"] for row in tables["boost_sweep"]} == {"base"}
+    mixed = [row for row in tables["mixture_sweep"] if row["metric"] == "multi_attempt_rate"]
+    assert [(row["% self-correction rows in the mixture"], float(row["value"])) for row in mixed] == [
+        ("0.0", 0), ("10.0", 1), ("90.0", 1)
+    ]  # fmt: skip
+    assert {row["arm"] for row in tables["prompt_variants"]} == {"base", "tuned", "mixed-10", "mixed-90", "asked"}
+    assert {row["ablate"] for row in tables["ablations"]} == {"", "[7, 9]"}
+    found = {(row["arm"], row["judge"]): float(row["value"]) for row in tables["judge_rates"]}
+    assert (found["asked", "mild"], found["asked", "stern"]) == (1, 0)
+    assert [(row["judge"], row["other"]) for row in tables["judge_agreement"]] == [("mild", "stern")]
+
+
+def test_a_figure_with_three_panels_has_them_above_each_other() -> None:
+    rows, metrics, judges, sweeps = everything()
+    drawn = {figure.name: figure for figure in draw_figures(Material(metrics, rows, None, judges, sweeps))}
+    for name in ("boost_sweep", "boost_sweep_sd", "mixture_sweep"):
+        assert len(set(re.findall(r'<g id="(axes_\d+)"', drawn[name].svg))) == 3
 
 
 def test_the_density_in_the_csv_sums_to_one(report: Path) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 BASE_COLOUR = "#6b7280"
 ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, FAINT = "#1f2328", "#d0d7de"
+LEGEND_COLUMNS = 4
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -53,18 +54,30 @@ def inline_svg(svg: str, colours: Mapping[str, str]) -> str:
 
 def svg_of(draw: Callable[["Axes"], None], arms: Sequence[str], height: float = 3.0) -> str:
     """An SVG document, the same bytes for the same numbers; text stays text, in the page's font."""
+    return panels_svg([draw], arms, height)
+
+
+def panels_svg(
+    draws: Sequence[Callable[["Axes"], None]], arms: Sequence[str], height: float, xlabel: str | None = None
+) -> str:
+    """As `svg_of`, with panels of `height` inches each above one another on one horizontal axis."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
 
+    legend = 0.1 + 0.2 * -(-len(arms) // LEGEND_COLUMNS) if arms else 0
     # The stubs know every setting by name; a plain dictionary does not.
     with mpl.rc_context(cast(Any, STYLE)):
-        canvas = Canvas(figsize=(4.9, height + (0.3 if arms else 0)), layout="constrained")
-        axes = canvas.subplots()
-        draw(axes)
+        canvas = Canvas(figsize=(4.9, height * len(draws) + legend), layout="constrained")
+        panels = canvas.subplots(len(draws), sharex=True, squeeze=False)[:, 0]
+        for axes, draw in zip(panels, draws, strict=True):
+            draw(axes)
+        if xlabel:
+            panels[-1].set_xlabel(xlabel)
         if arms:
             marks = [Line2D([], [], marker="o", ls="", ms=5, color=c) for c in arm_colours(arms).values()]
-            canvas.legend(marks, list(arms), loc="outside upper left", ncols=min(len(arms), 4), handletextpad=0.1)
+            columns = min(len(arms), LEGEND_COLUMNS)
+            canvas.legend(marks, list(arms), loc="outside upper left", ncols=columns, handletextpad=0.1)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

@@ -1,8 +1,7 @@
 """The report's figures: each as SVG, with the numbers it shows as CSV."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,34 +10,13 @@ import numpy as np
 from esr_train.files import replacing
 from eval.metrics import METRICS, Gap
 from eval.report.drawing import FAINT, INK, arm_colours, svg_of
+from eval.report.material import Figure, Material
+from eval.report.sweeps import boost_deviations, boost_multiples, mixtures
+from eval.report.variants import ablations, judge_agreement, judge_rates, prompt_variants
 from eval.store import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-@dataclass(frozen=True)
-class Material:
-    """What figures are drawn from: the metrics, the trials of each arm, and the frozen thresholds."""
-
-    metrics: Mapping[str, Any]
-    rows_by_arm: Mapping[str, Sequence[Trial]]
-    thresholds: Mapping[str, Any] | None
-
-    def steered(self, arm: str) -> list[Trial]:
-        """The arm's trials steered at the base model's thresholds."""
-        return [row for row in self.rows_by_arm[arm] if row["condition"] == "steered"]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn figure: file stem, heading, caption, the SVG document, and its numbers with a header row."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-    table: list[tuple[Any, ...]]
 
 
 def draw_figures(material: Material) -> list[Figure]:
@@ -95,7 +73,7 @@ def rates(material: Material) -> Figure | None:
         axes.grid(axis="x")
 
     caption = "Share of valid responses, 95 % intervals clustered by latent (unsteered: by prompt)."
-    svg = svg_of(draw, arms, height=0.8 + 0.42 * len(shown))
+    svg = svg_of(draw, arms, height=0.8 + max(0.42, 0.11 * len(arms)) * len(shown))
     return Figure("rates", "What the responses do", caption, svg, table)
 
 
@@ -194,8 +172,14 @@ def restart_positions(material: Material) -> Figure | None:
         axes.set_ylabel("% restarted by then")
         axes.grid(axis="y")
 
-    caption = "Cumulative share of steered responses whose second attempt has begun; the place is estimated "
-    caption += "from its characters."
+    counted = all(
+        row.get("restart_token") is not None
+        for arm in material.rows_by_arm
+        for row in material.steered(arm)
+        if not isinstance(METRICS["restart_position"].of(row), Gap)
+    )
+    caption = "Cumulative share of steered responses whose second attempt has begun"
+    caption += "." if counted else "; the place is estimated from its characters."
     svg = svg_of(draw, list(material.rows_by_arm))
     return Figure("restart_position", "When it turns back", caption, svg, table)
 
@@ -232,6 +216,13 @@ FIGURES: tuple[Callable[[Material], Figure | None], ...] = (
     last_scores,
     first_against_last,
     restart_positions,
+    boost_multiples,
+    boost_deviations,
+    mixtures,
+    prompt_variants,
+    ablations,
+    judge_rates,
+    judge_agreement,
     thresholds,
 )
 

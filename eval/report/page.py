@@ -8,7 +8,8 @@ from esr_train.files import replacing
 from eval.conditions import order, title
 from eval.metrics import METRICS
 from eval.report.drawing import arm_colours, inline_svg
-from eval.report.figures import Material, draw_figures, save_figures
+from eval.report.figures import draw_figures, save_figures
+from eval.report.material import Material
 from eval.report.story import shown, story
 from eval.report.transcripts import embedded, script_json
 from eval.store import Trial
@@ -30,6 +31,8 @@ def write_report(
     rows_by_arm: Mapping[str, Sequence[Trial]],
     thresholds: Mapping[str, Any] | None,
     notes: Mapping[str, Any],
+    agreement: Mapping[str, Any] | None = None,
+    mixtures: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """Write `report.html` and `figures/*.{svg,csv}` into `run_dir`.
 
@@ -42,11 +45,13 @@ def write_report(
             `bound`), or None: then strengths are read from the trials.
         notes: `held_out` says what training never saw (text, a list, or name -> text); every other entry is
             shown as a line of "How this was measured".
+        agreement: as in agreement.json, where several judges were asked.
+        mixtures: sweep -> arm -> share of self-correction rows in its training file.
 
     Returns:
         The path of `report.html`.
     """
-    figures = draw_figures(Material(metrics, rows_by_arm, thresholds))
+    figures = draw_figures(Material(metrics, rows_by_arm, thresholds, agreement, mixtures or {}))
     save_figures(run_dir / "figures", figures)
     arms = list(metrics["arms"])
     trials = embedded(rows_by_arm)
