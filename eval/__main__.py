@@ -1,6 +1,7 @@
 """The door of the measuring room: `esr eval COMMAND …`, or `python -m eval COMMAND …`."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +31,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(run)
     run.add_argument("--arm", help="base, or one of the recipe's arms; all of them unless given")
 
-    compare = add_command(commands, "compare", _compare, "print a run's arms beside each other")
-    compare.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    compare = add_command(commands, "compare", _compare, "print the arms of one run, or of several, beside each other")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     compare.add_argument("--all", action="store_true", help="every metric, not only the headline's")
+    compare.add_argument("--anyway", action="store_true", help="though cells, judge or sampling differ between runs")
+
+    imported = add_command(commands, "import", _import, "the paper's results as trials, with metrics and a report")
+    imported.add_argument("file", type=Path, metavar="FILE", help="experiment_results_*.json")
+    imported.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory; arms there stay")
+    imported.add_argument("--arm", default="base", help="what the measured model is called (base)")
 
     report = add_command(commands, "report", _report, "write metrics.json and report.html anew from the trials")
     report.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe file")
@@ -81,12 +88,43 @@ def _run(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from esr_train.files import read_json
     from eval.comparison import lines
+    from eval.runs import read_run, run_names, together
+    from eval.summary import summarise
 
-    path = options.run / "metrics.json" if options.run.is_dir() else options.run
+    if len(options.runs) > 1:
+        runs = {name: read_run(run) for name, run in zip(run_names(options.runs), options.runs, strict=True)}
+        print("\n".join(lines(summarise(together(runs, options.anyway)), options.all)))
+        return
+    run = options.runs[0]
+    path = run / "metrics.json" if run.is_dir() else run
     try:
         print("\n".join(lines(read_json(path), options.all)))
     except (KeyError, TypeError, AttributeError):
         raise InputError("this is not a metrics.json", str(path), "Name a run directory.") from None
+
+
+def _import(options: argparse.Namespace) -> None:
+    from esr_train.files import write_json, write_jsonl
+    from eval.comparison import lines
+    from eval.paper import read_results
+    from eval.report.page import write_report
+    from eval.runs import read_run
+    from eval.summary import summarise
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.arm):
+        raise InputError(f"{options.arm!r} cannot be a file's name", "--arm", "Take letters, digits, '.', '_', '-'.")
+    if (options.out / "recipe.yaml").exists():
+        raise InputError("the run of a recipe lies here", f"--out {options.out}", "Name a folder of its own.")
+    found = read_results(options.file, options.arm)
+    write_jsonl(options.out / "trials" / f"{options.arm}.jsonl", found.trials)
+    rows = read_run(options.out)
+    metrics = summarise(rows)
+    write_json(options.out / "metrics.json", metrics)
+    notes = {"source": options.file.name, **{name: str(value) for name, value in found.config.items()}}
+    if found.failed:
+        notes["latents_that_failed"] = f"{len(found.failed)}: {', '.join(found.failed)}"
+    page = write_report(options.out, options.file.stem, metrics, rows, None, notes)
+    print("\n".join([*lines(metrics), "", f"{len(found.trials)} trials imported; report: {page}"]))
 
 
 def _report(options: argparse.Namespace) -> None:

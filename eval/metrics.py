@@ -105,6 +105,8 @@ def restart_position(trial: Trial) -> Value:
         return Gap.UNDEFINED
     if trial.get("restart_token") is not None:
         return float(trial["restart_token"])
+    if trial["tokens"] is None:
+        return Gap.UNDEFINED
     return float(trial["attempts"][1]["start"]) / len(trial["response"]) * float(trial["tokens"])
 
 

@@ -107,6 +107,55 @@ def test_compare_refuses_what_is_no_metrics_file(tmp_path, capsys, content):
     assert "not a metrics.json" in capsys.readouterr().err
 
 
+def finished(folder: Path, base: int = 8, **changes: str) -> Path:
+    """A run directory with the trials of a base and a tuned arm."""
+    for arm in ("base", "tuned"):
+        rows = [trial(arm, number) | changes for number in range(base)]
+        TrialStore(folder / "trials" / f"{arm}.jsonl").append(rows)
+    return folder
+
+
+def test_compare_sets_the_arms_of_several_runs_beside_each_other(tmp_path, capsys):
+    runs = [str(finished(tmp_path / name)) for name in ("one", "two")]
+    assert evaluate(["compare", *runs]) == 0
+    steered, paired = capsys.readouterr().out.split("\n\n")
+    assert steered.splitlines()[1].split() == ["base", "one/tuned", "two/tuned"]
+    assert paired.splitlines()[1].split() == ["one/tuned-base", "two/tuned-base"]
+    assert paired.count("+60 [+60 to +60] (n 8)") >= 2
+
+
+def test_compare_keeps_another_base_whose_responses_differ(tmp_path, capsys):
+    runs = [str(finished(tmp_path / "one")), str(finished(tmp_path / "two", response="Fold it again. "))]
+    assert evaluate(["compare", *runs]) == 0
+    assert "two/base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"base": 5}, "share 5 of 8 and 5 cells of 'steered'"), ({"judge": "other"}, "judge: 'j' and 'other'")],
+)
+def test_compare_refuses_runs_that_measured_differently_unless_told(tmp_path, capsys, changes, named):
+    runs = [str(finished(tmp_path / "one")), str(finished(tmp_path / "two", **changes))]
+    assert evaluate(["compare", *runs]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert "--anyway" in said
+    assert evaluate(["compare", *runs, "--anyway"]) == 0
+    shared = changes.get("base", 8)
+    assert f"+60 [+60 to +60] (n {shared})" in capsys.readouterr().out
+
+
+def test_compare_finds_the_trials_of_every_seed(tmp_path, capsys):
+    several = finished(tmp_path / "several" / "seed-0").parent
+    assert evaluate(["compare", str(several), str(finished(tmp_path / "one"))]) == 0
+    assert "several/tuned" in capsys.readouterr().out
+
+
+def test_compare_says_where_a_run_has_no_trials(tmp_path, capsys):
+    assert evaluate(["compare", str(finished(tmp_path / "one")), str(tmp_path / "nowhere")]) == 2
+    assert "nowhere/trials" in capsys.readouterr().err
+
+
 def test_the_shipped_quickstart_can_be_named_where_a_report_is_asked_for(tmp_path, capsys):
     recipe = ROOT / "recipes" / "tiny" / "quickstart.yaml"
     assert evaluate(["report", str(recipe), f"runs={tmp_path}"]) == 2

@@ -57,10 +57,12 @@
     const box = element("article", "card");
     box.dataset.arm = trial.arm;
     box.dataset.attempts = attempts(trial).length;
-    const steering = trial.strength === null
+    const far = trial.strength === null
+      ? `${trial.raw?.toPrecision(3)} × decoder row`
+      : `${trial.strength.toPrecision(2)} × residual norm`;
+    const steering = trial.raw === null
       ? "unsteered"
-      : `steered towards “${trial.label ?? "latent " + trial.latent}” (latent ${trial.latent}), ` +
-        `${trial.strength.toPrecision(2)} × residual norm`;
+      : `steered towards “${trial.label ?? "latent " + trial.latent}” (latent ${trial.latent}), ${far}`;
     box.append(element("h3", "", trial.prompt), element("div", "soft", steering));
     const pair = element("div", "pair"), partner = base.get(trial.cell);
     if (partner && partner !== trial) pair.append(reply(partner));

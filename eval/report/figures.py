@@ -158,7 +158,7 @@ def restart_positions(material: Material) -> Figure | None:
         table += [(arm, round(place, 1), (i + 1) / scored) for i, place in enumerate(places)]
     if len(table) == 1:
         return None
-    end = max(row["tokens"] for arm in material.rows_by_arm for row in material.steered(arm))
+    end = max(row["tokens"] or 0 for arm in material.rows_by_arm for row in material.steered(arm))
 
     def draw(axes: "Axes") -> None:
         for arm, colour in arm_colours(list(material.rows_by_arm)).items():
@@ -243,4 +243,5 @@ def _used_strengths(material: Material) -> list[dict[str, Any]]:
     """Per latent the strength its steered trials had."""
     cells = [row["cell"] for arm in material.rows_by_arm for row in material.steered(arm)]
     steered = [cell for cell in cells if cell.get("strength") and cell.get("latent") is not None]
-    return list({cell["latent"]: {**cell, "norm": cell["strength"]["norm"]} for cell in steered}.values())
+    known = [cell for cell in steered if cell["strength"]["norm"] is not None]
+    return list({cell["latent"]: {**cell, "norm": cell["strength"]["norm"]} for cell in known}.values())
