@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from esr_train.errors import InputError
 from esr_train.files import read_text
+from esr_train.sweeps import swept
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -268,7 +269,8 @@ class DataSection(Section):
     contrast: ContrastSection = ContrastSection()
     normal: NormalSection = NormalSection()
     self_correction: Fraction | None = Field(
-        None, description="share of self-correction rows in the mixture; None keeps every row"
+        None,
+        description="share of self-correction rows in the mixture; None keeps every row; a list makes an arm of each",
     )
     cue_diversity: CueDiversitySection = CueDiversitySection()
 
@@ -412,6 +414,11 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     arms: dict[str, ArmSection] = Field(default_factory=lambda: {"tuned": ArmSection()})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_of_shares_is_a_sweep(cls, values: Any) -> Any:
+        return swept(values)
 
     @model_validator(mode="after")
     def _arms_are_valid(self) -> "Recipe":
