@@ -109,10 +109,9 @@ def run_trials(
     about |= {"engine": engine.name, "sampling": asdict(sampling)}
     for start in range(0, len(missing), chunk_rows):
         chunk = missing[start : start + chunk_rows]
-        plain = [replace(steerer.request(cell, key), prefix=prefixes.get(cell.key, "")) for key, cell in chunk]
-        requests = [variant.apply(each, cell.label) for each, (_, cell) in zip(plain, chunk, strict=True)]
+        requests = [cell_request(cell, key, steerer, variant, prefixes.get(cell.key, "")) for key, cell in chunk]
         completions = engine.generate(requests, sampling, progress)
-        _check_steering(arm, requests, completions)
+        check_steering(arm, requests, completions)
         responses = [each.prefix + found.text for each, found in zip(requests, completions, strict=True)]
         judgements = _judged(judge, [cell for _, cell in chunk], responses)
         rows = [
@@ -131,7 +130,29 @@ def trial_key(arm: str, condition: str, cell: Cell) -> str:
     return f"{arm}/{condition}/{cell.key}"
 
 
-def _check_steering(arm: str, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
+def cell_request(cell: Cell, key: str, steerer: Steerer, variant: Variant = PLAIN, prefix: str = "") -> Request:
+    """A cell as an arm runs it: steered, with the arm's own words and interventions, going on from `prefix`."""
+    return variant.apply(replace(steerer.request(cell, key), prefix=prefix), cell.label)
+
+
+def described(cell: Cell, strength: "Strength | None") -> dict[str, Any]:
+    """A cell as it stands in a trial's row."""
+    return {
+        "prompt": cell.prompt,
+        "topic": cell.topic,
+        "latent": cell.latent,
+        "label": cell.label,
+        "strength": asdict(strength) if strength else None,
+        "seed": cell.seed,
+    }
+
+
+def check_steering(arm: str, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
+    """Refuse completions that are missing, or steered otherwise than asked for.
+
+    Raises:
+        RunError: naming the trial.
+    """
     if len(completions) != len(requests):
         raise RunError(f"{arm}: the engine returned {len(completions)} completions for {len(requests)} requests.")
     for request, completion in zip(requests, completions, strict=True):
@@ -181,14 +202,7 @@ def _row(
         "arm": about["arm"],
         "condition": about["condition"],
         "seed": cell.seed,
-        "cell": {
-            "prompt": cell.prompt,
-            "topic": cell.topic,
-            "latent": cell.latent,
-            "label": cell.label,
-            "strength": asdict(strength) if strength else None,
-            "seed": cell.seed,
-        },
+        "cell": described(cell, strength),
         "variant": about["variant"],
         "engine": about["engine"],
         "sampling": about["sampling"],

@@ -63,7 +63,7 @@ class ArmTrials:
         for condition in self._conditions:
             if self.weights.is_base and not self.variant.to_json() and condition == RECALIBRATED:
                 continue
-            self._run(self._plan(condition))
+            self._run(self.plan(condition))
 
     @property
     def _conditions(self) -> tuple[str, ...]:
@@ -144,7 +144,8 @@ class ArmTrials:
             )
         return Readings(count, restart_reader(self.engine, read_phrases(located(path))))
 
-    def _plan(self, condition: str) -> Plan:
+    def plan(self, condition: str) -> Plan:
+        """What the arm runs under a condition; its own thresholds are measured first where it is recalibrated."""
         experiment, steerer = self.experiment, self.steerer
         cells = experiment.cells if condition in FULL else self._control_cells
         sweep = boosts(experiment.recipe.eval.boost)
