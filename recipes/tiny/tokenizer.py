@@ -4,11 +4,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = {
+SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {
         "bos": "<|begin_of_text|>",
         "eos": "<|eot_id|>",
