@@ -79,13 +79,23 @@ def _generate(options: argparse.Namespace) -> None:
     if options.arm not in (None, *recipe.trained_arms):
         trained = ", ".join(recipe.trained_arms) or "none"
         raise InputError(f"the recipe trains no arm {options.arm!r}", "--arm", f"It trains {trained}.")
+    from esr_train.ranks import join
+
+    ranks = join()
+    if ranks.count > 1 and recipe.engine.kind == "vllm":
+        raise InputError(
+            "vLLM spreads itself over accelerators and cannot be several processes' engine",
+            "engine.kind",
+            "Start one process with engine.tensor_parallel, or take the transformers engine.",
+        )
     from recipes.pipeline import begun
 
-    _, parts = begun(recipe)
+    _, parts = begun(recipe, ranks)
     for part in parts:
         for arm in [options.arm] if options.arm else recipe.trained_arms:
             part.data(arm)
-            print(part.directory / "data" / f"{arm}.jsonl")
+            if ranks.first:
+                print(part.directory / "data" / f"{arm}.jsonl")
 
 
 def _mix(options: argparse.Namespace) -> None:

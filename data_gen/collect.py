@@ -2,17 +2,20 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tqdm import tqdm
 
 from esr_train.errors import RunError
+from esr_train.ranks import ALONE, Ranks
 from esr_train.transcript import Transcript, from_json, to_json
 from eval.store import TrialStore
 
+KEPT = "kept"
 CANDIDATES_PER_ROW = 20
 """Give up when so many candidates per wanted row were not enough."""
 
@@ -42,48 +45,85 @@ def candidate_rng(seed: int, source: str, number: int) -> Random:
     return Random(zlib.crc32(f"{seed}/{source}".encode()) << 32 | number)
 
 
-def collect(source: str, wanted: int, make: Make, path: Path, chunk: int) -> Collected:
+def collect(
+    source: str,
+    wanted: int,
+    make: Make,
+    path: Path,
+    chunk: int,
+    again: Callable[[Transcript], str | None] = lambda row: None,
+    ranks: Ranks = ALONE,
+) -> Collected:
     """Make candidates in order of their numbers until `wanted` are kept.
 
     Args:
         source: name shown with the progress.
         wanted: rows to keep; always the first ones by number.
         make: makes a chunk of candidates.
-        path: file of the finished candidates; an interrupted run goes on from it.
-        chunk: candidates made at once.
+        path: file of the finished candidates; an interrupted run goes on from it, with any number of processes.
+        chunk: candidates made at once by one process.
+        again: why a row is refused in view of the rows before it, which it is shown one by one in their order.
+        ranks: processes that share the numbers, a chunk each in turn; the first one writes.
 
     Raises:
         RunError: when too few candidates pass the filters, with the reasons counted.
     """
     store = TrialStore(path)
-    kept = sum(row["transcript"] is not None for row in store.rows())
+    sieve = _Sieve(wanted, again)
+    for row in store.rows():
+        sieve.take(row)
     number = len(store.keys())
-    with tqdm(total=wanted, initial=min(kept, wanted), desc=f"{source} rows", unit="row", mininterval=1) as bar:
-        while kept < wanted:
+    with tqdm(
+        total=wanted,
+        initial=len(sieve.kept),
+        desc=f"{source} rows",
+        unit="row",
+        mininterval=1,
+        disable=not ranks.first,
+    ) as bar:
+        while len(sieve.kept) < wanted:
             if number >= CANDIDATES_PER_ROW * wanted + chunk:
-                raise RunError(_too_few(source, wanted, kept, _funnel(store)))
-            numbers = range(number, number + chunk)
-            outcomes = make(numbers)
-            store.append(_row(i, outcome) for i, outcome in zip(numbers, outcomes, strict=True))
-            found = sum(outcome.transcript is not None for outcome in outcomes)
-            number, kept = number + chunk, kept + found
-            bar.update(min(found, max(wanted - bar.n, 0)))
-            bar.set_postfix(kept=f"{kept / number:.0%}")
-    rows = [from_json(row["transcript"]) for row in store.rows() if row["transcript"] is not None]
-    return Collected(rows[:wanted], _funnel(store))
+                raise RunError(_too_few(source, wanted, len(sieve.kept), dict(sieve.funnel)))
+            mine = range(number + ranks.rank * chunk, number + (ranks.rank + 1) * chunk)
+            rows = [_row(i, outcome) for i, outcome in zip(mine, make(mine), strict=True)]
+            everyone = [row for part in ranks.gather(rows) for row in part]
+            if ranks.first:
+                store.append(everyone)
+            for row in everyone:
+                sieve.take(row)
+            number += len(everyone)
+            bar.update(len(sieve.kept) - bar.n)
+            bar.set_postfix(kept=f"{len(sieve.kept) / sum(sieve.funnel.values()):.0%}")
+    return Collected(sieve.kept, dict(sieve.funnel))
 
 
-def _row(number: int, outcome: Outcome) -> dict[str, object]:
+class _Sieve:
+    """The first `wanted` rows that pass, and what became of the candidates up to the last of them."""
+
+    def __init__(self, wanted: int, again: Callable[[Transcript], str | None]) -> None:
+        self.wanted, self.again = wanted, again
+        self.kept: list[Transcript] = []
+        self.funnel: Counter[str] = Counter()
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        if len(self.kept) == self.wanted:
+            return
+        reason = row["reason"]
+        if row["transcript"] is not None:
+            transcript = from_json(row["transcript"])
+            reason = self.again(transcript)
+            if reason is None:
+                self.kept.append(transcript)
+        self.funnel[reason or KEPT] += 1
+
+
+def _row(number: int, outcome: Outcome) -> dict[str, Any]:
     transcript = to_json(outcome.transcript) if outcome.transcript else None
     return {"key": f"{number:07d}", "transcript": transcript, "reason": outcome.reason}
 
 
-def _funnel(store: TrialStore) -> dict[str, int]:
-    return dict(Counter(row["reason"] or "kept" for row in store.rows()))
-
-
 def _too_few(source: str, wanted: int, kept: int, funnel: dict[str, int]) -> str:
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(funnel.items()) if reason != "kept")
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(funnel.items()) if reason != KEPT)
     return (
         f"data.{source}: only {kept} of the {wanted} rows wanted passed the filters ({reasons}). "
         f"Ask for fewer rows, or change the strengths and score limits under data.{source}."

@@ -251,6 +251,16 @@ class NormalSection(Section):
     min_answer_score: float = 80.0
 
 
+class FilterSection(Section):
+    """What is thrown away for its text alone, after the judge."""
+
+    repetition: Fraction = Field(0.5, description="most of a detour's word triples that it has said before")
+    parroting: Fraction = Field(0.5, description="most of a detour's four-word sequences that the answer says again")
+    alike: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9, description="replies of one source that share so many of their word triples are one; None: only copies"
+    )
+
+
 class CueDiversitySection(Section):
     """How differently the rows of a training file must turn back at least; 0 demands nothing."""
 
@@ -273,6 +283,7 @@ class DataSection(Section):
         description="share of self-correction rows in the mixture; None keeps every row; a list makes an arm of each",
     )
     cue_diversity: CueDiversitySection = CueDiversitySection()
+    filters: FilterSection = FilterSection()
 
 
 class LiveSection(Section):

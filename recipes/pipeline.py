@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from data_gen.collect import collect
 from data_gen.context import SteerableLatent
+from data_gen.filters import Seen, screened
 from data_gen.inventory import require_diversity
 from data_gen.mixture import mix
 from esr_train.errors import InputError
 from esr_train.files import read_json, replacing, write_json
 from esr_train.interchange import read_segments
 from esr_train.provenance import git_state, hardware, relevant, sha256, versions
-from esr_train.recipe import DataSection, Recipe, dump_recipe
+from esr_train.ranks import ALONE, Ranks
+from esr_train.recipe import DataSection, FilterSection, Recipe, dump_recipe
 from esr_train.steering.engine import Engine
 from esr_train.steering.sae import Direction
 from esr_train.transcript import read_transcripts, write_transcripts
@@ -45,27 +47,30 @@ WIDER = 2.0
 """Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
 
 
-def begun(recipe: Recipe) -> tuple["Experiment", list["Experiment"]]:
+def begun(recipe: Recipe, ranks: Ranks = ALONE) -> tuple["Experiment", list["Experiment"]]:
     """The `experiments` of a recipe, with their directories made."""
-    top, parts = experiments(recipe)
+    top, parts = experiments(recipe, ranks=ranks)
     for experiment in (top, *(part for part in parts if part is not top)):
         experiment.begin()
     return top, parts
 
 
-def experiments(recipe: Recipe, directory: Path | None = None) -> tuple["Experiment", list["Experiment"]]:
+def experiments(
+    recipe: Recipe, directory: Path | None = None, ranks: Ranks = ALONE
+) -> tuple["Experiment", list["Experiment"]]:
     """The recipe's run directory, and its parts: one for each seed, or the run itself.
 
     Args:
         recipe: the experiment's.
         directory: where the run lies, if it was moved from where the recipe puts it.
+        ranks: processes that make its rows together.
     """
     directory = directory or recipe.directory
-    top = Experiment(recipe, directory, World(recipe))
+    top = Experiment(recipe, directory, World(recipe), ranks=ranks)
     if recipe.seeds is None:
         return top, [top]
     alone = [recipe.model_copy(update={"seed": seed, "seeds": None}) for seed in recipe.seeds]
-    return top, [Experiment(each, directory / f"seed-{each.seed}", top.world, shared=top) for each in alone]
+    return top, [Experiment(each, directory / f"seed-{each.seed}", top.world, top, ranks) for each in alone]
 
 
 @dataclass
@@ -77,20 +82,25 @@ class Experiment:
         directory: of the run.
         world: model, SAE, judge and prompts, loaded when needed.
         shared: the run whose thresholds and generated rows this one uses, if not its own.
+        ranks: processes that make its rows together.
     """
 
     recipe: Recipe
     directory: Path
     world: World
     shared: "Experiment | None" = None
+    ranks: Ranks = ALONE
 
     @cached_property
     def stages(self) -> Stages:
         """What is done."""
-        return Stages(self.directory)
+        return Stages(self.directory, self.ranks)
 
     def begin(self) -> None:
         """Write the resolved recipe and where it runs."""
+        self.ranks.by_first(self._write_facts)
+
+    def _write_facts(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         with replacing(self.directory / "recipe.yaml") as file:
             file.write(dump_recipe(self.recipe))
@@ -138,7 +148,7 @@ class Experiment:
         key = threshold_key(self.recipe, self.world)
         if self.shared:
             fingerprint, thresholds = self.shared.calibrated
-            save_thresholds(self.directory / "thresholds.json", key, thresholds)
+            self.ranks.by_first(lambda: save_thresholds(self.directory / "thresholds.json", key, thresholds))
             return fingerprint, thresholds
         path = self.directory / "thresholds.json"
 
@@ -150,10 +160,12 @@ class Experiment:
         thresholds = load_thresholds(path, key)
         bound = sum(each.bound is not None for each in thresholds)
         middle = sorted(each.norm for each in thresholds)[len(thresholds) // 2]
-        print(
-            f"calibrated {len(thresholds)} latents: median threshold {middle:.2f} residual norms; "
-            f"{bound} left out at a bound",
-            flush=True,
+        self.ranks.by_first(
+            lambda: print(
+                f"calibrated {len(thresholds)} latents: median threshold {middle:.2f} residual norms; "
+                f"{bound} left out at a bound",
+                flush=True,
+            )
         )
         return fingerprint, thresholds
 
@@ -251,21 +263,29 @@ class Experiment:
                 "calibration": self.calibrated[0],
                 "seed": self.recipe.seed,
                 "name": name,
+                # Only what a recipe changes: rows that were made before there were filters stay what they are.
+                **section.filters.model_dump(exclude_defaults=True),
             }
             stem = f"data/sources/{name}-{digest(inputs)}"
             path = self.directory / f"{stem}.jsonl"
             outputs = [f"{stem}.jsonl", f"{stem}.candidates.jsonl", f"{stem}.funnel.json"]
-            fingerprint = self.stages.do(stem, inputs, outputs, partial(self._collect, name, wanted, path))
+            together = not getattr(wanted, "writer", None)
+            ranks = self.ranks if together else ALONE
+            make = partial(self._collect, name, wanted, section.filters, ranks, path)
+            fingerprint = self.stages.do(stem, inputs, outputs, make, together)
             result[name] = (path, fingerprint)
         return result
 
-    def _collect(self, name: str, section: Any, path: Path) -> None:
+    def _collect(self, name: str, section: Any, filters: FilterSection, ranks: Ranks, path: Path) -> None:
         latents = [] if name in UNSTEERED else self.latents["train"]
-        make = maker(name, section, self.recipe, self.world, latents, path.with_suffix(".requests.json"))
+        ledger = path.with_suffix(".requests.json")
+        make = screened(maker(name, section, self.recipe, self.world, latents, ledger), filters)
         candidates = path.with_suffix(".candidates.jsonl")
-        found = collect(name, section.rows, make, candidates, chunk_rows(self.recipe, section))
-        write_json(path.with_suffix(".funnel.json"), found.funnel)
-        write_transcripts(path, found.transcripts)
+        chunk, again = chunk_rows(self.recipe, section), Seen(filters.alike).again
+        found = collect(name, section.rows, make, candidates, chunk, again, ranks)
+        if self.ranks.first:
+            write_json(path.with_suffix(".funnel.json"), found.funnel)
+            write_transcripts(path, found.transcripts)
 
     def _train(self, arm: str, data: str) -> tuple[Path, str]:
         from esr_train.training.trainer import train

@@ -1,6 +1,8 @@
 """Candidates are made until enough are kept: the same rows whatever the chunks and however often it was killed."""
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from data_gen.collect import Collected, Outcome, candidate_rng, collect
 from data_gen.context import cut_sentences, joined
 from esr_train.errors import RunError
+from esr_train.ranks import Ranks
 from esr_train.transcript import Span, SpanKind, Transcript
 
 
@@ -90,3 +93,55 @@ def test_a_detour_is_cut_after_whole_sentences():
 def test_white_space_between_spans_belongs_to_the_later_one():
     spans = joined((SpanKind.OFF_TOPIC, "Trim."), (SpanKind.CUE, "Wait."), (SpanKind.ANSWER, "Knead."))
     assert [span.text for span in spans] == ["Trim.", " Wait.", " Knead."]
+
+
+class Threads(Ranks):
+    """Ranks that are threads of one process."""
+
+    def __init__(self, rank: int, count: int, board: list[object], barrier: threading.Barrier) -> None:
+        super().__init__(rank, count)
+        object.__setattr__(self, "_shared", (board, barrier))
+
+    def gather(self, value: object) -> list[object]:
+        board, barrier = self._shared
+        board[self.rank] = value
+        barrier.wait(30)
+        found = list(board)
+        barrier.wait(30)
+        return found
+
+
+def together(path: Path, count: int, wanted: int = 6) -> tuple[list[Collected], list[Maker]]:
+    board, barrier = [None] * count, threading.Barrier(count)
+    makers = [Maker() for _ in range(count)]
+
+    def one(rank: int) -> Collected:
+        return collect("x", wanted, makers[rank], path, 4, ranks=Threads(rank, count, board, barrier))
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count))), makers
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_share_the_numbers_and_make_the_same_rows(tmp_path, count):
+    alone = run(tmp_path / "alone.jsonl", Maker())
+    found, makers = together(tmp_path / "together.jsonl", count)
+    assert found == [alone] * count
+    made = [number for maker in makers for number in maker.made]
+    assert len(made) == len(set(made))
+    assert all(maker.made for maker in makers)
+    first = (tmp_path / "alone.jsonl").read_bytes()
+    assert (tmp_path / "together.jsonl").read_bytes().startswith(first)
+
+
+def test_what_one_process_began_several_end_alike(tmp_path):
+    alone = run(tmp_path / "alone.jsonl", Maker())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut.jsonl", Maker(until=6))
+    found, makers = together(tmp_path / "cut.jsonl", 2)
+    assert found == [alone, alone]
+    assert min(makers[0].made) == 4
+
+
+def test_the_funnel_ends_with_the_last_row_that_was_wanted(tmp_path):
+    assert run(tmp_path / "c.jsonl", Maker(), chunk=50).funnel == {"kept": 6, "odd": 5, "even": 5}

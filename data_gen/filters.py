@@ -1,0 +1,115 @@
+"""What is thrown away after it was judged: detours that are no text, answers that repeat them, rows seen before."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from data_gen.collect import Make, Outcome
+from esr_train.recipe import FilterSection
+from esr_train.transcript import SpanKind, Transcript
+from eval.cells import fingerprint
+
+TRIPLE, QUADRUPLE = 3, 4
+"""Words in a row: those that a text says again, and those that an answer shares with a detour."""
+LEAST_TEXT = 0.5
+"""Share of letters and digits among the visible characters below which a detour is no text."""
+LOOP = re.compile(r"([^\W_]{1,4}?)\1{9,}")
+"""One to four letters ten times in a row."""
+PERMUTATIONS = 128
+MARGIN = 0.8
+"""MinHash estimates; rows are compared exactly from this share of the limit on."""
+
+
+def screened(make: Make, section: FilterSection) -> Make:
+    """The same candidates without those whose text alone shows that they are of no use."""
+
+    def screen(outcome: Outcome) -> Outcome:
+        reason = fault(outcome.transcript, section) if outcome.transcript else None
+        return Outcome(None, reason) if reason else outcome
+
+    return lambda numbers: [screen(outcome) for outcome in make(numbers)]
+
+
+def fault(row: Transcript, section: FilterSection) -> str | None:
+    """Why a row is refused for its text; None if it is not."""
+    detours = [span.text for span in row.spans if span.kind is SpanKind.OFF_TOPIC]
+    if any(degenerate(text, section.repetition) for text in detours):
+        return "detour degenerate"
+    answer = " ".join(span.text for span in row.spans if span.kind is SpanKind.ANSWER)
+    if any(repeated(text, answer) > section.parroting for text in detours):
+        return "answer parrots the detour"
+    return None
+
+
+def degenerate(text: str, limit: float) -> bool:
+    """Whether a text goes round in circles, by more than `limit` of its word triples, or is no text at all."""
+    visible = [each for each in text if not each.isspace()]
+    if sum(map(str.isalnum, visible)) < LEAST_TEXT * len(visible) or LOOP.search(text):
+        return True
+    return repetition(text) > limit
+
+
+def repetition(text: str) -> float:
+    """Share of a text's word triples that it has said before, 0 to 1."""
+    triples = _grams(_words(text), TRIPLE)
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+def repeated(detour: str, answer: str) -> float:
+    """Share of a detour's distinct word quadruples that its answer says, too, 0 to 1; a shorter detour has none."""
+    said = set(_grams(_words(detour), QUADRUPLE))
+    return len(said & set(_grams(_words(answer), QUADRUPLE))) / len(said) if said else 0.0
+
+
+class Seen:
+    """The replies of one file so far, to recognise one that comes again or nearly so.
+
+    Args:
+        alike: Jaccard similarity of the sets of word triples from which two replies count as the same; with None
+            only a reply in the same words to the same prompt does. Cues do not count: they are phrasings of one kind.
+    """
+
+    def __init__(self, alike: float | None) -> None:
+        self._alike = alike
+        self._exact: set[str] = set()
+        self._triples: list[frozenset[tuple[str, ...]]] = []
+        self._index: Any = None
+        if alike is not None:
+            from datasketch import MinHashLSH
+
+            self._index = MinHashLSH(threshold=MARGIN * alike, num_perm=PERMUTATIONS)
+
+    def again(self, row: Transcript) -> str | None:
+        """Why a row is refused as a repeat; one that is not is remembered."""
+        exact = f"{fingerprint(row.prompt)} {fingerprint(row.content)}"
+        if exact in self._exact:
+            return "duplicate"
+        if self._index is not None and not self._is_new(row):
+            return "near duplicate"
+        self._exact.add(exact)
+        return None
+
+    def _is_new(self, row: Transcript) -> bool:
+        from datasketch import MinHash
+
+        words = _words(" ".join(span.text for span in row.spans if span.kind is not SpanKind.CUE))
+        triples = frozenset(_grams(words, TRIPLE) or [tuple(words)])
+        sketch = MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch([" ".join(each).encode() for each in triples])
+        if any(_jaccard(triples, self._triples[other]) >= (self._alike or 0) for other in self._index.query(sketch)):
+            return False
+        self._index.insert(len(self._triples), sketch)
+        self._triples.append(triples)
+        return True
+
+
+def _jaccard(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) -> float:
+    return len(one & other) / len(one | other)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]

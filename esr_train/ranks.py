@@ -1,0 +1,63 @@
+"""Several processes at one piece of work, as `accelerate launch` or torchrun starts them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+PATIENCE = timedelta(days=30)
+"""How long a process waits for the others: one may calibrate for hours while they have nothing to do."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its fellows.
+
+    Args:
+        rank: its number, from 0; the first one alone writes files.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, on every process."""
+        if self.count == 1:
+            return [value]
+        from torch import distributed
+
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, value)
+        return found
+
+    def by_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on the first process, on every process; the others wait for it."""
+        return self.gather(work() if self.first else None)[0]
+
+
+ALONE = Ranks()
+
+
+def join() -> Ranks:
+    """Meet the other processes that were started with this one, if any; each then sees one accelerator of its own.
+
+    Must come before the accelerator is first used. Messages go over the CPU, so any accelerator will do.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return ALONE
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named != "":
+        os.environ["CUDA_VISIBLE_DEVICES"] = (named.split(",") if named else list(map(str, range(local + 1))))[local]
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=PATIENCE)
+    return Ranks(distributed.get_rank(), count)
