@@ -145,7 +145,7 @@ def split_latents(
     A latent whose label is a topic goes where the topic is; others are dealt by the hash of their label, and
     latents without one by their index.
     """
-    subjects = [_subject(latent) for latent in latents]
+    subjects = [subject_of(latent) for latent in latents]
     dealt = deal_subjects(subjects, topics, section)
     result: dict[Split, list[Direction]] = {split: [] for split in SPLITS}
     for latent, subject in zip(latents, subjects, strict=True):
@@ -161,7 +161,8 @@ def deal_subjects(subjects: Iterable[str], topics: Mapping[str, Split], section:
     return {subject: dealt[subject] for subject in found}
 
 
-def _subject(latent: "Direction") -> str:
+def subject_of(latent: "Direction") -> str:
+    """What a latent stands for: its label, or its index if it has none."""
     return latent.label or f"latent {latent.latent}"
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_gen.context import SteerableLatent
+from data_gen.latents import deal_latents
 from esr_train.recipe import Recipe
 from esr_train.steering.sae import Direction, load_sae
 from eval.calibration import Threshold, calibration_key
-from eval.cells import split_latents
 from recipes.world import World
 
 
@@ -16,7 +16,7 @@ def steerable(
 ) -> dict[str, list[SteerableLatent]]:
     """The steerable latents of each split; those whose threshold lies at a bound are left out."""
     norms = {each.latent: each.norm for each in thresholds if each.bound is None}
-    split = split_latents(directions, world.pools.topics, world.required_prompts.splits)
+    split = deal_latents(directions, world.pools.topics, world.required_prompts.splits)
     return {
         name: [SteerableLatent(each, norms[each.latent]) for each in group if each.latent in norms]
         for name, group in split.items()
