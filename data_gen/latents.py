@@ -9,7 +9,7 @@ from eval.cells import SPLITS, Split, deal_subjects, subject_of
 if TYPE_CHECKING:
     from esr_train.steering.sae import Direction
 
-TWINS = 0.7
+TWINS = 0.8
 """Cosine of decoder rows from which two latents stand for the same thing, whatever their labels say."""
 
 

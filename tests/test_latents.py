@@ -51,7 +51,7 @@ def test_a_chain_of_twins_is_one_family():
         latent(n, f"free{n}", torch.tensor([1.0, 0.0]) * c + torch.tensor([0.0, 1.0]) * s)
         for n, (c, s) in enumerate([(1.0, 0.0), (0.8, 0.6), (0.28, 0.96)])
     ]
-    assert families(chain) == [[0, 1, 2]]
+    assert families(chain, 0.75) == [[0, 1, 2]]
     assert families(chain, 0.9) == [[0], [1], [2]]
 
 
