@@ -56,7 +56,8 @@ def join() -> Ranks:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named != "":
-        os.environ["CUDA_VISIBLE_DEVICES"] = (named.split(",") if named else list(map(str, range(local + 1))))[local]
+        devices = named.split(",") if named else [str(local)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
     from torch import distributed
 
     distributed.init_process_group("gloo", timeout=PATIENCE)
