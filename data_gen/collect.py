@@ -3,7 +3,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,10 +30,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Collected:
-    """The rows that were kept, and the funnel: how many candidates ended how."""
+    """The rows that were kept, and the funnel: how many candidates ended how.
+
+    The funnel ends with the last wanted row. `surplus` counts the candidates behind it in the same way: they were made
+    (and, by a writer, paid for) because a chunk is made at once.
+    """
 
     transcripts: list[Transcript]
     funnel: dict[str, int]
+    surplus: dict[str, int] = field(compare=False)
 
 
 Make = Callable[[Sequence[int]], list[Outcome]]
@@ -94,7 +99,7 @@ def collect(
             number += len(everyone)
             bar.update(len(sieve.kept) - bar.n)
             bar.set_postfix(kept=f"{len(sieve.kept) / sum(sieve.funnel.values()):.0%}")
-    return Collected(sieve.kept, dict(sieve.funnel))
+    return Collected(sieve.kept, dict(sieve.funnel), dict(sieve.surplus))
 
 
 class _Sieve:
@@ -104,9 +109,11 @@ class _Sieve:
         self.wanted, self.again = wanted, again
         self.kept: list[Transcript] = []
         self.funnel: Counter[str] = Counter()
+        self.surplus: Counter[str] = Counter()
 
     def take(self, row: Mapping[str, Any]) -> None:
         if len(self.kept) == self.wanted:
+            self.surplus[row["reason"] or KEPT] += 1
             return
         reason = row["reason"]
         if row["transcript"] is not None:
