@@ -37,40 +37,56 @@ def prompted(context: Context, section: PromptedSection, prompts: Sequence[Promp
         scores = context.scores([JudgeItem(p.text, d) for p, d in zip(chosen, detours, strict=True)])
         finals = context.scores([JudgeItem(p.text, a) for p, a in zip(chosen, answers, strict=True)])
         return [
-            _outcome(
-                context, section, number, prompt, other, (detour, cues.draw(rng, other.topic), answer), score, final
+            outcome(
+                context,
+                section,
+                f"prompted-{context.seed}-{number:07d}",
+                prompt,
+                other.topic,
+                (detour, cues.draw(rng, other.topic), answer),
+                scored,
             )
-            for number, prompt, other, detour, rng, answer, score, final in zip(
-                numbers, chosen, others, detours, rngs, answers, scores, finals, strict=True
+            for number, prompt, other, detour, rng, answer, scored in zip(
+                numbers, chosen, others, detours, rngs, answers, zip(scores, finals, strict=True), strict=True
             )
         ]
 
     return make
 
 
-def _outcome(
+def outcome(
     context: Context,
     section: PromptedSection,
-    number: int,
+    row: str,
     prompt: Prompt,
-    other: Prompt,
-    texts: tuple[str, str, str],
-    off_topic: float | None,
-    answer: float | None,
+    subject: str,
+    texts: Sequence[str],
+    scores: tuple[float | None, float | None],
 ) -> Outcome:
-    if off_topic is None or answer is None:
+    """A row of detour, cue and answer, whoever wrote them, or why it is refused.
+
+    Args:
+        context: of the run.
+        section: with the limits of the scores, and the writer, if there is one.
+        row: the row's id.
+        prompt: that is answered.
+        subject: of the detour.
+        texts: detour, cue and answer.
+        scores: of detour and answer; None where the judge failed.
+    """
+    detour, answer = scores
+    if detour is None or answer is None:
         return Outcome(None, "judge failed")
-    if off_topic >= section.max_detour_score:
+    if detour >= section.max_detour_score:
         return Outcome(None, "detour on-topic")
     if answer < section.min_answer_score:
         return Outcome(None, "answer off-topic")
     kinds = (SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER)
     meta = {
-        "model": context.model,
+        "model": section.writer.model if section.writer else context.model,
         "seed": context.seed,
         "topic": prompt.topic,
-        "subject": other.topic,
-        "scores": {"off_topic": off_topic, "answer": answer},
+        "subject": subject,
+        "scores": {"off_topic": detour, "answer": answer},
     }
-    spans = joined(*zip(kinds, texts, strict=True))
-    return Outcome(Transcript(f"prompted-{context.seed}-{number:07d}", prompt.text, spans, "prompted", meta=meta))
+    return Outcome(Transcript(row, prompt.text, joined(*zip(kinds, texts, strict=True)), "prompted", meta=meta))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from random import Random
 
 from data_gen.collect import Make, Outcome, candidate_rng
-from data_gen.context import Context, joined
+from data_gen.context import Context
 from data_gen.cues import Cues, read_cues, stem
 from data_gen.draws import draw_count
+from data_gen.prompted import outcome
 from esr_train.recipe import PromptedSection
 from esr_train.restart import split_cue
-from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt, fingerprint
 from eval.judging.attempts import attempts
 from eval.judging.judge import JudgeItem
@@ -164,35 +164,10 @@ def _outcomes(
             outcomes.append(Outcome(None, "writer: malformed answer" if answer.replied else "writer: no answer"))
             continue
         detour, final = next(scores)
-        outcomes.append(_judged(context, section, number, task, answer.value, detour, final))
+        row = f"written-{context.seed}-{number:07d}"
+        texts = [answer.value[name] for name in PARTS]
+        outcomes.append(outcome(context, section, row, task.prompt, task.subject, texts, (detour, final)))
     return outcomes
-
-
-def _judged(
-    context: Context,
-    section: PromptedSection,
-    number: int,
-    task: Task,
-    parts: dict[str, str],
-    detour: float | None,
-    answer: float | None,
-) -> Outcome:
-    if detour is None or answer is None:
-        return Outcome(None, "judge failed")
-    if detour >= section.max_detour_score:
-        return Outcome(None, "detour on-topic")
-    if answer < section.min_answer_score:
-        return Outcome(None, "answer off-topic")
-    kinds = (SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER)
-    spans = joined(*((kind, parts[name]) for kind, name in zip(kinds, PARTS, strict=True)))
-    meta = {
-        "model": section.writer.model if section.writer else context.model,
-        "seed": context.seed,
-        "topic": task.prompt.topic,
-        "subject": task.subject,
-        "scores": {"off_topic": detour, "answer": answer},
-    }
-    return Outcome(Transcript(f"written-{context.seed}-{number:07d}", task.prompt.text, spans, "prompted", meta=meta))
 
 
 def _object(text: str) -> dict[str, object]:

@@ -284,7 +284,10 @@ class Experiment:
         chunk, again = chunk_rows(self.recipe, section), Seen(filters.alike).again
         found = collect(name, section.rows, make, candidates, chunk, again, ranks)
         if self.ranks.first:
-            write_json(path.with_suffix(".funnel.json"), found.funnel)
+            # A writer is paid for the candidates behind the last wanted row, too: they stay in the books.
+            unused = sum(found.surplus.values()) if getattr(section, "writer", None) else 0
+            funnel = found.funnel | ({"not needed": unused} if unused else {})
+            write_json(path.with_suffix(".funnel.json"), funnel)
             write_transcripts(path, found.transcripts)
 
     def _train(self, arm: str, data: str) -> tuple[Path, str]:

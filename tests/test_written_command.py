@@ -53,6 +53,9 @@ def test_a_recipe_s_writer_is_asked_and_its_rows_are_kept(assets, tmp_path, monk
     assert len(rows) == ROWS
     assert all([span.kind for span in row.spans] == list(SpanKind) for row in rows)
     assert all(row.source == "prompted" and row.meta["scores"]["answer"] >= 80 for row in rows)
-    ledger = json.loads(next((tmp_path / "quickstart" / "data" / "sources").glob("*.requests.json")).read_text())
+    sources = tmp_path / "quickstart" / "data" / "sources"
+    ledger, funnel = (json.loads(next(sources.glob(f"*.{name}.json")).read_text()) for name in ("requests", "funnel"))
     assert ledger["asked"] + ledger["lost"] == asked
+    assert ledger["asked"] - ledger["refused"] + ledger["cached"] + ledger["failed"] == sum(funnel.values())
+    assert funnel["kept"] == ROWS
     assert not any(KEY in path.read_text(errors="ignore") for path in tmp_path.rglob("*.json*"))

@@ -152,7 +152,7 @@ def _templates() -> tuple[str, ...]:
     return (*QUESTIONS, *OPENINGS, *STEPS, *CLOSINGS, *NAMING, *LISTING, *PAIRING, *TALK)
 
 
-TALK = ("This is about {t}.", "Now for {t}.", "The {n}, the {m} and the {o}.")
+TALK = ("This is about {t}.", "Now for {t}.")
 
 
 def _plain(template: str) -> list[str]:
