@@ -59,7 +59,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str]:
 
     import recipes.tiny
     from esr_train.models import load_model, load_tokenizer
-    from esr_train.recipe import ModelSection
+    from esr_train.sections.world import ModelSection
     from esr_train.steering.engine import Request, Sampling
     from esr_train.steering.sae import load_sae, residual_norm
     from esr_train.steering.transformers_engine import TransformersEngine

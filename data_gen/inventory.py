@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.masking import IGNORED, Policy, label
-from esr_train.recipe import CueDiversitySection
+from esr_train.sections.data import CueDiversitySection
 from esr_train.transcript import SpanKind, Transcript
 from eval.llm import Spent
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from esr_train.recipe import SplitSection
+from esr_train.sections.world import SplitSection
 from eval.cells import SPLITS, Split, deal_subjects, subject_of
 
 if TYPE_CHECKING:

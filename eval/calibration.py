@@ -12,7 +12,7 @@ import numpy as np
 
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, write_json
-from esr_train.recipe import CalibrationSection
+from esr_train.sections.world import CalibrationSection
 from esr_train.steering.engine import Engine, Progress, Request, Sampling
 from esr_train.steering.intervention import Positions
 from esr_train.transcript import SaeRef

@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from esr_train.errors import InputError
-from esr_train.recipe import SplitSection
+from esr_train.sections.world import SplitSection
 from esr_train.tables import read_rows
 
 if TYPE_CHECKING:

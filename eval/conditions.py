@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from esr_train.recipe import BoostSection, EvalSection
+from esr_train.sections.evaluation import BoostSection, EvalSection
 from eval.cells import Cell, derived_seed
 from eval.judging.attempts import attempts, find_cues, sentences
 from eval.store import Trial

@@ -19,7 +19,8 @@ from esr_train.files import read_json, replacing, write_json
 from esr_train.interchange import read_segments
 from esr_train.provenance import git_state, hardware, relevant, sha256, versions
 from esr_train.ranks import ALONE, Ranks
-from esr_train.recipe import DataSection, FilterSection, Recipe, dump_recipe
+from esr_train.recipe import Recipe, dump_recipe
+from esr_train.sections.data import DataSection, FilterSection
 from esr_train.steering.engine import Engine
 from esr_train.steering.sae import Direction
 from esr_train.transcript import read_transcripts, write_transcripts

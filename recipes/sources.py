@@ -13,7 +13,8 @@ from data_gen.steered import contrast, steered
 from data_gen.subjects import SUBJECTS, read_subjects, training_subjects
 from data_gen.written import written
 from esr_train.provenance import sha256
-from esr_train.recipe import Recipe, WriterSection
+from esr_train.recipe import Recipe
+from esr_train.sections.data import WriterSection
 from esr_train.steering.sae import read_labels
 from esr_train.transcript import Transcript
 from eval.cells import Cell, Side, check_disjoint, deal_subjects

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from esr_train.errors import InputError
 from esr_train.provenance import sha256
-from esr_train.recipe import NEEDS
+from esr_train.sections.evaluation import NEEDS
 from esr_train.steering.engine import Engine, Scorer
 from eval.calibration import load_thresholds, save_thresholds
 from eval.cells import Cell, unsteered

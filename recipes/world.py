@@ -12,7 +12,8 @@ import torch
 from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.provenance import sha256
-from esr_train.recipe import EngineSection, JudgeSection, ModelSection, PromptsSection, Recipe, SaeSection
+from esr_train.recipe import Recipe
+from esr_train.sections.world import EngineSection, JudgeSection, ModelSection, PromptsSection, SaeSection
 from esr_train.steering.engine import Engine, Sampling
 from esr_train.steering.sae import Direction, LoadedSae, check_fits, load_sae, read_labels, residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine

@@ -8,7 +8,7 @@ import anyio
 from inspect_ai import eval as inspect_eval
 
 from esr_train.models import load_model, load_tokenizer
-from esr_train.recipe import ModelSection
+from esr_train.sections.world import ModelSection
 from esr_train.steering.engine import Sampling
 from esr_train.steering.sae import load_sae, read_labels
 from esr_train.steering.transformers_engine import TransformersEngine

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_gen.latents import deal_latents, families
-from esr_train.recipe import SplitSection
+from esr_train.sections.world import SplitSection
 from esr_train.steering.sae import Direction
 from esr_train.transcript import SaeRef
 from eval.cells import split_latents, split_topics

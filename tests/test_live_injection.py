@@ -5,7 +5,7 @@ import torch
 from training_world import LAYER, gradients, read_six, with_adapter
 
 from esr_train.errors import RunError
-from esr_train.recipe import LiveSection
+from esr_train.sections.train import LiveSection
 from esr_train.training.batches import Collator
 from esr_train.training.dataset import singly, table, to_dataset
 from esr_train.training.flow import Watch, check_flow

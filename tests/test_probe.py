@@ -9,7 +9,8 @@ from training_world import SAE, probed, recipe, write_world
 
 from esr_train.__main__ import main
 from esr_train.errors import InputError
-from esr_train.recipe import JudgeSection, dump_recipe
+from esr_train.recipe import dump_recipe
+from esr_train.sections.world import JudgeSection
 from esr_train.steering.engine import Sampling
 from esr_train.steering.sae import load_sae
 from esr_train.training.trainer import train

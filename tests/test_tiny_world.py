@@ -12,7 +12,7 @@ from esr_train.chat import encode_prompt
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.models import load_model, load_tokenizer
-from esr_train.recipe import ModelSection
+from esr_train.sections.world import ModelSection
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.sae import check_fits, load_sae, read_labels
 from esr_train.steering.transformers_engine import TransformersEngine

