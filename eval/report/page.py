@@ -11,6 +11,7 @@ from eval.report.drawing import arm_colours, inline_svg
 from eval.report.figures import draw_figures, save_figures
 from eval.report.material import Material
 from eval.report.story import shown, story
+from eval.report.template import HERE, render
 from eval.report.transcripts import embedded, script_json
 from eval.store import Trial
 
@@ -55,7 +56,9 @@ def write_report(
     save_figures(run_dir / "figures", figures)
     arms = list(metrics["arms"])
     trials = embedded(rows_by_arm)
-    page = _template().render(
+    page = render(
+        HERE,
+        "page.html",
         title=heading,
         story=story(metrics),
         arms=list(enumerate(arms)),
@@ -74,15 +77,6 @@ def write_report(
     with replacing(run_dir / "report.html") as file:
         file.write(page)
     return run_dir / "report.html"
-
-
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("eval.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("page.html")
 
 
 def _groups(arms: Mapping[str, Any], signed: bool = False) -> list[dict[str, Any]]:
