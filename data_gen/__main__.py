@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from esr_train.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from data_gen.mixture import Sized
     from esr_train.transcript import Transcript
 
 SWEEP = "10,20,30,40,50,60,70,80,90"
@@ -41,8 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     share = mix.add_mutually_exclusive_group()
     share.add_argument("--self-correction", type=float, metavar="SHARE", help="0 to 1; every row unless given")
     share.add_argument("--sweep", nargs="?", const=SWEEP, metavar="PERCENTS", help=f"one file for each share ({SWEEP})")
+    mix.add_argument("--rows", type=int, metavar="N", help="of a mixture, at most; as many as there are unless given")
+    mix.add_argument("--repeat", action="store_true", help="with --rows: self-correction rows may come more than once")
     mix.add_argument("--seed", type=int, default=0, help="of the choice of rows and their order")
     mix.add_argument("--out", type=Path, required=True, help="file to write; with --sweep a folder")
+    _add_mask(mix, "the share then counts trained tokens")
 
     _import = add_command(commands, "import", _import_file, "read another format as transcripts")
     _import.add_argument("file", type=Path)
@@ -59,16 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("file", type=Path, help="transcript file")
     preview.add_argument("--rows", type=int, default=5, help="how many")
     preview.add_argument("--html", type=Path, metavar="OUT", help="write a page instead of printing")
-    _add_mask(preview)
+    _add_mask(preview, "tokens and masks are then shown, too")
 
     stats = add_command(commands, "stats", _stats, "count what a transcript file or a run directory holds")
     stats.add_argument("path", type=Path, help="transcript file or run directory")
-    _add_mask(stats)
+    _add_mask(stats, "tokens are then counted, too")
     return parser
 
 
-def _add_mask(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", metavar="PATH", help="hub id or folder; tokens and masks are then shown, too")
+def _add_mask(parser: argparse.ArgumentParser, effect: str) -> None:
+    parser.add_argument("--tokenizer", metavar="PATH", help=f"hub id or folder; {effect}")
     parser.add_argument("--loss", choices=POLICIES, default="masked", help="policy of the mask")
 
 
@@ -99,20 +104,51 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _mix(options: argparse.Namespace) -> None:
-    from data_gen.mixture import mix
+    from data_gen.mixture import Sized, mix, mix_sized, one, together
+    from esr_train.masking import trained_tokens
     from esr_train.transcript import write_transcripts
 
-    rows = [row for file in options.files for row in _read(file)]
-    _refuse_doubles(rows)
+    _check_size(options)
+    files = [_read(file) for file in options.files]
+    rows = together(files)
+    if double := sum(map(len, files)) - len(rows):
+        print(f"{double} rows left out: an earlier file holds them, too")
     if options.sweep is None:
         targets = {options.out: _share(options.self_correction)}
     else:
         targets = {options.out / f"{percent:02d}.jsonl": percent / 100 for percent in _percents(options.sweep)}
-    mixtures = {path: mix(rows, share, options.seed) for path, share in targets.items()}
+    tokenizer = _tokenizer(options.tokenizer)
+    weigh = partial(trained_tokens, tokenizer, policy=options.loss) if tokenizer else one
+
+    def made(share: float | None) -> Sized:
+        if options.rows is None or share is None:
+            return Sized(mix(rows, share, options.seed, weigh), 0, 0)
+        return mix_sized(rows, share, options.rows, options.seed, options.repeat)
+
+    mixtures = {path: made(share) for path, share in targets.items()}
     for path, mixed in mixtures.items():
-        write_transcripts(path, mixed)
-        corrections = sum(row.corrects for row in mixed)
-        print(f"{path}: {len(mixed)} rows, {corrections} self-correction, {len(mixed) - corrections} normal")
+        write_transcripts(path, mixed.rows)
+        print(f"{path}: {_described(mixed)}")
+
+
+def _check_size(options: argparse.Namespace) -> None:
+    if options.rows is None:
+        if options.repeat:
+            raise InputError("repeating serves to reach a number of rows", "--repeat", "Give --rows, too.")
+        return
+    if options.rows < 1:
+        raise InputError(f"{options.rows} is not a number of rows", "--rows", "Give 1 or more.")
+    if options.sweep is None and options.self_correction is None:
+        raise InputError("a number of rows needs a share", "--rows", "Give --self-correction or --sweep, too.")
+    if options.tokenizer is not None:
+        raise InputError("a number of rows and a share of tokens exclude each other", "--rows", "Leave out one.")
+
+
+def _described(mixed: "Sized") -> str:
+    total, corrections = len(mixed.rows), sum(row.corrects for row in mixed.rows)
+    again = f" ({mixed.repeated} of them repeats)" if mixed.repeated else ""
+    fewer = f" ({mixed.missing} fewer than asked for: there are no more)" if mixed.missing else ""
+    return f"{total} rows, {corrections} self-correction{again}, {total - corrections} normal{fewer}"
 
 
 def _share(value: float | None) -> float | None:
@@ -129,14 +165,6 @@ def _percents(text: str) -> list[int]:
     if not percents or not all(0 <= percent <= 100 for percent in percents):
         raise InputError(f"{text!r} is not a list of percentages", "--sweep", f"Give whole numbers, such as {SWEEP}.")
     return percents
-
-
-def _refuse_doubles(rows: "Sequence[Transcript]") -> None:
-    seen: set[str] = set()
-    for row in rows:
-        if row.id in seen:
-            raise InputError(f"the id {row.id!r} occurs more than once", None, "Name files that share no rows.")
-        seen.add(row.id)
 
 
 def _import_file(options: argparse.Namespace) -> None:

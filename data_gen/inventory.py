@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from esr_train.errors import InputError
 from esr_train.files import read_json
-from esr_train.masking import IGNORED, Policy, label
+from esr_train.masking import Policy, label
 from esr_train.sections.data import CueDiversitySection
 from esr_train.transcript import SpanKind, Transcript
 from eval.llm import Spent
@@ -84,16 +84,16 @@ def take(
     Raises:
         InputError: naming the row, if it cannot be labelled.
     """
-    labels = [label(tokenizer, row, policy).labels for row in rows] if tokenizer else []
-    total = sum(map(len, labels))
+    labelled = [label(tokenizer, row, policy) for row in rows] if tokenizer else []
+    tokens = [len(each.labels) for each in labelled]
     return Inventory(
         rows=dict(sorted(Counter(row.source for row in rows).items())),
         corrections=sum(row.corrects for row in rows),
         topics=len({row.meta["topic"] for row in rows if "topic" in row.meta}),
         latents=len({(row.steering.sae, row.steering.latent) for row in rows if row.steering}),
         lengths=_lengths(rows),
-        tokens=spread([len(each) for each in labels]) if labels else None,
-        trained=sum(value != IGNORED for each in labels for value in each) / total if total else None,
+        tokens=spread(tokens) if tokens else None,
+        trained=sum(each.trained for each in labelled) / sum(tokens) if tokens else None,
         cues=cue_diversity(rows),
     )
 

@@ -86,8 +86,7 @@ def _heading(transcript: Transcript) -> str:
 
 
 def _counts(labelled: Labelled) -> str:
-    trained = sum(value != IGNORED for value in labelled.labels)
-    return f"{trained} of {len(labelled.labels)} tokens trained, {labelled.straddling} straddling"
+    return f"{labelled.trained} of {len(labelled.labels)} tokens trained, {labelled.straddling} straddling"
 
 
 def _visible(text: str) -> str:

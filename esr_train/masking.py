@@ -44,6 +44,11 @@ class Labelled:
     text: str
     straddling: int
 
+    @property
+    def trained(self) -> int:
+        """How many tokens carry loss."""
+        return sum(value != IGNORED for value in self.labels)
+
 
 def label(
     tokenizer: PreTrainedTokenizerBase,
@@ -73,6 +78,11 @@ def label(
     _check_coverage(tokenizer, rendered, encoded, labels, where)
     _check_decoding(tokenizer, rendered.text, encoded, labels, where)
     return Labelled(transcript.id, encoded.input_ids, labels, encoded.offsets, rendered.text, straddling)
+
+
+def trained_tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, policy: Policy = "masked") -> int:
+    """How many of a transcript's tokens carry loss; see `label`."""
+    return label(tokenizer, transcript, policy).trained
 
 
 def _trained_characters(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, policy: Policy) -> bytearray:

@@ -13,10 +13,11 @@ from data_gen.collect import collect
 from data_gen.context import SteerableLatent
 from data_gen.filters import Seen, screened
 from data_gen.inventory import require_diversity
-from data_gen.mixture import mix
+from data_gen.mixture import mix, one
 from esr_train.errors import InputError
 from esr_train.files import read_json, replacing, write_json
 from esr_train.interchange import read_segments
+from esr_train.masking import trained_tokens
 from esr_train.provenance import git_state, hardware, relevant, sha256, versions
 from esr_train.ranks import ALONE, Ranks
 from esr_train.recipe import Recipe, dump_recipe
@@ -226,6 +227,7 @@ class Experiment:
         """
         section, seed = self.recipe.for_arm(arm).data, self.recipe.seed
         train = self.recipe.for_arm(arm).train
+        by_tokens = section.mix_by == "trained_tokens"
         if train.data:
             read = read_transcripts if train.format == "transcripts" else read_segments
             check_held_out(read(train.data), self.cells)
@@ -237,7 +239,8 @@ class Experiment:
             rows = [row for source, _ in sources.values() for row in read_transcripts(source)]
             if not rows:
                 raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
-            mixed = mix(rows, section.self_correction, seed)
+            weigh = partial(trained_tokens, self.world.tokenizer, policy=train.loss) if by_tokens else one
+            mixed = mix(rows, section.self_correction, seed, weigh)
             require_diversity(mixed, section.cue_diversity)
             check_held_out(mixed, self.cells)
             write_transcripts(path, mixed)
@@ -248,6 +251,7 @@ class Experiment:
             "cue_diversity": section.cue_diversity.model_dump(),
             "seed": seed,
             "cells": [cell.key for cell in self.cells],
+            **({"mix_by": [section.mix_by, train.loss]} if by_tokens else {}),
         }
         return self.stages.do(f"data/{arm}", inputs, [f"data/{arm}.jsonl"], make)
 

@@ -13,7 +13,7 @@ from esr_train.transcript import Span, SpanKind, Transcript, read_transcripts, w
 from tests.conftest import Family
 
 OFF, CUE, ANSWER = SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER
-SEGMENTS_FILE = "dataset_masked_ratio_50pct_train.jsonl"
+SEGMENTS_FILE, NORMAL_FILE = "dataset_masked_ratio_50pct_train.jsonl", "dataset_normal_responses.json"
 
 
 def correction(number: int, cue: str = " Wait, that's not right.") -> Transcript:
@@ -104,9 +104,70 @@ def test_a_share_that_is_none_is_refused_and_nothing_is_written(files, tmp_path,
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_files_that_share_a_row_are_not_mixed(files, tmp_path, capsys):
-    assert data(words("mix", files[0], files[0], "--out", tmp_path / "out")) == 2
-    assert "'c0' occurs more than once" in capsys.readouterr().err
+def test_a_row_that_two_files_share_is_mixed_once(files, tmp_path, capsys):
+    assert data(words("mix", files[0], files[0], "--out", tmp_path / "out")) == 0
+    assert "12 rows left out: an earlier file holds them, too" in capsys.readouterr().out
+    assert len(read_transcripts(tmp_path / "out")) == 12
+
+
+def test_the_paper_s_nine_mixtures_have_its_sizes(paper, tmp_path, capsys):
+    imported = tmp_path / "detours.jsonl", tmp_path / "normal.jsonl"
+    assert data(words("import", paper / SEGMENTS_FILE, "--format", "segments", "--out", imported[0])) == 0
+    assert data(words("import", paper / NORMAL_FILE, "--format", "normal", "--out", imported[1])) == 0
+    sweep = words("mix", *imported, "--sweep", "--rows", 918, "--out", tmp_path / "sweep")
+    capsys.readouterr()
+
+    # The files hold 459 of the self-correction rows; what the paper had beyond them was not released.
+    assert data(sweep) == 2
+    assert "60% of 918 rows are 550 self-correction rows, and there are 459 (91 too few)" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+    assert data([*sweep, "--repeat"]) == 0
+    assert "459 rows left out: an earlier file holds them, too" in capsys.readouterr().out
+    found = {}
+    for path in sorted((tmp_path / "sweep").iterdir()):
+        rows = read_transcripts(path)
+        found[int(path.stem)] = (sum(row.corrects for row in rows), sum(not row.corrects for row in rows))
+        assert len({row.id for row in rows}) == len(rows)
+    assert found == {
+        10: (91, 760),
+        20: (183, 734),
+        30: (275, 642),
+        40: (367, 550),
+        50: (459, 459),
+        60: (550, 367),
+        70: (642, 275),
+        80: (734, 183),
+        90: (826, 91),
+    }
+
+
+def test_a_share_can_count_trained_tokens(files, recipe_file, llama, tmp_path):
+    from esr_train.masking import trained_tokens
+
+    out, tokenizer = tmp_path / "out", recipe_file.parent / "model"
+    for policy in ("masked", "answer_only"):
+        share = words("--self-correction", 0.3, "--tokenizer", tokenizer, "--loss", policy)
+        assert data(words("mix", *files, *share, "--out", out)) == 0
+        rows = read_transcripts(out)
+        weights = [trained_tokens(llama.tokenizer, row, policy) for row in rows]
+        corrected = sum(weight for weight, row in zip(weights, rows, strict=True) if row.corrects)
+        assert sum(not row.corrects for row in rows) == 8
+        assert abs(corrected - 0.3 * sum(weights)) <= max(weights) / 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--rows", "0", "--sweep"), "error: --rows: 0 is not a number of rows"),
+        (("--rows", "9"), "error: --rows: a number of rows needs a share"),
+        (("--repeat",), "error: --repeat: "),
+        (("--rows", "9", "--sweep", "--tokenizer", "x"), "error: --rows: a number of rows and a share of tokens"),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_refused(files, tmp_path, capsys, extra, message):
+    assert data(words("mix", *files, *extra, "--out", tmp_path / "out")) == 2
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_an_export_says_what_it_loses(files, tmp_path, capsys):

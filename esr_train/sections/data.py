@@ -117,5 +117,6 @@ class DataSection(Section):
         None,
         description="share of self-correction rows in the mixture; None keeps every row; a list makes an arm of each",
     )
+    mix_by: Literal["rows", "trained_tokens"] = Field("rows", description="what that share counts")
     cue_diversity: CueDiversitySection = CueDiversitySection()
     filters: FilterSection = FilterSection()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from esr_train.chat import render
 from esr_train.errors import InputError
 from esr_train.files import write_jsonl
-from esr_train.masking import IGNORED, Labelled, label
+from esr_train.masking import Labelled, label
 from esr_train.recipe import Recipe
 from esr_train.training.batches import best_fit
 from esr_train.transcript import SaeRef, Steering, Transcript, read_transcripts
@@ -55,7 +55,7 @@ class TrainingRow:
     @property
     def trained(self) -> int:
         """How many tokens carry a label."""
-        return sum(value != IGNORED for value in self.labelled.labels)
+        return self.labelled.trained
 
 
 def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) -> list[TrainingRow]:
