@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     stats = add_command(commands, "stats", _stats, "count what a transcript file or a run directory holds")
     stats.add_argument("path", type=Path, help="transcript file or run directory")
+    stats.add_argument("--html", type=Path, metavar="OUT", help="write a page that draws it instead of printing")
     _add_mask(stats, "tokens are then counted, too")
     return parser
 
@@ -194,29 +195,41 @@ def _export_file(options: argparse.Namespace) -> None:
 
 def _preview(options: argparse.Namespace) -> None:
     from data_gen.preview import page, show
-    from esr_train.files import replacing
 
     rows, tokenizer = _read(options.file), _tokenizer(options.tokenizer)
     if options.html is None:
         show(rows, options.rows, tokenizer, options.loss)
         return
-    text = page(rows[: options.rows], tokenizer, options.loss)
-    with replacing(options.html) as file:
-        file.write(text)
-    print(options.html)
+    _write(options.html, page(rows[: options.rows], tokenizer, options.loss))
 
 
 def _stats(options: argparse.Namespace) -> None:
     from data_gen.inventory import funnel_lines, funnels, lines, requests, take
+    from data_gen.stats import stats_page
 
     tokenizer = _tokenizer(options.tokenizer)
     folder, files = _files(options.path)
-    for file in files:
-        print("\n".join([f"{file}:", *(f"  {line}" for line in lines(take(_read(file), tokenizer, options.loss)))]))
+    found = {file: take(_read(file), tokenizer, options.loss) for file in files}
+    if options.html is not None:
+        _write(
+            options.html,
+            stats_page(f"What {options.path.resolve().name} holds", found, funnels(folder), requests(folder)),
+        )
+        return
+    for file, inventory in found.items():
+        print("\n".join([f"{file}:", *(f"  {line}" for line in lines(inventory))]))
     for source, funnel in funnels(folder).items():
         print("\n".join(funnel_lines(source, funnel)))
     for source, spent in requests(folder).items():
         print(f"{source}: requests to the writer: {spent}")
+
+
+def _write(path: Path, text: str) -> None:
+    from esr_train.files import replacing
+
+    with replacing(path) as file:
+        file.write(text)
+    print(path)
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:

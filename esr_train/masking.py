@@ -35,6 +35,7 @@ class Labelled:
         offsets: [tokens]; the characters of `text` that each token stands for.
         text: the rendered conversation.
         straddling: how many tokens are masked although some of their characters are to be trained.
+        spans: kind, start and end of every span, as characters of `text`.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Labelled:
     offsets: tuple[Range, ...]
     text: str
     straddling: int
+    spans: tuple[tuple[SpanKind, int, int], ...]
 
     @property
     def trained(self) -> int:
@@ -77,7 +79,9 @@ def label(
     _check_length(encoded, max_length, where)
     _check_coverage(tokenizer, rendered, encoded, labels, where)
     _check_decoding(tokenizer, rendered.text, encoded, labels, where)
-    return Labelled(transcript.id, encoded.input_ids, labels, encoded.offsets, rendered.text, straddling)
+    return Labelled(
+        transcript.id, encoded.input_ids, labels, encoded.offsets, rendered.text, straddling, rendered.spans
+    )
 
 
 def trained_tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, policy: Policy = "masked") -> int:

@@ -1,6 +1,7 @@
 """`esr data` and the trainer's token dump, run as a user runs them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,7 @@ def test_stats_count_rows_cues_topics_and_trained_tokens(tmp_path, recipe_file, 
     out = capsys.readouterr().out
     assert "rows: 5 (normal 1, prompted 4)" in out
     assert "self-correction: 4 (80.0%)" in out
-    assert "topics: 1, latents: 0" in out
+    assert "topics: 1\n  latents: 0\n" in out
     # Openings of three words: two alike and two others, so 1/2 + 1/4 * 2 + 1/4 * 2 bits.
     assert (
         'cues: 4, 3 distinct openings of three words, entropy 1.50 bits; commonest "wait, that\'s not" (50.0%)' in out
@@ -221,6 +222,24 @@ def test_stats_of_a_run_directory_count_every_arm_s_file(tmp_path, capsys):
         f"{folder / 'tuned.jsonl'}:",
     ]
     assert "steered-1: 1 of 1 candidates passed" in out
+
+
+def test_the_page_of_stats_draws_every_file_and_funnel_and_asks_for_nothing(tmp_path, recipe_file, capsys):
+    folder, out = tmp_path / "run" / "data", tmp_path / "stats.html"
+    write_transcripts(folder / "tuned.jsonl", [correction(number) for number in range(3)])
+    write_transcripts(folder / "normal.jsonl", [plain(0)])
+    (folder / "sources").mkdir()
+    (folder / "sources" / "steered-1.funnel.json").write_text('{"kept": 3, "detour on-topic": 7}')
+    (folder / "sources" / "prompted-2.requests.json").write_text('{"asked": 12}')
+    tokenizer = recipe_file.parent / "model"
+    assert data(words("stats", folder.parent, "--html", out, "--tokenizer", tokenizer)) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    page = out.read_text()
+    assert [f"<h2>{name}</h2>" in page for name in ("tuned.jsonl", "normal.jsonl")] == [True, True]
+    assert "10 candidates; 30.0% were kept" in page
+    assert "12 asked" in page
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|@import|url\(\s*['"]?http|<script""", page)
+    assert "default-src 'none'" in page
 
 
 def test_a_preview_is_printed_or_written_as_a_page(files, recipe_file, tmp_path, capsys):
