@@ -200,7 +200,7 @@ def _preview(options: argparse.Namespace) -> None:
     if options.html is None:
         show(rows, options.rows, tokenizer, options.loss)
         return
-    _write(options.html, page(rows[: options.rows], tokenizer, options.loss))
+    _write(options.html, page(rows, options.rows, tokenizer, options.loss))
 
 
 def _stats(options: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from html import escape
 
 from rich.console import Console
 from rich.text import Text
@@ -10,19 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from esr_train.masking import IGNORED, Labelled, Policy, label
 from esr_train.transcript import SpanKind, Transcript
+from eval.report.template import render
 
 STYLES = {SpanKind.OFF_TOPIC: "red", SpanKind.CUE: "bold yellow", SpanKind.ANSWER: "green"}
 TRAINED, MASKED = "green", "dim"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1c1c1c; background: #fff; }
-article { border-top: 1px solid #ccc; padding: 1rem 0; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .5rem 0; }
-.tokens { font: 13px/1.6 ui-monospace, monospace; }
-.off_topic { background: #fbdcd9; } .cue { background: #ffe9a8; font-weight: 600; } .answer { background: #d9f0dc; }
-.masked { color: #767676; } .trained { background: #d9f0dc; } .tokens span { border-left: 1px solid #ddd; }
-"""
 
 
 def show(
@@ -59,19 +50,23 @@ def show(
 
 def page(
     transcripts: Sequence[Transcript],
+    n: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     policy: Policy = "masked",
 ) -> str:
-    """One HTML file that needs nothing else: every transcript and, with a tokenizer, its tokens and mask.
+    """One HTML file that needs nothing else: the first `n` transcripts and, with a tokenizer, their tokens and masks.
 
     Raises:
         InputError: naming the row, if it cannot be labelled.
     """
-    legend = " ".join(f'<span class="{kind}">{kind}</span>' for kind in SpanKind)
-    articles = "\n".join(_article(transcript, tokenizer, policy) for transcript in transcripts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Transcripts</title>'
-        f"<style>{_CSS}</style></head><body>\n<h1>Transcripts</h1>\n<p>{legend}</p>\n{articles}\n</body></html>\n"
+    return render(
+        "data_gen",
+        "preview.html",
+        colours=(),
+        kinds=[str(kind) for kind in SpanKind],
+        masks=tokenizer is not None,
+        rows=[_row(transcript, tokenizer, policy) for transcript in transcripts[:n]],
+        total=len(transcripts),
     )
 
 
@@ -117,14 +112,13 @@ def _tokens(labelled: Labelled) -> Iterator[tuple[str, bool, int]]:
         position = max(position, end)
 
 
-def _article(transcript: Transcript, tokenizer: PreTrainedTokenizerBase | None, policy: Policy) -> str:
-    spans = "".join(f'<span class="{span.kind}">{escape(span.text)}</span>' for span in transcript.spans)
-    body = f"<h2>{escape(_heading(transcript))}</h2><pre>{escape(transcript.prompt)}</pre><pre>{spans}</pre>"
-    if tokenizer is not None:
-        labelled = label(tokenizer, transcript, policy)
-        tokens = "".join(
-            f'<span class="{"trained" if trained else "masked"}" title="{token}">{escape(text)}</span>'
-            for text, trained, token in _tokens(labelled)
-        )
-        body += f'<p>{_counts(labelled)}</p><pre class="tokens">{tokens}</pre>'
-    return f"<article>{body}</article>"
+def _row(transcript: Transcript, tokenizer: PreTrainedTokenizerBase | None, policy: Policy) -> dict[str, object]:
+    labelled = None if tokenizer is None else label(tokenizer, transcript, policy)
+    return {
+        "heading": _heading(transcript),
+        "system": transcript.system,
+        "prompt": transcript.prompt,
+        "spans": [(str(span.kind), span.text) for span in transcript.spans],
+        "counts": labelled and _counts(labelled),
+        "tokens": None if labelled is None else list(_tokens(labelled)),
+    }

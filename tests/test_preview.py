@@ -96,20 +96,26 @@ def test_terminal_escapes_in_a_reply_do_not_act() -> None:
 
 
 def test_the_page_holds_spans_and_tokens_and_asks_for_nothing(family: Family) -> None:
-    text = page([ROW], family.tokenizer)
+    text = page([ROW], 1, family.tokenizer)
     read = Page(text)
     assert read.of("off_topic").startswith("off_topic")
     assert "Trim the [bold]jib[/bold]." in read.of("off_topic")
     assert read.of("trained") == " Wait, <b>no</b>. Smooth it 😀." + family.tokenizer.eos_token
     assert read.of("trained", "masked") == label(family.tokenizer, ROW).text
-    assert not read.tags & {"script", "link", "img", "b"}
-    assert "http" not in text
-    assert "url(" not in text
+    assert not read.tags & {"script", "img", "b"}
+    assert not re.search(r"""(?:src|href|action)\s*=\s*["']?\s*(?:https?:)?//|https?://|url\(|@import""", text)
+    assert "default-src 'none'" in text
+
+
+def test_the_page_has_the_first_n_rows_and_says_of_how_many() -> None:
+    text = page([ROW, ROW, ROW], 2)
+    assert text.count("<article") == 2
+    assert "2 of 3 rows" in text
 
 
 def test_hostile_ids_and_prompts_are_escaped() -> None:
     hostile = "</pre><script>alert(1)</script>"
-    text = page([Transcript(hostile, hostile, (Span(SpanKind.ANSWER, hostile),), "normal")])
+    text = page([Transcript(hostile, hostile, (Span(SpanKind.ANSWER, hostile),), "normal")], 1)
     assert "<script>" not in text
     assert text.count("&lt;script&gt;") == 3
 
@@ -117,4 +123,4 @@ def test_hostile_ids_and_prompts_are_escaped() -> None:
 def test_a_row_that_cannot_be_labelled_is_named(llama: Family) -> None:
     detour = Transcript("s9", "How?", (Span(SpanKind.OFF_TOPIC, "Jib."),), "prompted")
     with pytest.raises(InputError, match="row 's9'"):
-        page([detour], llama.tokenizer)
+        page([detour], 1, llama.tokenizer)
