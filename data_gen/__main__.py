@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("path", type=Path, help="transcript file or run directory")
     stats.add_argument("--html", type=Path, metavar="OUT", help="write a page that draws it instead of printing")
     _add_mask(stats, "tokens are then counted, too")
+
+    card = add_command(commands, "card", _card, "write a dataset card, as the Hugging Face hub reads it")
+    card.add_argument("path", type=Path, help="transcript file or run directory")
+    card.add_argument("--out", type=Path, help="the card; README.md beside the files unless given")
+    _add_mask(card, "tokens are then counted, too")
     return parser
 
 
@@ -222,6 +227,19 @@ def _stats(options: argparse.Namespace) -> None:
         print("\n".join(funnel_lines(source, funnel)))
     for source, spent in requests(folder).items():
         print(f"{source}: requests to the writer: {spent}")
+
+
+def _card(options: argparse.Namespace) -> None:
+    from data_gen.card import write_card
+    from data_gen.inventory import funnels, requests, take
+
+    tokenizer = _tokenizer(options.tokenizer)
+    folder, files = _files(options.path)
+    rows = {file: _read(file) for file in files}
+    out = options.out or files[0].parent / "README.md"
+    taken = {file: (each, take(each, tokenizer, options.loss)) for file, each in rows.items()}
+    write_card(out, taken, funnels(folder), requests(folder))
+    print(out)
 
 
 def _write(path: Path, text: str) -> None:

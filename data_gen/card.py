@@ -1,0 +1,157 @@
+"""A dataset card: what transcript files hold and how they were made, as the Hugging Face hub reads it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_gen.inventory import Inventory, funnel_parts, lines
+from esr_train.errors import InputError
+from esr_train.files import read_json, replacing
+from esr_train.recipe import Recipe, load_recipe
+from esr_train.transcript import Transcript
+from eval.llm import Spent
+
+TEMPLATE = Path(__file__).with_name("card.jinja")
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+"""The hub's names for numbers of rows."""
+SOURCES = {
+    "steered": "steered: the model answers under steering, its text is cut, a cue follows, and the same model answers.",
+    "prefixed": "prefixed: as steered, in rows that are trained without the steering.",
+    "contrast": "contrast: steered below its threshold, the model stays on topic; there is nothing to turn back from.",
+    "prompted": "prompted: a detour about another subject, written on request, with an acknowledgement and an answer.",
+    "normal": "normal: the model's own answers, unsteered.",
+    "imported": "imported: rows of other projects' files.",
+}
+NO_RECIPE = "No recipe lies beside the files: the rest is not known."
+
+
+def write_card(
+    path: Path,
+    files: Mapping[Path, tuple[Sequence[Transcript], Inventory]],
+    funnels: Mapping[str, Mapping[str, int]],
+    requests: Mapping[str, Spent],
+) -> None:
+    """Write the card of transcript files.
+
+    What made them is read from the `recipe.yaml` and `provenance.json` of the run directory that they lie in, if they
+    lie in one. The licence is left to whoever publishes the files.
+
+    Args:
+        path: of the card; the hub wants it to be a `README.md` in or above the files' folder.
+        files: with their rows and what these hold.
+        funnels: source -> how many candidates ended how.
+        requests: source -> what a writer was asked for it.
+
+    Raises:
+        InputError: if there is a file already: what somebody wrote into a card is not overwritten; if a file is not
+            below the card's folder.
+    """
+    from huggingface_hub import DatasetCard
+
+    if path.exists():
+        raise InputError("there is a card already", str(path), "Remove it, or name another file with --out.")
+    rows = [row for transcripts, _ in files.values() for row in transcripts]
+    recipe, facts = _run(next(iter(files)))
+    card = DatasetCard.from_template(
+        _header(path, files, len(rows), recipe),
+        template_path=str(TEMPLATE),
+        title=_title(files, recipe),
+        rows=f"{len(rows):,}",
+        corrections=f"{sum(row.corrects for row in rows):,}",
+        models=_listed(f"`{model}`" for row in rows if (model := row.meta.get("model"))),
+        saes=_listed(
+            f"`{steering.sae.release}`, `{steering.sae.id}`, layer {steering.layer}"
+            for row in rows
+            if (steering := row.steering)
+        ),
+        files=[{"name": file.name, "lines": lines(inventory)} for file, (_, inventory) in files.items()],
+        made=[*_sources(rows, recipe), *(_made(recipe, facts) if recipe else [NO_RECIPE])],
+        funnels=[(source, *_funnel(funnel)) for source, funnel in funnels.items()],
+        requests=requests,
+        splits=_splits(recipe),
+    )
+    with replacing(path) as file:
+        file.write(str(card).rstrip() + "\n")
+
+
+def _run(file: Path) -> tuple[Recipe | None, dict[str, Any]]:
+    """Recipe and provenance of the run directory in which a file, or its folder, lies."""
+    folder = next((each for each in file.resolve().parents[:2] if (each / "recipe.yaml").is_file()), None)
+    if folder is None:
+        return None, {}
+    facts = folder / "provenance.json"
+    return load_recipe(folder / "recipe.yaml"), read_json(facts) if facts.is_file() else {}
+
+
+def _title(files: Mapping[Path, Any], recipe: Recipe | None) -> str:
+    return f"Self-correction transcripts: {recipe.name if recipe else next(iter(files)).stem}"
+
+
+def _header(path: Path, files: Mapping[Path, Any], rows: int, recipe: Recipe | None) -> Any:
+    from huggingface_hub import DatasetCardData
+
+    return DatasetCardData(
+        license="unknown",
+        pretty_name=_title(files, recipe),
+        task_categories=["text-generation"],
+        size_categories=[next((name for most, name in SIZES if rows < most), "n>1M")],
+        tags=["activation-steering", "self-correction"],
+        configs=[
+            {"config_name": file.stem, "data_files": [{"split": "train", "path": _below(file, path)}]} for file in files
+        ],
+    )
+
+
+def _below(file: Path, card: Path) -> str:
+    try:
+        return file.resolve().relative_to(card.resolve().parent).as_posix()
+    except ValueError:
+        raise InputError(
+            f"the card's folder does not hold {file}", str(card), "Put the card into the files' folder, or above it."
+        ) from None
+
+
+def _sources(rows: Sequence[Transcript], recipe: Recipe | None) -> list[str]:
+    """What the rows' sources mean; a recipe's sections are finer than what a row says."""
+    found = {row.source for row in rows}
+    finer = [name for name, section in recipe.data if getattr(section, "rows", 0)] if recipe else []
+    return [SOURCES[name] for name in SOURCES if name in found or name in finer]
+
+
+def _made(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+    """What decided about the rows, from the recipe and the run's provenance."""
+    judge, git = recipe.judge, facts.get("git") or {}
+    versions = {name: version for name, version in (facts.get("versions") or {}).items() if version}
+    said = [
+        f"Model: `{recipe.model.path}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else ""),
+        f"SAE: `{recipe.sae.release}`, `{recipe.sae.id}`" if recipe.sae else "",
+        f"Judge: {judge.kind}" + (f", `{judge.model}`" if judge.model else ""),
+        f"Writer of prompted rows: `{recipe.data.prompted.writer.model}`" if recipe.data.prompted.writer else "",
+        f"Prompts: `{recipe.prompts.path}`" if recipe.prompts else "",
+        f"Seed: {recipe.seed}",
+        f"Code: commit `{git['commit']}`" + (" with changes" if git.get("dirty") else "") if git.get("commit") else "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else "",
+    ]
+    return [f"{line}." for line in said if line]
+
+
+def _funnel(funnel: Mapping[str, int]) -> tuple[str, str]:
+    (_, kept), *reasons = funnel_parts(funnel)
+    return f"{kept:,} of {sum(funnel.values()):,}", ", ".join(f"{name} {count:,}" for name, count in reasons) or "none"
+
+
+def _splits(recipe: Recipe | None) -> str | None:
+    if recipe is None or recipe.prompts is None:
+        return None
+    splits = recipe.prompts.splits
+    dealt = f"{splits.validation:.0%} of the topics to validation and {splits.test:.0%} to test"
+    return (
+        f"All rows are for training. Prompts, latents and off-topic subjects were dealt by topic (seed {splits.seed}), "
+        f"{dealt}. Rows that shared a prompt, a steering latent or an off-topic subject with the recipe's evaluation "
+        "would have been refused. Normal rows may be about a held-out topic, never with a prompt that is evaluated."
+    )
+
+
+def _listed(names: Any) -> str:
+    return "; ".join(f"{name} ({count:,} rows)" for name, count in Counter(names).most_common())
