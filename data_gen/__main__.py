@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SWEEP = "10,20,30,40,50,60,70,80,90"
 """The paper's shares of self-correction rows, in percent."""
 FORMATS = ("segments", "axolotl", "normal", "messages")
+MOST_LINES = 10
+"""Line numbers that are listed for one oddity of an import."""
 POLICIES = ("masked", "unmasked", "answer_only")
 
 
@@ -185,8 +187,12 @@ def _import_file(options: argparse.Namespace) -> None:
     if report.cut_mid_word:
         found = ", ".join(map(str, report.cut_mid_word))
         print(f"loss begins or ends in the middle of a word in line {found}")
-    for problem in report.problems:
-        print(problem)
+    oddities: dict[str, list[str]] = {}
+    for line, _, what in (problem.partition(": ") for problem in report.problems):
+        oddities.setdefault(what, []).append(line.removeprefix("line "))
+    for what, lines in oddities.items():
+        more = f" and {len(lines) - MOST_LINES} more" if len(lines) > MOST_LINES else ""
+        print(f"{what}: line {', '.join(lines[:MOST_LINES])}{more}")
 
 
 def _export_file(options: argparse.Namespace) -> None:
@@ -194,7 +200,7 @@ def _export_file(options: argparse.Namespace) -> None:
 
     report = export_file(options.out, _read(options.file), options.format, options.style)
     print(f"{report.rows} rows: {options.out}")
-    for loss in report.lost:
+    for loss in report.lost or ["nothing"]:
         print(f"lost: {loss}")
 
 

@@ -39,21 +39,26 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file; a missing or malformed one is an `InputError` naming file and line."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return _parsed(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"not valid JSON ({error.msg})", f"{path}:{error.lineno}") from error
+        fix = "A file of one value a line is JSONL, which is another format." if error.msg == "Extra data" else None
+        raise InputError(f"not valid JSON ({error.msg})", f"{path}:{error.lineno}", fix) from error
+    except ValueError as error:
+        raise InputError(str(error), str(path)) from error
 
 
 def read_text(path: Path | str) -> str:
-    """Read a UTF-8 text file; an unreadable one is an `InputError`."""
+    """Read a UTF-8 text file, with a byte order mark or without; an unreadable one is an `InputError`."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError("the file does not exist", str(path), "Check the path.") from None
     except IsADirectoryError:
         raise InputError("this is a folder, not a file", str(path), "Name a file.") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 text ({error.reason} at byte {error.start})", str(path)) from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        what = f"not UTF-8 text ({error.reason}: byte 0x{error.object[error.start]:02x})"
+        raise InputError(what, f"{path}:{line}", "Save the file as UTF-8.") from None
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", str(path)) from None
 
@@ -71,7 +76,7 @@ def read_jsonl(path: Path | str, parse: Callable[[Any], Row]) -> list[Row]:
             continue
         where = f"{path}:{number}"
         try:
-            rows.append(parse(json.loads(line)))
+            rows.append(parse(_parsed(line)))
         except json.JSONDecodeError as error:
             raise InputError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
         except KeyError as error:
@@ -79,6 +84,18 @@ def read_jsonl(path: Path | str, parse: Callable[[Any], Row]) -> list[Row]:
         except (ValueError, TypeError) as error:
             raise InputError(str(error).rstrip("."), where) from error
     return rows
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value in a text; a ValueError for one that cannot be written as UTF-8 again."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise ValueError(f"{half} is half of a pair of surrogates and no character") from None
+    return value
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:

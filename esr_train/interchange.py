@@ -9,6 +9,7 @@ Formats:
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,18 +107,32 @@ def export_file(
     rows = [to_segments(transcript, style) for transcript in transcripts]
     with replacing(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    return ExportReport(len(rows), _lost_in_segments(transcripts))
+    return ExportReport(len(rows), _lost_in_segments(transcripts, rows))
 
 
-def _lost_in_segments(transcripts: Sequence[Transcript]) -> list[str]:
+def _lost_in_segments(transcripts: Sequence[Transcript], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What an import of the rows would not bring back, found by importing them."""
     native = [transcript for transcript in transcripts if "segments" not in transcript.meta]
-    steered = sum(transcript.steering is not None for transcript in native)
-    lost = ["ids, and the border between cue and answer (an import finds both anew)"]
-    if native:
-        lost.append(f"source and meta of {len(native)} rows that were not imported from segments")
-    if steered:
-        lost.append(f"the steering of {steered} rows")
-    return lost
+    lost = Counter(_lost_in_row(*pair) for pair in zip(transcripts, rows, strict=True))
+    kinds = {
+        "source and meta of rows that were not imported from segments": len(native),
+        "steering": sum(transcript.steering is not None for transcript in transcripts),
+        **{what: count for what, count in lost.items() if what},
+    }
+    return ["the rows' ids", *(f"{what}: {count} rows" for what, count in kinds.items() if count)]
+
+
+def _lost_in_row(transcript: Transcript, row: dict[str, Any]) -> str | None:
+    """The worst that an import of the row does to its spans, found by importing it."""
+    try:
+        back = from_segments(row, "", 0, ImportReport())
+    except ValueError:
+        return "control tokens in prompt or reply, for which an import refuses the row"
+    if transcript.corrects and not back.corrects:
+        return "a cue without restart language, which an import takes for an answer"
+    if transcript.spans != back.spans:
+        return "the border between cue and answer, which an import puts elsewhere"
+    return None if transcript.prompt == back.prompt else "white space at the ends of the prompt"
 
 
 def _read_normal(path: Path | str, name: str) -> list[Transcript]:
@@ -129,8 +144,8 @@ def _read_normal(path: Path | str, name: str) -> list[Transcript]:
         try:
             transcripts.append(_from_messages(row, f"{name}-{number}"))
         except (KeyError, TypeError, ValueError) as error:
-            what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise InputError(what, f"{path}, row {number}") from error
+            what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
+            raise InputError(what, f"{path}, row {number} of the list") from error
     return transcripts
 
 
@@ -142,7 +157,9 @@ def _write_normal(path: Path | str, transcripts: Sequence[Transcript]) -> Export
         rows.append({"messages": row["messages"], "metadata": row["meta"].get("metadata", {})})
     with replacing(path) as file:
         file.write(json.dumps(rows, indent=4))
-    lost = ["ids, and whatever of a row's meta is not in `metadata`"]
+    lost = ["the rows' ids and sources, and whatever of their meta is not in `metadata`"]
+    if steered := sum(transcript.steering is not None for transcript in kept):
+        lost.append(f"the steering of {steered} rows")
     if len(kept) < len(transcripts):
         lost.append(f"{len(transcripts) - len(kept)} rows with a detour, which the format has no place for")
     return ExportReport(len(rows), lost)
@@ -164,16 +181,21 @@ def _to_messages(transcript: Transcript) -> dict[str, Any]:
 def _from_messages(row: Any, name: str) -> Transcript:
     if not isinstance(row, dict):
         raise TypeError(f"a row is a JSON object, not {type(row).__name__}")
-    said = [(message["role"], message["content"]) for message in row["messages"]]
+    said = [_message(message) for message in _list(row, "messages")]
     roles = [role for role, _ in said]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(f"one prompt and one reply are needed, after at most one system message; roles: {roles}")
     reply = said[-1][1]
-    ranges = row.get("spans") or [{"kind": "answer", "start": 0, "end": len(reply)}]
+    ranges: list[Any] = _list(row, "spans") if row.get("spans") else [{"kind": "answer", "start": 0, "end": len(reply)}]
+    if not all(isinstance(span, dict) for span in ranges):
+        raise TypeError("a span is a JSON object with `kind`, `start` and `end`")
     borders = [0, *(span["end"] for span in ranges)]
-    if [span["start"] for span in ranges] != borders[:-1] or borders[-1] != len(reply):
+    if [span["start"] for span in ranges] != borders[:-1] or borders[-1] != len(reply) or borders != sorted(borders):
         raise ValueError("the spans do not cover the reply from end to end")
-    meta = dict(row.get("meta") or {})
+    meta = row.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise TypeError(f"meta must be a JSON object, not {type(meta).__name__}")
+    meta = dict(meta)
     if "metadata" in row:
         meta["metadata"] = row["metadata"]
     return from_json(
@@ -187,6 +209,21 @@ def _from_messages(row: Any, name: str) -> Transcript:
             "meta": meta,
         }
     )
+
+
+def _list(row: dict[str, Any], key: str) -> list[Any]:
+    if not isinstance(row[key], list):
+        raise TypeError(f"`{key}` must be a list, not {type(row[key]).__name__}")
+    return list(row[key])
+
+
+def _message(value: Any) -> tuple[str, str]:
+    if not isinstance(value, dict):
+        raise TypeError(f"a message is a JSON object with `role` and `content`, not {type(value).__name__}")
+    role, content = value["role"], value["content"]
+    if not isinstance(content, str):
+        raise TypeError(f"the content of the {role} must be text, not {type(content).__name__}")
+    return role, content
 
 
 def _has_detour(transcript: Transcript) -> bool:

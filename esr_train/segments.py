@@ -87,7 +87,10 @@ def from_segments(row: Any, name: str, line: int, report: "ImportReport") -> Tra
 def _read_pieces(row: Any) -> list[Piece]:
     if not isinstance(row, dict):
         raise TypeError(f"a row is a JSON object, not {type(row).__name__}")
-    pieces = [(segment["label"], segment["text"]) for segment in row["segments"]]
+    segments = row["segments"]
+    if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
+        raise TypeError("`segments` is a list of objects with `label` and `text`")
+    pieces = [(segment["label"], segment["text"]) for segment in segments]
     if not all(isinstance(label, bool) and isinstance(text, str) for label, text in pieces):
         raise TypeError("a segment is an object with a true or false `label` and a `text`")
     return pieces

@@ -51,7 +51,7 @@ def _jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: Path | str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for values in reader:
             where = f"{path}:{reader.line_num}"

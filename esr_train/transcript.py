@@ -119,7 +119,7 @@ def from_json(value: Any) -> Transcript:
         spans=spans,
         steering=None if value.get("steering") is None else _steering(_typed(value, "steering", dict)),
         source=source,
-        meta=dict(value.get("meta") or {}),
+        meta={} if value.get("meta") is None else dict(_typed(value, "meta", dict)),
     )
 
 

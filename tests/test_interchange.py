@@ -190,7 +190,7 @@ def test_own_rows_go_out_under_template_text_and_the_report_says_what_is_lost(tm
         {"label": True, "text": " Wait, no. Smooth it.<|eot_id|>"},
     ]
     assert report.rows == 1
-    assert "the steering of 1 rows" in report.lost
+    assert "steering: 1 rows" in report.lost
 
 
 @pytest.mark.parametrize("style", ["llama3", "gemma"])
@@ -259,3 +259,114 @@ def test_a_cue_ends_where_the_answer_begins(cue: str, answer: str) -> None:
 
 def test_text_that_takes_nothing_back_has_no_cue() -> None:
     assert split_cue("Start by tucking one corner. Then smooth it.") is None
+
+
+SAID = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
+OFFSETS = {"kind": "answer", "start": 0}
+
+
+@pytest.mark.parametrize("format", ["segments", "axolotl", "messages"])
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (b'{"segments": [', "not valid JSON"),
+        (b'"text"', "a row is a JSON object, not str"),
+        (b"[1]", "a row is a JSON object, not list"),
+        (b"{}", "the key '(segments|messages)' is missing"),
+        (b'{"segments": "no", "messages": "no"}', "is a list of objects|must be a list, not str"),
+        (b'{"segments": ["no"], "messages": ["no"]}', "is a list of objects|a message is a JSON object .*, not str"),
+        (b'{"segments": [], "messages": []}', "neither Llama|one prompt and one reply"),
+        (b'{"a": "caf\xe9"}', r"not UTF-8 text \(invalid continuation byte: byte 0xe9\)\. Save the file as UTF-8"),
+        (b'{"a": "\\ud83d"}', r"\\ud83d is half of a pair"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, format: Any, broken: bytes, message: str) -> None:
+    row = {"segments": [{"label": True, "text": HEAD + "So.<|eot_id|>"}], "messages": SAID}
+    (tmp_path / "x.jsonl").write_bytes(json.dumps(row).encode() + b"\r\n\r\n" + broken + b"\r\n")
+    with pytest.raises(InputError, match=rf"x\.jsonl:3: .*({message})"):
+        import_file(tmp_path / "x.jsonl", format)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user"}]}, "the key 'content' is missing"),
+        (
+            {"messages": [SAID[0], {"role": "assistant", "content": None}]},
+            "of the assistant must be text, not NoneType",
+        ),
+        ({"messages": SAID, "spans": "no"}, "`spans` must be a list, not str"),
+        ({"messages": SAID, "spans": ["no"]}, "a span is a JSON object"),
+        ({"messages": SAID, "spans": [{**OFFSETS, "end": 3, "kind": "joke"}]}, "span kind 'joke' is none of"),
+        ({"messages": SAID, "spans": [{**OFFSETS, "end": 9}]}, "do not cover"),
+        ({"messages": SAID, "spans": [{**OFFSETS, "end": 5}, {**OFFSETS, "start": 5, "end": 3}]}, "do not cover"),
+        ({"messages": SAID, "meta": "no"}, "meta must be a JSON object, not str"),
+        ({"messages": SAID, "id": 7}, "id must be of type str"),
+    ],
+)
+def test_rows_of_messages_that_make_no_sense_are_refused_in_both_layouts(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    good = json.dumps({"messages": SAID})
+    (tmp_path / "x.jsonl").write_text(f"{good}\n{json.dumps(row)}\n")
+    with pytest.raises(InputError, match=rf"x\.jsonl:2: .*{message}"):
+        import_file(tmp_path / "x.jsonl", "messages")
+    (tmp_path / "x.json").write_text(f"[{good},\n{json.dumps(row)}]")
+    with pytest.raises(InputError, match=rf"x\.json, row 2 of the list: .*{message}"):
+        import_file(tmp_path / "x.json", "normal")
+
+
+def test_a_list_that_is_none_and_a_broken_list_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for text, message in (
+        ("{}", r"x\.json: not a list"),
+        ('[\n{"messages": }]', r"x\.json:2: not valid JSON"),
+        ("", r"x\.json:1: not valid JSON"),
+        ("{}\n{}\n", r"x\.json:2: not valid JSON \(Extra data\)\. A file of one value a line is JSONL"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            import_file(path, "normal")
+
+
+@pytest.mark.parametrize("format", ["segments", "messages", "normal"])
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path, format: Any) -> None:
+    own = replace(steered(), system=None)
+    rows = [own] if format != "normal" else [Transcript("n1", "How?", (Span(ANSWER, "So.\n\nThere."),), "normal")]
+    path = tmp_path / "x"
+    export_file(path, rows, format)
+    plain, _ = import_file(path, format)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert import_file(path, format)[0] == plain
+    assert plain[0].content == rows[0].content
+
+
+def test_the_paper_s_files_survive_the_way_through_chat_messages(paper: Path, tmp_path: Path) -> None:
+    for name, format in ((SEGMENTS_FILE, "segments"), (NORMAL_FILE, "normal")):
+        transcripts, _ = import_file(paper / name, format)
+        assert export_file(tmp_path / "messages", transcripts, "messages").lost == []
+        back, _ = import_file(tmp_path / "messages", "messages")
+        assert back == transcripts
+        export_file(tmp_path / name, back, format)
+        assert (tmp_path / name).read_bytes() == (paper / name).read_bytes()
+
+
+def test_what_an_export_to_segments_loses_is_counted(tmp_path: Path) -> None:
+    silent = (Span(OFF, "The jib."), Span(CUE, " Now, the question."), Span(ANSWER, " Smooth it."))
+    early = (Span(OFF, "The jib."), Span(CUE, " Wait,"), Span(ANSWER, " no, that's wrong. Smooth it."))
+    rows = [
+        replace(steered(), system=None),
+        replace(steered(), id="silent", system=None, spans=silent),
+        replace(steered(), id="early", system=None, spans=early, steering=None),
+        replace(steered(), id="spaces", prompt=" How?\n", system=None, steering=None),
+        replace(steered(), id="control", prompt="Is <|start_header_id|> a token?", system=None, steering=None),
+    ]
+    assert export_file(tmp_path / "x", rows, "segments").lost == [
+        "the rows' ids",
+        "source and meta of rows that were not imported from segments: 5 rows",
+        "steering: 2 rows",
+        "a cue without restart language, which an import takes for an answer: 1 rows",
+        "the border between cue and answer, which an import puts elsewhere: 1 rows",
+        "white space at the ends of the prompt: 1 rows",
+        "control tokens in prompt or reply, for which an import refuses the row: 1 rows",
+    ]
