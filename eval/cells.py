@@ -251,8 +251,12 @@ class Side:
     subjects: frozenset[str] = frozenset()
 
 
-def check_disjoint(training: Side, evaluation: Side) -> None:
+def check_disjoint(training: Side, evaluation: Side, where: str | None = None) -> None:
     """Refuse training and evaluation that share anything; texts are compared by `fingerprint`.
+
+    Args:
+        training, evaluation: what each of them has.
+        where: the training file, if somebody else made it.
 
     Raises:
         InputError: naming what both sides have.
@@ -270,7 +274,8 @@ def check_disjoint(training: Side, evaluation: Side) -> None:
     if found:
         raise InputError(
             f"training and evaluation share {', '.join(found)}",
-            fix="Remove them from the training data, or evaluate on others.",
+            where,
+            "Remove them from the training data, or evaluate on others.",
         )
 
 

@@ -230,7 +230,7 @@ class Experiment:
         by_tokens = section.mix_by == "trained_tokens"
         if train.data:
             read = read_transcripts if train.format == "transcripts" else read_segments
-            check_held_out(read(train.data), self.cells)
+            check_held_out(read(train.data), self.cells, train.data)
             return sha256(train.data)
         sources = (self.shared or self).sources(section)
         path = self.directory / "data" / f"{arm}.jsonl"

@@ -106,7 +106,7 @@ def source_files(name: str, section: Any) -> dict[str, str]:
     return {key: sha256(path) for key, path in named.items() if path.is_file()}
 
 
-def check_held_out(rows: Sequence[Transcript], cells: Sequence[Cell]) -> None:
+def check_held_out(rows: Sequence[Transcript], cells: Sequence[Cell], where: str | None = None) -> None:
     """Refuse rows that share a prompt, a steering latent or an off-topic subject with the evaluation's cells."""
     steerings = [row.steering for row in rows if row.steering]
     written_about = [row.meta["subject"] for row in rows if isinstance(row.meta.get("subject"), str)]
@@ -119,4 +119,5 @@ def check_held_out(rows: Sequence[Transcript], cells: Sequence[Cell]) -> None:
         frozenset(subject for subject in subjects if subject),
     )
     labels = frozenset(cell.label for cell in cells if cell.label)
-    check_disjoint(training, Side(frozenset(c.prompt for c in cells), frozenset(c.latent for c in cells), labels))
+    evaluation = Side(frozenset(c.prompt for c in cells), frozenset(c.latent for c in cells), labels)
+    check_disjoint(training, evaluation, where)
