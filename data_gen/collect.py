@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from time import perf_counter
 from typing import Any
 
 from tqdm import tqdm
@@ -41,6 +42,17 @@ class Collected:
     surplus: dict[str, int] = field(compare=False)
 
 
+@dataclass
+class Meter:
+    """Tokens that this process has generated; engines call it as their progress."""
+
+    tokens: int = 0
+
+    def __call__(self, rows: int, tokens: int) -> None:
+        self.tokens += tokens
+
+
+NO_METER = Meter()
 Make = Callable[[Sequence[int]], list[Outcome]]
 """Makes the candidates with these numbers; what number i becomes depends on i alone."""
 
@@ -58,6 +70,7 @@ def collect(
     chunk: int,
     again: Callable[[Transcript], str | None] = lambda row: None,
     ranks: Ranks = ALONE,
+    meter: Meter = NO_METER,
 ) -> Collected:
     """Make candidates in order of their numbers until `wanted` are kept.
 
@@ -69,6 +82,7 @@ def collect(
         chunk: candidates made at once by one process.
         again: why a row is refused in view of the rows before it, which it is shown one by one in their order.
         ranks: processes that share the numbers, a chunk each in turn; the first one writes.
+        meter: of the tokens that `make` generates, shown as a rate.
 
     Raises:
         RunError: when too few candidates pass the filters, with the reasons counted.
@@ -77,7 +91,9 @@ def collect(
     sieve = _Sieve(wanted, again)
     for row in store.rows():
         sieve.take(row)
-    number = len(store.keys())
+    # A chunk that a kill has torn is made again whole: the last bits of a row's logits depend on who is in its batch.
+    torn = len(store.keys()) % chunk
+    number, start = len(store.keys()) - torn, perf_counter()
     with tqdm(
         total=wanted,
         initial=len(sieve.kept),
@@ -91,14 +107,15 @@ def collect(
                 raise RunError(_too_few(source, wanted, len(sieve.kept), dict(sieve.funnel)))
             mine = range(number + ranks.rank * chunk, number + (ranks.rank + 1) * chunk)
             rows = [_row(i, outcome) for i, outcome in zip(mine, make(mine), strict=True)]
-            everyone = [row for part in ranks.gather(rows) for row in part]
+            parts = ranks.gather((rows, meter.tokens))
+            everyone = [row for rows, _ in parts for row in rows][torn:]
             if ranks.first:
                 store.append(everyone)
             for row in everyone:
                 sieve.take(row)
-            number += len(everyone)
+            number, torn = number + torn + len(everyone), 0
             bar.update(len(sieve.kept) - bar.n)
-            bar.set_postfix(kept=f"{len(sieve.kept) / sum(sieve.funnel.values()):.0%}")
+            bar.set_postfix_str(_pace(sieve, sum(tokens for _, tokens in parts) / (perf_counter() - start)))
     return Collected(sieve.kept, dict(sieve.funnel), dict(sieve.surplus))
 
 
@@ -122,6 +139,11 @@ class _Sieve:
             if reason is None:
                 self.kept.append(transcript)
         self.funnel[reason or KEPT] += 1
+
+
+def _pace(sieve: _Sieve, tokens: float) -> str:
+    share = f"kept={len(sieve.kept) / sum(sieve.funnel.values()):.0%}"
+    return f"{share}, {tokens:,.0f} tok/s" if tokens else share
 
 
 def _row(number: int, outcome: Outcome) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from esr_train.steering.engine import Completion, Engine, Request, Sampling
+from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
 from esr_train.steering.intervention import Intervention, Positions
 from esr_train.steering.sae import Direction
 from esr_train.transcript import Span, SpanKind, Steering
@@ -44,6 +44,7 @@ class Context:
         model: the model's name, for the rows' `meta`.
         seed: of the whole file.
         tokenizer: the model's.
+        progress: told of every batch that the engine has finished.
     """
 
     engine: Engine
@@ -53,6 +54,7 @@ class Context:
     model: str
     seed: int
     tokenizer: "PreTrainedTokenizerBase"
+    progress: Progress | None = None
 
     def generate(self, asked: Sequence["Asked"], max_new_tokens: int | None = None) -> list[Completion]:
         """One completion for each of `asked`, in order; `max_new_tokens` shortens them."""
@@ -61,7 +63,7 @@ class Context:
             for number, each in enumerate(asked)
         ]
         sampling = replace(self.sampling, max_new_tokens=max_new_tokens) if max_new_tokens else self.sampling
-        return self.engine.generate(requests, sampling)
+        return self.engine.generate(requests, sampling, self.progress)
 
     def scores(self, items: Sequence[JudgeItem]) -> list[float | None]:
         """The score of each response taken as one attempt; None where the judge failed."""

@@ -9,6 +9,7 @@ from esr_train.sections.data import FilterSection
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import fingerprint
 
+DEGENERATE = "detour degenerate"
 TRIPLE, QUADRUPLE = 3, 4
 """Words in a row: those that a text says again, and those that an answer shares with a detour."""
 LEAST_TEXT = 0.5
@@ -34,7 +35,7 @@ def fault(row: Transcript, section: FilterSection) -> str | None:
     """Why a row is refused for its text; None if it is not."""
     detours = [span.text for span in row.spans if span.kind is SpanKind.OFF_TOPIC]
     if any(degenerate(text, section.repetition) for text in detours):
-        return "detour degenerate"
+        return DEGENERATE
     answer = " ".join(span.text for span in row.spans if span.kind is SpanKind.ANSWER)
     if any(repeated(text, answer) > section.parroting for text in detours):
         return "answer parrots the detour"

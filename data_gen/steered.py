@@ -18,8 +18,9 @@ from data_gen.context import (
 )
 from data_gen.cues import Cues, read_cues, stem
 from data_gen.draws import draw, draw_count, highest
+from data_gen.filters import DEGENERATE, degenerate
 from esr_train.restart import split_cue
-from esr_train.sections.data import ContrastSection, SteeredSection
+from esr_train.sections.data import ContrastSection, FilterSection, SteeredSection
 from esr_train.sections.values import Drawn
 from esr_train.steering.engine import Completion
 from esr_train.transcript import SpanKind, Transcript
@@ -54,15 +55,19 @@ class _Candidate:
 def steered(
     context: Context,
     section: SteeredSection,
+    filters: FilterSection,
     prompts: Sequence[Prompt],
     latents: Sequence[SteerableLatent],
     name: str = "steered",
 ) -> Make:
     """Makes detours under steering, each followed by a cue and by the same model's answer.
 
+    A candidate whose detour is refused costs no answer.
+
     Args:
         context: model, judge and sampling.
         section: shapes of the detours, and how they are corrected.
+        filters: of the run; a detour that they refuse is not scored.
         prompts: to answer.
         latents: to steer with.
         name: `steered`, or `prefixed` for rows that are to be trained without the steering that made their detour.
@@ -72,11 +77,11 @@ def steered(
     def make(numbers: Sequence[int]) -> list[Outcome]:
         drawn = [_draw(context, name, number, prompts, latents, section.strength) for number in numbers]
         _start(context, section, drawn)
-        _detour(context, section, drawn)
+        _detour(context, section, filters, drawn)
         for candidate in drawn:
             candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
         again = [each for each in drawn if not each.reason and each.rng.random() < section.second_detour]
-        _detour(context, section, again)
+        _detour(context, section, filters, again)
         for candidate in again:
             candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
         _correct(context, section, drawn)
@@ -136,8 +141,8 @@ def _start(context: Context, section: SteeredSection, candidates: list[_Candidat
         candidate.parts.append((SpanKind.ANSWER, cut_words(completion.text.strip(), count)))
 
 
-def _detour(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
-    """Let the steered model write on, and cut it after some sentences; refuse what is still on topic."""
+def _detour(context: Context, section: SteeredSection, filters: FilterSection, candidates: list[_Candidate]) -> None:
+    """Let the steered model write on, and cut it after some sentences; refuse what is no text or still on topic."""
     going = [candidate for candidate in candidates if not candidate.reason]
     completions = context.generate([_asked(context, candidate) for candidate in going], section.max_new_tokens)
     for candidate, completion in zip(going, completions, strict=True):
@@ -147,6 +152,8 @@ def _detour(context: Context, section: SteeredSection, candidates: list[_Candida
             candidate.reason = "detour empty"
         elif len(attempts(candidate.text)) > sum(kind is SpanKind.OFF_TOPIC for kind, _ in candidate.parts):
             candidate.reason = "detour restarts by itself"
+        elif degenerate(text, filters.repetition):
+            candidate.reason = DEGENERATE
     _keep_scored(context, going, "off_topic", lambda score: score < section.max_detour_score, "detour on-topic")
 
 

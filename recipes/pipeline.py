@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_gen.collect import collect
+from data_gen.collect import Meter, collect
 from data_gen.context import SteerableLatent
 from data_gen.filters import Seen, screened
 from data_gen.inventory import require_diversity
@@ -284,10 +284,11 @@ class Experiment:
     def _collect(self, name: str, section: Any, filters: FilterSection, ranks: Ranks, path: Path) -> None:
         latents = [] if name in UNSTEERED else self.latents["train"]
         ledger = path.with_suffix(".requests.json")
-        make = screened(maker(name, section, self.recipe, self.world, latents, ledger), filters)
+        meter = Meter()
+        make = screened(maker(name, section, filters, self.recipe, self.world, latents, ledger, meter), filters)
         candidates = path.with_suffix(".candidates.jsonl")
         chunk, again = chunk_rows(self.recipe, section), Seen(filters.alike).again
-        found = collect(name, section.rows, make, candidates, chunk, again, ranks)
+        found = collect(name, section.rows, make, candidates, chunk, again, ranks, meter)
         if self.ranks.first:
             # A writer is paid for the candidates behind the last wanted row, too: they stay in the books.
             unused = sum(found.surplus.values()) if getattr(section, "writer", None) else 0

@@ -14,7 +14,8 @@ from data_gen.subjects import SUBJECTS, read_subjects, training_subjects
 from data_gen.written import written
 from esr_train.provenance import sha256
 from esr_train.recipe import Recipe
-from esr_train.sections.data import WriterSection
+from esr_train.sections.data import FilterSection, WriterSection
+from esr_train.steering.engine import Progress
 from esr_train.steering.sae import read_labels
 from esr_train.transcript import Transcript
 from eval.cells import Cell, Side, check_disjoint, deal_subjects
@@ -30,17 +31,26 @@ HOW_ASKED = {"concurrency", "timeout", "price", "limit_tokens", "limit_dollars"}
 
 
 def maker(
-    name: str, section: Any, recipe: Recipe, world: World, latents: Sequence[SteerableLatent], ledger: Path
+    name: str,
+    section: Any,
+    filters: FilterSection,
+    recipe: Recipe,
+    world: World,
+    latents: Sequence[SteerableLatent],
+    ledger: Path,
+    progress: Progress,
 ) -> Make:
     """What makes the rows of one source.
 
     Args:
         name: of the source.
         section: of the recipe, such as `data.steered`.
+        filters: of the arm's `data`.
         recipe: the experiment's.
         world: its model, judge and prompts.
         latents: that may steer training rows.
         ledger: file of what a writer was asked and what that cost.
+        progress: told of every batch that the engine has finished.
     """
     pools = world.pools
     context = Context(
@@ -51,6 +61,7 @@ def maker(
         recipe.model.path,
         recipe.seed,
         world.tokenizer,
+        progress,
     )
     if name == "normal":
         return normal(context, section, pools.normal)
@@ -63,7 +74,7 @@ def maker(
         return prompted(context, section, pools.train)
     if name == "contrast":
         return contrast(context, section, pools.train, latents)
-    return steered(context, section, pools.train, latents, name)
+    return steered(context, section, filters, pools.train, latents, name)
 
 
 def chunk_rows(recipe: Recipe, section: Any) -> int:

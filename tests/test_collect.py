@@ -59,6 +59,16 @@ def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path):
     assert again.made == list(range(8, 16))
 
 
+def test_a_chunk_that_a_kill_has_torn_is_made_again_whole_and_no_row_comes_twice(tmp_path):
+    whole = run(tmp_path / "whole.jsonl", Maker())
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "torn.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:20])
+    again = Maker()
+    assert run(tmp_path / "torn.jsonl", again) == whole
+    assert again.made == list(range(4, 16))
+    assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_a_finished_run_makes_nothing(tmp_path):
     first = run(tmp_path / "c.jsonl", Maker())
     again = Maker()

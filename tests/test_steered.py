@@ -13,7 +13,7 @@ from data_gen.draws import draw, draw_count, highest
 from data_gen.steered import steered
 from esr_train.errors import InputError
 from esr_train.recipe import load_recipe
-from esr_train.sections.data import SteeredSection
+from esr_train.sections.data import FilterSection, SteeredSection
 from esr_train.sections.values import Choice, Normal
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from esr_train.steering.sae import Direction
@@ -34,6 +34,7 @@ class Scripted:
 
     tokenizer: object
     behind: Callable[[str], str] = lambda prefix: " " + ANSWER
+    detour: str = DETOUR
     requests: list[Request] = field(default_factory=list)
     name: str = "scripted"
 
@@ -47,7 +48,7 @@ class Scripted:
         if request.prefix and not request.prefix.endswith(("mice.", "night.", "quiet.")):
             text = self.behind(request.prefix)
         else:
-            text = DETOUR if request.interventions else ANSWER
+            text = self.detour if request.interventions else ANSWER
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return Completion(request.id, text, ids, "stop", 3, 3 if request.interventions else 0)
 
@@ -67,11 +68,13 @@ def make(llama, tmp_path):
     cues = tmp_path / "cues.txt"
     cues.write_text("Wait, that's not right.\n")
 
-    def rows(count: int = 40, behind=None, name: str = "steered", **section) -> tuple[Scripted, list[Outcome]]:
-        engine = Scripted(llama.tokenizer, **({"behind": behind} if behind else {}))
+    def rows(
+        count: int = 40, behind=None, name: str = "steered", detour: str = DETOUR, **section
+    ) -> tuple[Scripted, list[Outcome]]:
+        engine = Scripted(llama.tokenizer, **({"behind": behind} if behind else {}), detour=detour)
         context = Context(engine, OwlJudge(), Sampling(), "all", "m", 0, llama.tokenizer)
         values = SteeredSection.model_validate({"rows": count, "cues": str(cues), **section})
-        return engine, steered(context, values, PROMPTS, LATENTS, name)(range(count))
+        return engine, steered(context, values, FilterSection(), PROMPTS, LATENTS, name)(range(count))
 
     return rows
 
@@ -242,3 +245,14 @@ def test_a_reply_begins_unsteered_and_its_beginning_is_trained(make):
     assert all([span.kind for span in row.spans[-3:]] == list(SpanKind) for row in rows)
     assert sorted(each.prefix for each in engine.requests if each.interventions and each.prefix) == sorted(starts)
     assert not [each for each in engine.requests if not each.interventions and each.prefix]
+
+
+@pytest.mark.parametrize(
+    ("detour", "reason"),
+    [("Owls, owls, owls, owls, owls, owls, owls, owls.", "detour degenerate"), (ANSWER, "detour on-topic")],
+)
+def test_a_detour_that_is_refused_costs_no_answer(make, detour, reason):
+    engine, outcomes = make(detour=detour, cut_words=[40, 40])
+    assert {outcome.reason for outcome in outcomes} == {reason}
+    assert len(engine.requests) == 40
+    assert all(request.interventions for request in engine.requests)
