@@ -103,6 +103,8 @@ def _generate(options: argparse.Namespace) -> None:
         )
     from recipes.pipeline import begun
 
+    if ranks.count > 1 and ranks.first:
+        print(f"{ranks.count} processes make the rows", flush=True)
     _, parts = begun(recipe, ranks)
     for part in parts:
         for arm in [options.arm] if options.arm else recipe.trained_arms:

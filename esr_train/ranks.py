@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-PATIENCE = timedelta(days=30)
-"""How long a process waits for the others: one may calibrate for hours while they have nothing to do."""
+from esr_train.errors import RunError
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others: one may calibrate for hours while they have nothing to do.
+
+One that ends, for whatever reason, is noticed at once; this is for a machine that went away without a word.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,23 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank, on every process."""
+        """Every process's value, by rank, on every process.
+
+        Raises:
+            RunError: if another process has ended instead of bringing its value.
+        """
         if self.count == 1:
             return [value]
         from torch import distributed
 
         found: list[Any] = [None] * self.count
-        distributed.all_gather_object(found, value)
+        try:
+            distributed.all_gather_object(found, value)
+        except RuntimeError as error:
+            raise RunError(
+                f"process {self.rank} of {self.count} stops, because another one has ended; what went wrong there "
+                "stands above or below. The same command goes on where it stopped."
+            ) from error
         return found
 
     def by_first(self, work: Callable[[], Any]) -> Any:
