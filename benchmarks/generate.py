@@ -29,7 +29,7 @@ STRENGTH = 0.8
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to generate; `run` returns the tokens it has made, `base` is what its speed is held against."""
+    """One way to do the work; `run` returns how much it has done, `base` is what its speed is held against."""
 
     name: str
     run: Callable[[], int]
@@ -90,7 +90,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str]:
         ),
         Variant(
             "transformers, steered, one row at a time (plain hook, `model.generate`)",
-            lambda: one_at_a_time(model, tokenizer, steered[: options.alone], options.tokens),
+            lambda: in_turn(model, tokenizer, [(each, options.tokens) for each in steered[: options.alone]]),
             "transformers, steered, a direction per row",
         ),
     ]
@@ -131,30 +131,46 @@ def made(completions: Sequence[Any]) -> int:
     return sum(len(completion.token_ids) for completion in completions)
 
 
-def one_at_a_time(model: Any, tokenizer: Any, requests: Sequence[Any], tokens: int) -> int:
-    """What is usually done: a hook that adds one vector, and `model.generate` for one prompt after the other."""
+def in_turn(model: Any, tokenizer: Any, asked: Sequence[tuple[Any, int]], rows: int = 1, **sampling: Any) -> int:
+    """What is usually done: a hook that adds one vector, and `model.generate`; returns the generated tokens.
+
+    Args:
+        model: of transformers.
+        tokenizer: the model's.
+        asked: requests and how many tokens each is to get.
+        rows: of one batch; they all get the first one's vector, and as many tokens as the longest.
+        sampling: of `model.generate`.
+    """
+    return sum(
+        _together(model, tokenizer, asked[start : start + rows], sampling) for start in range(0, len(asked), rows)
+    )
+
+
+def _together(model: Any, tokenizer: Any, asked: Sequence[tuple[Any, int]], sampling: dict[str, Any]) -> int:
     import torch
 
     from esr_train.chat import encode_prompt
     from esr_train.models import decoder_layers
 
-    total = 0
-    for request in requests:
-        (add,) = request.interventions
-        ids = torch.tensor([encode_prompt(tokenizer, request.prompt, None, "")[0]])
-        hook = decoder_layers(model)[add.layer].register_forward_hook(adding(add.vector))
-        try:
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-            )
-        finally:
+    prompts = [encode_prompt(tokenizer, request.prompt, None, request.prefix)[0] for request, _ in asked]
+    width, tokens = max(map(len, prompts)), max(count for _, count in asked)
+    ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    hooks = [
+        decoder_layers(model)[add.layer].register_forward_hook(adding(add.vector)) for add in asked[0][0].interventions
+    ]
+    try:
+        model.generate(
+            ids,
+            attention_mask=mask,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            **{"do_sample": False, **sampling},
+        )
+    finally:
+        for hook in hooks:
             hook.remove()
-        total += out.shape[1] - ids.shape[1]
-    return total
+    return sum(count for _, count in asked)
 
 
 def adding(vector: Any) -> Callable[..., Any]:
@@ -167,20 +183,20 @@ def adding(vector: Any) -> Callable[..., Any]:
 
 
 Seconds = dict[str, list[tuple[float, float]]]
-"""For each variant and round: seconds and processor seconds for one token."""
+"""For each variant and round: seconds and processor seconds for one unit of work, such as a token."""
 
 
-def measured(variants: Sequence[Variant], rounds: int) -> Seconds:
+def measured(variants: Sequence[Variant], rounds: int, unit: str = "tok") -> Seconds:
     """One round to warm up, then `rounds` of them, every other one in reverse order."""
     found: Seconds = {variant.name: [] for variant in variants}
     for number in range(rounds + 1):
         for variant in variants if number % 2 else reversed(variants):
             clock, processor = time.perf_counter(), time.process_time()
-            tokens = variant.run()
-            spent = (time.perf_counter() - clock) / tokens, (time.process_time() - processor) / tokens
+            done = variant.run()
+            spent = (time.perf_counter() - clock) / done, (time.process_time() - processor) / done
             if number:
                 found[variant.name].append(spent)
-            print(f"round {number}: {variant.name}: {1 / spent[0]:,.0f} tok/s", file=sys.stderr)
+            print(f"round {number}: {variant.name}: {1 / spent[0]:,.1f} {unit}/s", file=sys.stderr)
     return found
 
 
@@ -190,10 +206,17 @@ def ratio(seconds: Seconds, variant: Variant, clock: int) -> float:
     return statistics.median(base[clock] / own[clock] for base, own in pairs)
 
 
-def page(variants: Sequence[Variant], seconds: Seconds, shape: str, options: argparse.Namespace, load: float) -> str:
-    """The result as Markdown."""
+def circumstances(load: float) -> str:
+    """Where and with what it was measured; `load` is the load average at the beginning."""
     from esr_train.provenance import versions
 
+    kinds = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    ends = f"load average {load:.1f} at the beginning, {os.getloadavg()[0]:.1f} at the end"
+    return f"CPU, {os.cpu_count()} cores; {ends}. {kinds}."
+
+
+def page(variants: Sequence[Variant], seconds: Seconds, shape: str, options: argparse.Namespace, load: float) -> str:
+    """The result as Markdown."""
     lines = [
         "# Generation speed, steered and not",
         "",
@@ -218,13 +241,11 @@ def page(variants: Sequence[Variant], seconds: Seconds, shape: str, options: arg
         lines.append(f"| {variant.name} | {rate:,.0f} | {' | '.join(compared)} |")
     if not any("vLLM" in variant.name for variant in variants):
         lines += ["", "vLLM was not installed here."]
-    kinds = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     lines += [
         "",
         "Goals: steered at least 0.97 of unsteered in the same engine; one row at a time at most 0.125 of the batch.",
         "",
-        f"CPU, {os.cpu_count()} cores; load average {load:.1f} at the beginning, {os.getloadavg()[0]:.1f} at the end. "
-        f"{kinds}.",
+        circumstances(load),
         "",
     ]
     return "\n".join(lines)
