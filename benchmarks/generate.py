@@ -5,7 +5,7 @@
 
 Every variant generates the same number of tokens from the same prompts on the recipes' tiny Llama, greedily, and none
 may stop early. Rounds are interleaved: each runs every variant once, so that a busy machine slows all of them alike.
-vLLM takes part where it can be imported.
+vLLM and other libraries that steer (`others.py`) take part where they can be imported.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,15 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     load = os.getloadavg()[0]
-    variants, shape = prepared(options)
+    variants, shape, remarks = prepared(options)
     seconds = measured(variants, options.rounds)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(page(variants, seconds, shape, options, load), encoding="utf-8")
+    RESULTS.write_text(page(variants, seconds, shape, remarks, options, load), encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
 
-def prepared(options: argparse.Namespace) -> tuple[list[Variant], str]:
-    """The variants, model loaded, and the model's shape in words."""
+def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]]:
+    """The variants, model loaded; the model's shape in words, and what is to be said about the variants."""
     import torch
 
     import recipes.tiny
@@ -94,14 +95,59 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str]:
             "transformers, steered, a direction per row",
         ),
     ]
-    if importlib.util.find_spec("vllm"):
-        variants += of_vllm(section, tokenizer, plain, steered, sampling)
+    # vLLM first: nnsight gives every object a method `save`, at which a vLLM that starts later takes offence.
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    on_vllm = of_vllm(section, tokenizer, plain, steered, sampling) if has_vllm else []
+    ours = [list(completion.token_ids) for completion in engine.generate(steered, sampling)]
+    others, remarks = of_others(section, tokenizer, steered, ours, options)
+    variants += others + on_vllm
+    if not has_vllm:
+        remarks.append("vLLM was not installed here.")
     config, parameters = model.config, sum(each.numel() for each in model.parameters())
     shape = (
         f"{parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, {config.hidden_size} wide, float32, "
         f"torch on {torch.get_num_threads()} thread(s)"
     )
-    return variants, shape
+    return variants, shape, remarks
+
+
+def of_others(
+    section: Any, tokenizer: Any, steered: Sequence[Any], ours: Sequence[Sequence[int]], options: argparse.Namespace
+) -> tuple[list[Variant], list[str]]:
+    """The variants in other libraries, and for each a sentence: which tokens it makes, or why it cannot."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from benchmarks.others import LIBRARIES, Batch
+    from esr_train.models import load_model
+
+    variants, remarks = [], []
+    for package, (name, make, batched) in LIBRARIES.items():
+        chosen = list(steered if batched else steered[: options.alone])
+        try:
+            found = f"{package} {version(package)}"
+            run = make(section.path, load_model(section), tokenizer, Batch(tokenizer, chosen), options.tokens)
+            made = run()
+        except PackageNotFoundError:
+            remarks.append(f"{package} was not installed here.")
+            continue
+        except Exception as error:
+            remarks.append(f"{found} cannot run here: {type(error).__name__}: {str(error).splitlines()[0][:200]}.")
+            continue
+        same = sum(until_end(tokenizer, a) == until_end(tokenizer, b) for a, b in zip(made, ours, strict=False))
+        remarks.append(f"{found}: {same} of {len(chosen)} rows have our engine's tokens.")
+        variants.append(Variant(name, partial(tokens_of, run), "transformers, steered, a direction per row"))
+    return variants, remarks
+
+
+def tokens_of(run: Callable[[], list[list[int]]]) -> int:
+    """Run; how many tokens that made."""
+    return sum(map(len, run()))
+
+
+def until_end(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
+    """A row's tokens before its end of turn: behind it, libraries part ways in how they are kept from stopping."""
+    tokens = list(tokens)
+    return tokens[: tokens.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in tokens else tokens
 
 
 def of_vllm(section: Any, tokenizer: Any, plain: Sequence[Any], steered: Sequence[Any], sampling: Any) -> list[Variant]:
@@ -118,6 +164,7 @@ def of_vllm(section: Any, tokenizer: Any, plain: Sequence[Any], steered: Sequenc
             return params
 
     engine = Endless(VllmServer(section, rows=len(plain)), tokenizer)
+    engine.server.start()
     return [
         Variant("vLLM, unsteered", lambda: made(engine.generate(plain, sampling)), "vLLM, unsteered"),
         Variant(
@@ -215,7 +262,14 @@ def circumstances(load: float) -> str:
     return f"CPU, {os.cpu_count()} cores; {ends}. {kinds}."
 
 
-def page(variants: Sequence[Variant], seconds: Seconds, shape: str, options: argparse.Namespace, load: float) -> str:
+def page(
+    variants: Sequence[Variant],
+    seconds: Seconds,
+    shape: str,
+    remarks: Sequence[str],
+    options: argparse.Namespace,
+    load: float,
+) -> str:
     """The result as Markdown."""
     lines = [
         "# Generation speed, steered and not",
@@ -239,8 +293,7 @@ def page(variants: Sequence[Variant], seconds: Seconds, shape: str, options: arg
             else (variant.base, f"{ratio(seconds, variant, 0):.3f}", f"{ratio(seconds, variant, 1):.3f}")
         )
         lines.append(f"| {variant.name} | {rate:,.0f} | {' | '.join(compared)} |")
-    if not any("vLLM" in variant.name for variant in variants):
-        lines += ["", "vLLM was not installed here."]
+    lines += ["", *(f"- {remark}" for remark in remarks)]
     lines += [
         "",
         "Goals: steered at least 0.97 of unsteered in the same engine; one row at a time at most 0.125 of the batch.",

@@ -21,14 +21,13 @@ class TrialStore:
 
     Args:
         path: the file, usually `trials/<arm>.jsonl`; it need not exist yet.
-        writes: whether appended rows go to disk; of several processes with the same rows only one may.
 
     Raises:
         InputError: for a malformed or doubled row that is not the torn last line, naming `file:line`.
     """
 
-    def __init__(self, path: Path | str, writes: bool = True) -> None:
-        self.path, self._writes = Path(path), writes
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
         self._rows: dict[str, Trial] = {}
         self._intact = 0
         self._load()
@@ -59,11 +58,8 @@ class TrialStore:
             if key in self._rows or key in batch:
                 raise ValueError(f"{self.path} already has a trial with the key {key!r}")
             batch[key] = row
-        if batch and self._writes:
-            self._write(batch)
-        self._rows.update(batch)
-
-    def _write(self, batch: dict[str, Trial]) -> None:
+        if not batch:
+            return
         data = b"".join(_line(row) for row in batch.values())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
@@ -72,6 +68,7 @@ class TrialStore:
             file.flush()
             os.fsync(file.fileno())
         self._intact += len(data)
+        self._rows.update(batch)
 
     def _load(self) -> None:
         try:

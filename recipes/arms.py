@@ -46,8 +46,7 @@ class Weights:
         """An engine on these weights; the base model is let go for others: an accelerator may hold one, not two."""
         if self.model:
             world.stop()
-            section = world.recipe.model.model_copy(update={"path": self.model, "revision": None})
-            return World(world.recipe.model_copy(update={"model": section})).engine(None)
+            return world.engine(None, instead=self.model)
         if self.adapter is None:
             return world.base
         world.release()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,7 @@ from eval.judging.lexical import LexicalJudge
 from eval.judging.model_judge import ModelJudge
 from eval.llm import Llm
 from eval.llm_clients import EngineLlm, InspectLlm
-
-if TYPE_CHECKING:
-    from esr_train.steering.vllm_server import VllmServer
+from recipes.servers import Servers
 
 NORM_TEXTS = 64
 
@@ -54,32 +52,26 @@ class World:
             torch.cuda.empty_cache()
 
     def stop(self) -> None:
-        """As `release`, and stop vLLM, which adapters share with the base model: a training needs its memory."""
+        """As `release`, and stop every vLLM, which adapters share with the base model: a training needs its memory."""
         self.release()
-        if "_server" in self.__dict__:
-            self._server.close()
+        self._servers.stop()
 
-    def engine(self, adapter: Path | None) -> Engine:
-        """An engine on the model, with an adapter or without."""
+    def engine(self, adapter: Path | None, instead: str | None = None) -> Engine:
+        """An engine on the model, with an adapter or without, or on a whole model that takes its place."""
         section: EngineSection = self.recipe.engine
-        if section.kind == "vllm":
-            from esr_train.steering.vllm_engine import VllmEngine
+        model, tokenizer = self.recipe.model, self.tokenizer
+        if instead:
+            model = model.model_copy(update={"path": instead, "revision": None})
+            tokenizer = load_tokenizer(model)
+        if section.kind == "transformers":
+            return TransformersEngine(load_model(model, adapter), tokenizer, batch_rows=section.batch_rows)
+        from esr_train.steering.vllm_engine import VllmEngine
 
-            return VllmEngine(self._server, self.tokenizer, adapter)
-        model = load_model(self.recipe.model, adapter)
-        return TransformersEngine(model, self.tokenizer, batch_rows=section.batch_rows)
+        return VllmEngine(self._servers.tested(model), tokenizer, adapter)
 
     @cached_property
-    def _server(self) -> "VllmServer":
-        """The vLLM that the base model and every adapter share."""
-        from esr_train.steering.vllm_server import VllmServer
-        from esr_train.training.settings import lora_config
-
-        recipe, section = self.recipe, self.recipe.engine
-        rank = max((lora_config(recipe.for_arm(arm)).r for arm in recipe.arms), default=0)
-        return VllmServer(
-            recipe.model, rows=section.batch_rows, tensor_parallel=section.tensor_parallel, lora_rank=rank
-        )
+    def _servers(self) -> Servers:
+        return Servers(self.recipe)
 
     @cached_property
     def judge(self) -> Judge:
@@ -113,9 +105,14 @@ class World:
     def _engine_on(self, path: str, rows: int) -> Engine:
         """An engine on a judge's own model, beside the one under test; on that one itself if the judge is the same."""
         beside = self.recipe.model
-        if path == beside.path:
+        vllm = self.recipe.engine.kind == "vllm"
+        if path == beside.path and not (vllm and path in self._servers.own):
             return self.base
         model = ModelSection(path=path, dtype=beside.dtype, device=beside.device)
+        if vllm:
+            from esr_train.steering.vllm_engine import VllmEngine
+
+            return VllmEngine(self._servers.judging(model, rows), load_tokenizer(model))
         return TransformersEngine(load_model(model), load_tokenizer(model), batch_rows=rows)
 
     @property
@@ -163,9 +160,14 @@ class World:
         return [self.sae.direction(latent, norm, self.labels[latent]) for latent in chosen]
 
     def open_model(self) -> Any:
-        """The base model as transformers runs it: its hidden states can be read."""
-        # vLLM's own copy of the model gives no hidden states; another one is loaded for as long as it takes.
-        return getattr(self.base, "model", None) or load_model(self.recipe.model)
+        """The base model as transformers runs it: its hidden states can be read.
+
+        vLLM's own copy gives none. It is stopped, as it leaves no room for another one.
+        """
+        if self.recipe.engine.kind == "transformers":
+            return getattr(self.base, "model")  # noqa: B009 - an engine need not have one
+        self.stop()
+        return load_model(self.recipe.model)
 
     @cached_property
     def sae(self) -> LoadedSae:

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-import esr_train.steering.transformers_engine as module
+from esr_train.chat import encode_prompt
 from esr_train.errors import RunError
 from esr_train.models import decoder_layers
 from esr_train.steering.engine import Request, Sampling
@@ -59,7 +59,7 @@ def steered_requests() -> list[Request]:
 
 def naive(family, request: Request, stops: frozenset[int], new_tokens: int) -> list[int]:
     """Greedy decoding that recomputes the whole sequence at every step."""
-    ids, start = module.encode_prompt(family.tokenizer, request.prompt, request.system, request.prefix)
+    ids, start = encode_prompt(family.tokenizer, request.prompt, request.system, request.prefix)
 
     def hooked(add: Add):
         def hook(_, __, output):
@@ -110,7 +110,7 @@ def test_rows_that_end_early_leave_the_others_alone_and_are_counted_exactly(fami
         assert list(completion.token_ids) == naive(family, request, early_stops, 40)
         assert completion.finish_reason == ("stop" if completion.token_ids[-1] in early_stops else "length")
     fed = [c.prompt_tokens + len(c.token_ids) - 1 for c in completions]
-    ids, start = module.encode_prompt(family.tokenizer, PROMPTS[2], None, "Start by")
+    ids, start = encode_prompt(family.tokenizer, PROMPTS[2], None, "Start by")
     assert start < len(ids)
     assert [c.steered_tokens for c in completions] == [fed[0], 0, fed[2] - start, fed[3], fed[4]]
 
@@ -200,8 +200,8 @@ def test_log_probabilities_are_those_of_the_naive_forward_pass_under_each_rows_s
     texts = [" Wait, the mast.", " Then dust it.", " Knead", " Start", " Smooth the board."]
     found = engine.log_probabilities(steered_requests(), texts)
     for request, text, value in zip(steered_requests(), texts, found, strict=True):
-        ids, start = module.encode_prompt(family.tokenizer, request.prompt, None, request.prefix)
-        whole, _ = module.encode_prompt(family.tokenizer, request.prompt, None, request.prefix + text)
+        ids, start = encode_prompt(family.tokenizer, request.prompt, None, request.prefix)
+        whole, _ = encode_prompt(family.tokenizer, request.prompt, None, request.prefix + text)
         assert whole[: len(ids)] == ids
         logits = forward(family, request, whole, start)
         tail = torch.tensor(whole[len(ids) :])

@@ -289,6 +289,16 @@ def test_latents_are_read_at_every_token_that_was_fed(side):
         side.vllm.read(requests, GREEDY, sae, [sae.n_latents])
 
 
+def test_log_probabilities_are_the_transformers_engines(side):
+    requests = side.requests(24)
+    texts = [(" Wait, that was wrong.", " choose the archer", "g", ".\n\nAt last")[n % 4] for n in range(24)]
+    found = side.vllm.log_probabilities(requests, texts)
+    assert found == pytest.approx(side.transformers.log_probabilities(requests, texts), abs=1e-3)
+    plain = side.vllm.log_probabilities([Request(r.id, r.prompt, None, r.prefix) for r in requests], texts)
+    assert sum(abs(a - b) > 0.01 for a, b in zip(found, plain, strict=True)) > 8, "the interventions must be at work"
+    assert side.vllm.generate(requests, GREEDY) == side.transformers.generate(requests, GREEDY)
+
+
 def _reply_start(side, request: Request) -> int:
     return encode_prompt(side.tokenizer, request.prompt, None, request.prefix)[1]
 

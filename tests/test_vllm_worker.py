@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from esr_train.steering.vllm_worker import SteeringExtension, _Steps, unsupported
+from esr_train.errors import RunError
+from esr_train.steering.vllm_engine import VllmEngine
+from esr_train.steering.vllm_worker import SUPPORTED, SteeringExtension, _Steps, unsupported
 
 WIDTH = 4
 
@@ -65,10 +67,14 @@ def runner() -> Runner:
 
 @pytest.fixture
 def worker(runner) -> SteeringExtension:
-    made = SteeringExtension()
-    made.model_runner = runner
-    made.esr = _Steps(runner)
+    made = extension(runner)
     made.esr_direction("d", np.full(WIDTH, 1.0, dtype=np.float32).tobytes())
+    return made
+
+
+def extension(runner: Runner) -> SteeringExtension:
+    made = SteeringExtension()
+    made.model_runner, made.esr = runner, _Steps(runner)
     return made
 
 
@@ -156,14 +162,78 @@ def test_a_step_without_a_placement_is_left_alone(runner, worker):
     assert not hidden.any()
 
 
-def test_runners_that_are_not_known_are_refused():
-    class Second:
-        """Another generation of model runner."""
+def supported(**changes: Any) -> Any:
+    """What `unsupported` reads of vLLM's runner, as it is when everything fits."""
+    first = type("GPUModelRunner", (), {"__module__": "vllm.v1.worker.gpu_model_runner"})
+    runner = type("CPUModelRunner", (first,), {})()
+    model = type("LlamaForCausalLM", (), {})()
+    runner.get_model = lambda: changes.get("model", model)
+    runner.vllm_config = SimpleNamespace(
+        cache_config=SimpleNamespace(enable_prefix_caching=changes.get("prefix", False)),
+        model_config=SimpleNamespace(enforce_eager=changes.get("eager", True)),
+        speculative_config=changes.get("speculative"),
+        scheduler_config=SimpleNamespace(async_scheduling=changes.get("asynchronous", False)),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=changes.get("pipeline", 1)),
+    )
+    return runner
 
-    assert "set VLLM_USE_V2_MODEL_RUNNER=0" in (unsupported_of(Second) or "")
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": object()}, "object cannot be steered, only LlamaForCausalLM and Gemma2ForCausalLM"),
+        ({"prefix": True}, "prefix caching must be off"),
+        ({"eager": False}, "enforce_eager must be on"),
+        ({"speculative": object()}, "speculative decoding and asynchronous scheduling must be off"),
+        ({"asynchronous": True}, "speculative decoding and asynchronous scheduling must be off"),
+        ({"pipeline": 2}, "pipeline parallelism is not supported"),
+    ],
+)
+def test_what_would_be_steered_wrongly_is_refused(changes, message):
+    assert unsupported(supported()) is None
+    assert message in (unsupported(supported(**changes)) or "")
 
 
-def unsupported_of(kind: type) -> str | None:
-    runner = kind()
-    runner.vllm_config = SimpleNamespace()
-    return unsupported(runner)
+def test_a_runner_that_is_not_known_is_refused_with_the_releases_that_are():
+    runner = type("Second", (), {"vllm_config": None})()
+    message = unsupported(runner) or ""
+    assert "the model runner Second" in message
+    assert f"vLLM {SUPPORTED}: set VLLM_USE_V2_MODEL_RUNNER=0" in message
+
+
+class Ranks:
+    """A server whose model is shared by workers that are all in this process."""
+
+    def __init__(self, *workers: SteeringExtension) -> None:
+        self.workers, self.llm = workers, self
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [getattr(worker, method)(*args) for worker in self.workers]
+
+
+def test_the_ranks_of_one_model_must_steer_the_same_tokens():
+    """Every rank holds the whole residual stream and its own copy of the vectors."""
+    runners = [Runner(), Runner()]
+    server = Ranks(*map(extension, runners))
+    server.collective_rpc("esr_direction", ("d", np.full(WIDTH, 1.0, dtype=np.float32).tobytes()))
+    engine = VllmEngine(server, None)  # type: ignore[arg-type]
+    for runner in runners:
+        runner.add("a", add("d", 2.0), reply_start=1)
+        assert runner.step(a=(0, 3))[0] == [2, 2, 2]
+    assert engine._reports(["a"])["a"][:3] == ("a", [(0, 3)], None)
+    for count, runner in enumerate(runners, 1):
+        runner.add("b", add("d"))
+        runner.step(b=(0, count))
+    with pytest.raises(RunError, match="the ranks of the tensor-parallel model did not steer the same tokens"):
+        engine._reports(["b"])
+
+
+def test_an_error_on_any_rank_fails_the_request():
+    runners = [Runner(), Runner()]
+    server = Ranks(*map(extension, runners))
+    server.workers[0].esr_direction("d", np.full(WIDTH, 1.0, dtype=np.float32).tobytes())
+    for runner in runners:
+        runner.add("a", add("d"))
+        runner.step(a=(0, 3))
+    (report,) = VllmEngine(server, None)._reports(["a"]).values()  # type: ignore[arg-type]
+    assert "could not be set up: KeyError('d')" in (report[2] or "")

@@ -1,9 +1,10 @@
 """What every engine does: generate for many requests, each under its own interventions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from esr_train.chat import encode_prompt
 from esr_train.errors import RunError
 from esr_train.steering.intervention import Intervention
 
@@ -111,6 +112,22 @@ class Encoding:
 
     ids: list[int]
     reply_start: int
+
+
+def encoded(tokenizer: Any, request: Request) -> Encoding:
+    """A request's prompt and prefix as the model reads them."""
+    return Encoding(*encode_prompt(tokenizer, request.prompt, request.system, request.prefix))
+
+
+def encoded_with(tokenizer: Any, request: Request, continuation: str) -> tuple[Encoding, int]:
+    """A request's prompt, prefix and a continuation, and how many of the last tokens are the continuation's.
+
+    Where the border falls inside a token, that whole token belongs to the continuation.
+    """
+    given = encoded(tokenizer, request).ids
+    whole = encoded(tokenizer, replace(request, prefix=request.prefix + continuation))
+    shared = next((i for i, (a, b) in enumerate(zip(given, whole.ids, strict=False)) if a != b), len(given))
+    return whole, len(whole.ids) - min(shared, len(whole.ids) - 1)
 
 
 def checked_completion(

@@ -7,15 +7,23 @@ steered tokens can be held against what was asked.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from esr_train.chat import encode_prompt
 from esr_train.models import bare_model, stop_ids
-from esr_train.steering.engine import Completion, Encoding, Progress, Request, Sampling, checked_completion
+from esr_train.steering.engine import (
+    Completion,
+    Encoding,
+    Progress,
+    Request,
+    Sampling,
+    checked_completion,
+    encoded,
+    encoded_with,
+)
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.sampling import processors, row_seeds
 
@@ -64,7 +72,7 @@ class TransformersEngine:
             InputError: an intervention that does not fit the model.
             RunError: a row that was not steered at exactly the tokens it asked for.
         """
-        rows = [_Row(place, r, self._encode(r)) for place, r in enumerate(requests)]
+        rows = [_Row(place, r, encoded(self.tokenizer, r)) for place, r in enumerate(requests)]
         # Longest first: the batch that needs most memory fails at once, not at the end.
         rows.sort(key=lambda row: -len(row.ids))
         completions: dict[int, Completion] = {}
@@ -86,14 +94,9 @@ class TransformersEngine:
         """
         scored = []
         for place, (request, text) in enumerate(zip(requests, continuations, strict=True)):
-            prompt = self._encode(request)
-            given = prompt.ids
-            whole = self._encode(replace(request, prefix=request.prefix + text)).ids
-            # Where the border falls inside a token, that whole token belongs to the continuation.
-            shared = next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), len(given))
-            # As if the last token had been generated and then fed: every token of the row is steered as asked.
-            row = _Row(place, request, Encoding(whole, prompt.reply_start), whole[-1:])
-            scored.append((row, len(whole) - min(shared, len(whole) - 1)))
+            whole, tail = encoded_with(self.tokenizer, request, text)
+            # As if one token had been generated behind it and not fed: every token of the row is steered as asked.
+            scored.append((_Row(place, request, whole, whole.ids[-1:]), tail))
         scored.sort(key=lambda each: -len(each[0].ids))
         found: dict[int, float] = {}
         for start in range(0, len(scored), self.batch_rows):
@@ -118,9 +121,6 @@ class TransformersEngine:
             tokens = batch.ids[number, -tail:, None]
             values.append(float(logits[number, -tail - 1 : -1].float().log_softmax(-1).gather(1, tokens).sum()))
         return values
-
-    def _encode(self, request: Request) -> Encoding:
-        return Encoding(*encode_prompt(self.tokenizer, request.prompt, request.system, request.prefix))
 
     def _run(self, rows: Sequence[_Row], sampling: Sampling) -> list[Completion]:
         with (

@@ -15,14 +15,22 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from esr_train.chat import encode_prompt
 from esr_train.errors import InputError, RunError
 from esr_train.models import check_adapter_weights, model_source, require_adapter, stop_ids_of
-from esr_train.steering.engine import Completion, Encoding, Progress, Request, Sampling, checked_completion
+from esr_train.steering.engine import (
+    Completion,
+    Encoding,
+    Progress,
+    Request,
+    Sampling,
+    checked_completion,
+    encoded,
+    encoded_with,
+)
 from esr_train.steering.intervention import Add, Clamp, Intervention, edited_latents
 from esr_train.steering.sae import LoadedSae
 from esr_train.steering.stages import check_intervention
-from esr_train.steering.vllm_server import VllmServer
+from esr_train.steering.vllm_server import LORA_MODULES, NOT_SERVED, VllmServer
 from esr_train.steering.vllm_worker import KEY, Report
 
 
@@ -35,6 +43,34 @@ class _Row:
     prompt: Encoding
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What all requests of one call want.
+
+    Args:
+        sampling: how tokens are drawn.
+        read: the SAE and latents that are read out, as the worker knows them.
+        scored: whether the log-probabilities of the prompt's tokens are returned.
+    """
+
+    sampling: Sampling
+    read: dict[str, Any] | None = None
+    scored: bool = False
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What has come of a request: activations [tokens][latents], and token -> log-probability at each prompt token."""
+
+    completion: Completion
+    activations: list[list[float]] | None
+    prompt: list[Any] | None
+
+
+_ONE_TOKEN = Sampling(temperature=0, max_new_tokens=1)
+"""vLLM generates at least one token; it is not fed, so not steered."""
+
+
 class VllmEngine:
     """Implements `Engine` on vLLM.
 
@@ -44,7 +80,7 @@ class VllmEngine:
         adapter: folder of a PEFT adapter that all requests use, or None.
 
     Raises:
-        InputError: an adapter that is not there, or has a higher rank than the server allows.
+        InputError: an adapter that is not there, has a higher rank than the server allows, or changes other modules.
         RunError: an adapter with empty or never trained weights.
     """
 
@@ -76,9 +112,24 @@ class VllmEngine:
 
         Raises:
             InputError: an intervention or a prompt that does not fit the model.
+            RunError: a request that was not steered at exactly the tokens it asked for, or whose steering failed; a
+                vLLM that died.
+        """
+        rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
+        return [answer.completion for answer in self._answers(rows, _Asked(sampling), progress)]
+
+    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
+        """Log-probability (nats, temperature 1) of each continuation right after its request's prefix.
+
+        Raises:
+            InputError: an intervention or a prompt that does not fit the model.
             RunError: a request that was not steered at exactly the tokens it asked for, or whose steering failed.
         """
-        return [completion for completion, _ in self._generate(requests, sampling, progress, None)]
+        pairs = zip(requests, continuations, strict=True)
+        wholes = [encoded_with(self.tokenizer, request, text) for request, text in pairs]
+        rows = self._rows(requests, [whole for whole, _ in wholes])
+        answers = self._answers(rows, _Asked(_ONE_TOKEN, scored=True))
+        return [_scored(answer, whole.ids[-tail:]) for answer, (whole, tail) in zip(answers, wholes, strict=True)]
 
     def read(
         self, requests: Sequence[Request], sampling: Sampling, sae: LoadedSae, latents: Sequence[int]
@@ -101,9 +152,11 @@ class VllmEngine:
         """
         for latent in latents:
             sae.row(latent)
-        asked = {"sae": self.server.sae(sae), "latents": list(latents)}
+        asked = _Asked(sampling, {"sae": self.server.sae(sae), "latents": list(latents)})
+        rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
         found = []
-        for completion, activations in self._generate(requests, sampling, None, asked):
+        for answer in self._answers(rows, asked):
+            completion, activations = answer.completion, answer.activations
             fed = completion.prompt_tokens + len(completion.token_ids) - 1
             if activations is None or len(activations) != fed:
                 got = 0 if activations is None else len(activations)
@@ -111,26 +164,20 @@ class VllmEngine:
             found.append((completion, torch.tensor(activations)))
         return found
 
-    def _generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        progress: Progress | None,
-        read: dict[str, Any] | None,
-    ) -> list[tuple[Completion, list[list[float]] | None]]:
+    def _rows(self, requests: Sequence[Request], prompts: Sequence[Encoding]) -> list[_Row]:
         call = next(self._calls)
-        rows = [_Row(f"{call}-{n}", request, self._encode(request)) for n, request in enumerate(requests)]
+        return [_Row(f"{call}-{n}", *pair) for n, pair in enumerate(zip(requests, prompts, strict=True))]
+
+    def _answers(self, rows: Sequence[_Row], asked: _Asked, progress: Progress | None = None) -> list[_Answer]:
         for row in rows:
-            self._check(row, sampling)
+            self._check(row, asked.sampling)
         if not rows:
             return []
-        outputs = self._outputs([(row, self._params(row, sampling, read)) for row in rows], progress)
-        reports = self._reports([row.key for row in rows])
-        self.server.forget(_unshared(requests))
-        return [self._completion(row, outputs[row.key], reports.get(row.key)) for row in rows]
-
-    def _encode(self, request: Request) -> Encoding:
-        return Encoding(*encode_prompt(self.tokenizer, request.prompt, request.system, request.prefix))
+        with self.server.watched():
+            outputs = self._outputs([(row, self._params(row, asked)) for row in rows], progress)
+            reports = self._reports([row.key for row in rows])
+            self.server.forget(_unshared([row.request for row in rows]))
+        return [self._answer(row, outputs[row.key], reports.get(row.key)) for row in rows]
 
     def _check(self, row: _Row, sampling: Sampling) -> None:
         config = self.server.config
@@ -160,19 +207,20 @@ class VllmEngine:
                 engine.abort_request(names, internal=True)
             raise
 
-    def _params(self, row: _Row, sampling: Sampling, read: dict[str, Any] | None) -> Any:
+    def _params(self, row: _Row, asked: _Asked) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        asked: dict[str, Any] = {
+        sampling = asked.sampling
+        extra: dict[str, Any] = {
             "key": row.key,
             "reply_start": row.prompt.reply_start,
             "interventions": [self._wire(each) for each in row.request.interventions],
         }
-        if read:
-            asked["read"] = read
+        if asked.read:
+            extra["read"] = asked.read
         if sampling.temperature or sampling.repetition_penalty != 1.0:
-            asked["sampling"] = {
+            extra["sampling"] = {
                 "seed": row.request.seed & (2**64 - 1),
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -183,8 +231,10 @@ class VllmEngine:
             max_tokens=sampling.max_new_tokens,
             stop_token_ids=self._stops,
             detokenize=False,
+            # 0: of the prompt's own tokens and no others.
+            prompt_logprobs=0 if asked.scored else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={KEY: asked},
+            extra_args={KEY: extra},
         )
 
     def _wire(self, intervention: Intervention) -> dict[str, Any]:
@@ -208,26 +258,29 @@ class VllmEngine:
         }
 
     def _reports(self, keys: Sequence[str]) -> dict[str, Report]:
-        """What the workers report of each request.
+        """What the workers report of each request: the first rank's counts, and what went wrong on any.
 
         Raises:
             RunError: if ranks of one model disagree.
         """
-        first, *others = self.server.llm.collective_rpc("esr_take", args=(list(keys),))
+        ranks = self.server.llm.collective_rpc("esr_take", args=(list(keys),))
         # Lists come back as lists or tuples, depending on whether a process border lay between.
-        found = [{report[0]: _counts(report) for report in rank} for rank in (first, *others)]
-        if any(other != found[0] for other in found[1:]):
+        found = [{report[0]: _counts(report) for report in rank} for rank in ranks]
+        errors = {report[0]: report[2] for rank in ranks for report in rank if report[2]}
+        if not errors and any(other != found[0] for other in found[1:]):
             raise RunError("the ranks of the tensor-parallel model did not steer the same tokens")
-        return {report[0]: report for report in first}
+        return {key: (key, counts, errors.get(key), read) for key, counts, _, read in ranks[0]}
 
-    def _completion(self, row: _Row, output: Any, report: Report | None) -> tuple[Completion, list[list[float]] | None]:
+    def _answer(self, row: _Row, output: Any, report: Report | None) -> _Answer:
         _, _, error, activations = report or (row.key, [], None, None)
         if error:
             raise RunError(f"request {row.request.id!r} was not steered as asked: {error}.")
-        finish: Literal["stop", "length"] = "stop" if output.finish_reason == "stop" else "length"
+        reply = output.outputs[0]
+        finish: Literal["stop", "length"] = "stop" if reply.finish_reason == "stop" else "length"
         counts = {} if report is None else _counts(report)
-        generated = list(output.token_ids)
-        return checked_completion(self.tokenizer, row.request, row.prompt, generated, finish, counts), activations
+        generated = list(reply.token_ids)
+        completion = checked_completion(self.tokenizer, row.request, row.prompt, generated, finish, counts)
+        return _Answer(completion, activations, output.prompt_logprobs)
 
 
 def _finished(engine: Any, progress: Progress | None) -> Iterator[tuple[str, Any]]:
@@ -236,7 +289,16 @@ def _finished(engine: Any, progress: Progress | None) -> Iterator[tuple[str, Any
         if done and progress:
             progress(len(done), sum(len(output.outputs[0].token_ids) for output in done))
         for output in done:
-            yield output.request_id, output.outputs[0]
+            yield output.request_id, output
+
+
+def _scored(answer: _Answer, tokens: Sequence[int]) -> float:
+    """The summed log-probability of a prompt's last tokens."""
+    if answer.prompt is None or len(answer.prompt) != answer.completion.prompt_tokens:
+        raise RunError(f"request {answer.completion.id!r}: vLLM returned no log-probabilities of its tokens")
+    # The first token has no entry; a continuation never begins there.
+    entries = zip(answer.prompt[-len(tokens) :], tokens, strict=True)
+    return float(sum(entry[token].logprob for entry, token in entries))
 
 
 def _counts(report: Report) -> dict[int, int]:
@@ -258,4 +320,8 @@ def _check_adapter(adapter: Path, highest: int) -> None:
     if rank > highest:
         raise InputError(f"the adapter has rank {rank}; vLLM was started for at most {highest}", str(adapter))
     weights = load_file(adapter / "adapter_model.safetensors")
+    changed = {name.split(".lora_")[0].rpartition(".")[2] for name in weights if ".lora_" in name}
+    if not changed <= set(LORA_MODULES):
+        others = ", ".join(sorted(changed - set(LORA_MODULES)))
+        raise InputError(f"the adapter changes {others}, which vLLM is not set up to serve", str(adapter), NOT_SERVED)
     check_adapter_weights({name: weight for name, weight in weights.items() if "lora_" in name}, str(adapter))

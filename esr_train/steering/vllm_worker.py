@@ -13,8 +13,12 @@ vLLM packs the tokens of all running requests into one row. Once per step, befor
 which token belongs to whom (`_Steps.begin`); the layers' hooks then only add and encode tensors. A decoder layer of
 vLLM returns the residual stream in two parts, the block's output and what is yet to be added to it; the first is
 steered. Under tensor parallelism both parts are whole on every rank when a layer returns (its last matrix product
-ends in an all-reduce), so every rank does the same with its own copy of the vectors, and the counts of all ranks
-must agree.
+ends in an all-reduce), so every rank does the same with its own copy of the vectors and SAEs; tokens are counted on
+every rank, the counts must agree, and what goes wrong on any rank fails the request. Pipeline parallelism is refused.
+
+vLLM must run in eager mode (`enforce_eager`), which is asked for and checked: torch.compile traces the layers without
+their hooks, and a CUDA graph replays the kernels of the step it was captured from, whatever the hooks would do now. The
+price is vLLM's launch overhead at every step, which weighs most on small models and small batches.
 
 Nothing here raises inside a forward pass, which would stop the whole engine: what goes wrong is kept with the
 requests it concerns, and they fail when their results are fetched.
@@ -33,6 +37,8 @@ from esr_train.steering.stages import ENCODED_AT_ONCE, Layer, Placement
 from esr_train.transcript import SaeRef
 
 KEY = "esr"
+SUPPORTED = ">=0.32,<0.33"
+"""Releases of vLLM on which the extension was held against the transformers engine."""
 FAMILIES = ("LlamaForCausalLM", "Gemma2ForCausalLM")
 Report = tuple[str, list[tuple[int, int]], str | None, list[list[float]] | None]
 """A request's key, (layer, steered tokens) pairs, what went wrong, and its activations [positions][latents]."""
@@ -86,7 +92,8 @@ def unsupported(runner: Any) -> str | None:
     # Of the two generations of runners only the first keeps its batch in `input_batch` and `query_start_loc`.
     kinds = {kind.__module__ for kind in type(runner).__mro__}
     if "vllm.v1.worker.gpu_model_runner" not in kinds:
-        return f"the model runner {type(runner).__name__} is not known: set VLLM_USE_V2_MODEL_RUNNER=0"
+        found = f"the model runner {type(runner).__name__} ({type(runner).__module__}) is not known"
+        return f"{found}, only the first generation's in vLLM {SUPPORTED}: set VLLM_USE_V2_MODEL_RUNNER=0"
     if type(runner.get_model()).__name__ not in FAMILIES:
         return f"{type(runner.get_model()).__name__} cannot be steered, only {' and '.join(FAMILIES)}"
     if config.cache_config.enable_prefix_caching:
