@@ -92,17 +92,10 @@ def _generate(options: argparse.Namespace) -> None:
     if options.arm not in (None, *recipe.trained_arms):
         trained = ", ".join(recipe.trained_arms) or "none"
         raise InputError(f"the recipe trains no arm {options.arm!r}", "--arm", f"It trains {trained}.")
-    from esr_train.ranks import join
-
-    ranks = join()
-    if ranks.count > 1 and recipe.engine.kind == "vllm":
-        raise InputError(
-            "vLLM spreads itself over accelerators and cannot be several processes' engine",
-            "engine.kind",
-            "Start one process with engine.tensor_parallel, or take the transformers engine.",
-        )
     from recipes.pipeline import begun
+    from recipes.workers import joined
 
+    ranks = joined(recipe)
     if ranks.count > 1 and ranks.first:
         print(f"{ranks.count} processes make the rows", flush=True)
     _, parts = begun(recipe, ranks)

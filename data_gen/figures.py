@@ -138,7 +138,7 @@ def _bars(rows: Sequence[tuple[str, int]], total: int, colours: Sequence[str]) -
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
 
-    return svg_of(draw, [], height=0.25 + 0.21 * len(rows))
+    return svg_of(draw, {}, height=0.25 + 0.21 * len(rows))
 
 
 def _histogram(
@@ -172,7 +172,7 @@ def _histogram(
         axes.set_ylabel("rows" if limits or "reply" in series else "spans")
 
     table = [("from", *counts), *zip(edges[:-1].tolist(), *(found.tolist() for found in counts.values()), strict=True)]
-    return Figure(name, title, caption, svg_of(draw, list(counts) if len(counts) > 1 else [], height=2.3), table)
+    return Figure(name, title, caption, svg_of(draw, colours if len(counts) > 1 else {}, height=2.3), table)
 
 
 def _edges(largest: float, limits: tuple[float, float] | None) -> "NDArray[np.float64]":

@@ -27,9 +27,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_recipe(add_command(commands, "calibrate", _calibrate, "find each latent's threshold on the base model"))
 
-    run = add_command(commands, "run", _run, "run an arm's trials, after whatever they need and is not there yet")
+    run = add_command(commands, "run", _run, "run trials, after whatever they need and is not there yet")
     _add_recipe(run)
-    run.add_argument("--arm", help="base, or one of the recipe's arms; all of them unless given")
+    run.add_argument(
+        "--arm", help="base, or one of the recipe's arms; unless given all of them, and a report at the end"
+    )
 
     compare = add_command(commands, "compare", _compare, "print the arms of one run, or of several, beside each other")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
@@ -77,12 +79,21 @@ def _run(options: argparse.Namespace) -> None:
     if options.arm not in (None, *arms):
         raise InputError(f"the recipe has no arm {options.arm!r}", "--arm", f"It has {', '.join(arms)}.")
     from recipes.pipeline import begun
+    from recipes.report import reports, spent
+    from recipes.workers import joined
 
-    _, parts = begun(recipe)
+    ranks = joined(recipe)
+    top, parts = begun(recipe, ranks)
     for part in parts:
         for arm in [options.arm] if options.arm else arms:
             part.measure_arm(arm)
-            print(part.directory / "trials" / f"{arm}.jsonl")
+            if ranks.first:
+                print(part.directory / "trials" / f"{arm}.jsonl", flush=True)
+    for rank, told in enumerate(ranks.gather(spent(top))):
+        for line in told if ranks.first and rank else ():
+            print(f"process {rank}: {line}", flush=True)
+    if not options.arm:
+        ranks.by_first(lambda: reports(top, parts))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -131,13 +142,9 @@ def _report(options: argparse.Namespace) -> None:
     folder = options.run if options.run.is_dir() else None
     recipe = _recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides)
     from recipes.pipeline import experiments
-    from recipes.report import report
+    from recipes.report import reports
 
-    top, parts = experiments(recipe, folder)
-    for part in parts:
-        if part is not top:
-            report(part, [part])
-    report(top, parts)
+    reports(*experiments(recipe, folder))
 
 
 def _power(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Conditions: how the same cells are run. Steered or not, how hard, along what, and from which words on."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -72,19 +73,21 @@ def title(condition: str) -> str:
         return f"Steered at {condition.removeprefix('boost_x')} × the threshold"
     if condition.startswith("boost_"):
         count = condition.removeprefix("boost_").removesuffix("sd").replace("-", "− ").replace("+", "+ ")
-        return f"Steered at the threshold {count} standard deviations"
+        plural = "" if count[2:] == "1" else "s"
+        return f"Steered at the threshold {count} standard deviation{plural} of its posterior"
     return TITLES.get(condition, condition)
 
 
 def order(condition: str) -> tuple[int, float, str]:
-    """Where a condition stands among others: the known ones first, sweeps by strength, then the rest by name."""
+    """Where a condition stands among others: the known ones first, each sweep by strength, then the rest by name."""
     known = list(TITLES)
     if condition in known:
         return known.index(condition), 0.0, condition
-    try:
-        return len(known), float(condition.removeprefix("boost_").removeprefix("x").removesuffix("sd")), condition
-    except ValueError:
-        return len(known) + 1, 0.0, condition
+    for place, (before, after) in enumerate((("boost_x", ""), ("boost_", "sd")), start=len(known)):
+        if condition.startswith(before) and condition.endswith(after):
+            with suppress(ValueError):
+                return place, float(condition.removeprefix(before).removesuffix(after)), condition
+    return len(known) + 2, 0.0, condition
 
 
 def boosted(

@@ -140,7 +140,7 @@ RATES = (
 SCORES = (first_score, last_score)
 MEANS = (improvement, restart_position, restart_logprob)
 METRICS = (
-    {function.__name__: Metric(function, True) for function in RATES}
+    {function.__name__: Metric(function, True, (0, 1)) for function in RATES}
     | {function.__name__: Metric(function, False, (0, 100)) for function in SCORES}
     | {function.__name__: Metric(function, False) for function in MEANS}
 )

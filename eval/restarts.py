@@ -12,6 +12,8 @@ from eval.judging.attempts import sentences
 
 MOST_ENDS = 6
 """Sentence ends read in one response, from its beginning."""
+BEFORE = (" ", "\n\n")
+"""What may stand between a sentence and the phrase: a model turns back on the same line, or in a new paragraph."""
 CHUNK = 4096
 """Texts scored in one call of the engine."""
 
@@ -34,23 +36,25 @@ def restart_reader(
 ) -> Callable[[Sequence[Request], Sequence[str]], list[list[list[float]]]]:
     """What reads, for each request and first attempt, [characters, log-probability] at the attempt's sentence ends.
 
-    The log-probability (nats) is that of any of the phrases coming next, the request's interventions at work. No
-    phrase should be the beginning of another: it would count twice.
+    The log-probability (nats) is that of any of the phrases coming next, behind a space or a blank line, the request's
+    interventions at work. No phrase should be the beginning of another: it would count twice.
     """
+    continuations = [f"{before}{phrase}" for before in BEFORE for phrase in phrases]
 
     def read(requests: Sequence[Request], firsts: Sequence[str]) -> list[list[list[float]]]:
         ends = [[end for _, end in sentences(text)[:MOST_ENDS]] for text in firsts]
         asked = [
-            (replace(request, id=f"{request.id} / {end} / {number}", prefix=text[:end]), f" {phrase}")
+            (replace(request, id=f"{request.id} / {end} / {number}", prefix=text[:end]), continuation)
             for request, text, places in zip(requests, firsts, ends, strict=True)
             for end in places
-            for number, phrase in enumerate(phrases)
+            for number, continuation in enumerate(continuations)
         ]
         scores: list[float] = []
         for start in range(0, len(asked), CHUNK):
             part = asked[start : start + CHUNK]
             scores += scorer.log_probabilities([request for request, _ in part], [text for _, text in part])
-        groups = iter([scores[start : start + len(phrases)] for start in range(0, len(scores), len(phrases))])
+        width = len(continuations)
+        groups = iter([scores[start : start + width] for start in range(0, len(scores), width)])
         return [[[end, round(_log_sum(next(groups)), 4)] for end in places] for places in ends]
 
     return read

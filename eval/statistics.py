@@ -110,13 +110,14 @@ def paired(
     resamples: int = RESAMPLES,
     seed: int = 0,
     of_rates: bool = False,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
-    """The mean of per-cell differences, clustered like the cells.
+    """The mean of per-cell differences, clustered like the cells; its interval stays within `bounds`.
 
     With `of_rates` and no cell that differs, the interval is what no event in n cells still allows on either
     side, instead of [0, 0].
     """
-    estimate = mean(differences, clusters, unscored, resamples, seed)
+    estimate = mean(differences, clusters, unscored, resamples, seed, bounds)
     x = np.asarray(differences, dtype=float)
     if not of_rates or not len(x) or x.any():
         return estimate

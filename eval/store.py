@@ -21,13 +21,14 @@ class TrialStore:
 
     Args:
         path: the file, usually `trials/<arm>.jsonl`; it need not exist yet.
+        writes: whether appended rows go to disk; of several processes with the same rows only one may.
 
     Raises:
         InputError: for a malformed or doubled row that is not the torn last line, naming `file:line`.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, writes: bool = True) -> None:
+        self.path, self._writes = Path(path), writes
         self._rows: dict[str, Trial] = {}
         self._intact = 0
         self._load()
@@ -58,8 +59,11 @@ class TrialStore:
             if key in self._rows or key in batch:
                 raise ValueError(f"{self.path} already has a trial with the key {key!r}")
             batch[key] = row
-        if not batch:
-            return
+        if batch and self._writes:
+            self._write(batch)
+        self._rows.update(batch)
+
+    def _write(self, batch: dict[str, Trial]) -> None:
         data = b"".join(_line(row) for row in batch.values())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
@@ -68,7 +72,6 @@ class TrialStore:
             file.flush()
             os.fsync(file.fileno())
         self._intact += len(data)
-        self._rows.update(batch)
 
     def _load(self) -> None:
         try:

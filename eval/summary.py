@@ -163,8 +163,10 @@ def difference(
 
 
 def _paired(name: str, found: Values, bootstrap: int, seed: int) -> Estimate:
-    rates = METRICS[name].is_rate
-    return statistics.paired(found.values, found.clusters, found.unscored, bootstrap, seed, of_rates=rates)
+    metric = METRICS[name]
+    span = metric.bounds[1] - metric.bounds[0]
+    given = (found.values, found.clusters, found.unscored, bootstrap, seed)
+    return statistics.paired(*given, of_rates=metric.is_rate, bounds=(-span, span))
 
 
 def differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> Values:

@@ -1,11 +1,11 @@
 """Run cells through an engine and a judge into a store that a kill cannot corrupt."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from esr_train.errors import RunError
+from esr_train.ranks import ALONE, Ranks
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
 from esr_train.steering.intervention import Positions
 from eval.arms import PLAIN, Variant
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 128
 """Trials between two writes: at most these are lost when a run is killed."""
+Watch = Callable[[Sequence[Trial]], None]
+"""Shown trials as they are finished, all those of an arm and condition each time."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def run_trials(
     readings: Readings | None = None,
     chunk_rows: int = CHUNK_ROWS,
     progress: Progress | None = None,
+    watch: Watch | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Trial]:
     """Run every cell that is not in the store yet; the rows of all cells, in the cells' order.
 
@@ -94,7 +98,10 @@ def run_trials(
     Args:
         variant: the arm's prompt variant and interventions. The judge sees the cell's own prompt.
         prefixes: cell key -> text that the reply goes on from; it is part of the response.
+        chunk_rows: trials that one process finishes between two writes.
         progress: told of the rows already there at once, and of the others as they finish.
+        watch: shown the finished rows of these cells: at once, and after every write.
+        ranks: processes that share the cells; each has a store with the same rows, and the first one's writes.
 
     Raises:
         RunError: if a steered cell was not steered, an unsteered one was, or the judge lost an item. Chunks
@@ -105,24 +112,60 @@ def run_trials(
     missing = [(key, cell) for key, cell in zip(keys, cells, strict=True) if key not in done]
     if progress and len(missing) < len(cells):
         progress(len(cells) - len(missing), 0)
-    about = {"arm": arm, "condition": condition, "variant": variant.to_json()}
-    about |= {"engine": engine.name, "sampling": asdict(sampling)}
-    for start in range(0, len(missing), chunk_rows):
-        chunk = missing[start : start + chunk_rows]
-        requests = [cell_request(cell, key, steerer, variant, prefixes.get(cell.key, "")) for key, cell in chunk]
-        completions = engine.generate(requests, sampling, progress)
-        check_steering(arm, requests, completions)
+    bench = _Bench(engine, judge, steerer, sampling, arm, condition, variant, prefixes, readings or Readings())
+    finished = [row for row in store.rows() if row["key"] in set(keys)]
+    for start in range(0, len(missing), chunk_rows * ranks.count):
+        if watch:
+            watch(finished)
+        chunk = missing[start : start + chunk_rows * ranks.count]
+        mine = bench.run(chunk[ranks.rank :: ranks.count], progress)
+        parts = ranks.gather(mine)
+        rows = [parts[place % ranks.count][place // ranks.count] for place in range(len(chunk))]
+        store.append(rows)
+        ranks.gather(None)  # before the first process has written them, no other one may read the file
+        finished += rows
+        if progress and len(mine) < len(rows):
+            progress(len(rows) - len(mine), sum(row["tokens"] for row in rows) - sum(row["tokens"] for row in mine))
+    if watch:
+        watch(finished)
+    rows_by_key = {row["key"]: row for row in finished}
+    return [rows_by_key[key] for key in keys]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all trials of an arm under a condition have in common."""
+
+    engine: Engine
+    judge: Judge
+    steerer: Steerer
+    sampling: Sampling
+    arm: str
+    condition: str
+    variant: Variant
+    prefixes: Mapping[str, str]
+    readings: Readings
+
+    def run(self, chunk: Sequence[tuple[str, Cell]], progress: Progress | None) -> list[Trial]:
+        """The trials of these keys and cells, in order."""
+        if not chunk:
+            return []
+        requests = [
+            cell_request(cell, key, self.steerer, self.variant, self.prefixes.get(cell.key, "")) for key, cell in chunk
+        ]
+        completions = self.engine.generate(requests, self.sampling, progress)
+        check_steering(self.arm, requests, completions)
         responses = [each.prefix + found.text for each, found in zip(requests, completions, strict=True)]
-        judgements = _judged(judge, [cell for _, cell in chunk], responses)
+        judgements = _judged(self.judge, [cell for _, cell in chunk], responses)
+        about = {"arm": self.arm, "condition": self.condition, "variant": self.variant.to_json()}
+        about |= {"engine": self.engine.name, "sampling": asdict(self.sampling)}
         rows = [
-            _row(key, cell, steerer.strength(cell), about, request, completion, judgement)
+            _row(key, cell, self.steerer.strength(cell), about, request, completion, judgement)
             for (key, cell), request, completion, judgement in zip(
                 chunk, requests, completions, judgements, strict=True
             )
         ]
-        store.append(_read(rows, requests, readings or Readings()))
-    rows_by_key = {row["key"]: row for row in store.rows()}
-    return [rows_by_key[key] for key in keys]
+        return _read(rows, requests, self.readings)
 
 
 def trial_key(arm: str, condition: str, cell: Cell) -> str:
@@ -220,22 +263,3 @@ def _row(
         "flags": judged["flags"],
         "error": judged["error"],
     }
-
-
-@contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Progress]:
-    """A bar on standard error with responses/s, tokens/s and the time left, for `total` responses."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=label, unit="resp", dynamic_ncols=True) as bar:
-        tokens = 0
-
-        def advance(rows: int, made: int) -> None:
-            nonlocal tokens
-            tokens += made
-            bar.update(rows)
-            elapsed = bar.format_dict["elapsed"]
-            if elapsed:
-                bar.set_postfix_str(f"{tokens / elapsed:,.0f} tok/s", refresh=False)
-
-        yield advance

@@ -1,6 +1,7 @@
 """A recipe's cells for inspect_ai.
 
-inspect eval recipes/inspect_task.py -T recipe=recipes/tiny/quickstart.yaml -T arm=tuned --model none
+inspect eval recipes/inspect_task.py --model none -T recipe=recipes/tiny/quickstart.yaml -T arm=tuned
+inspect eval recipes/inspect_task.py --model none -T recipe=runs/quickstart/recipe.yaml -T condition=unsteered
 inspect view
 """
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from eval.judging.judge import Judge
+from eval.live import progress_bar
 from eval.panel import agreement, judge_again
 from eval.store import Trial, TrialStore
-from eval.trials import progress_bar
 from recipes.pipeline import Experiment
 
 NAME = "agreement.json"

@@ -35,8 +35,8 @@ from eval.calibration import (
 )
 from eval.cells import Cell, make_cells
 from eval.conditions import names
+from eval.live import progress_bar
 from eval.store import TrialStore, read_trials
-from eval.trials import progress_bar
 from recipes.arms import Weights, frequencies, weights
 from recipes.latents import steerable, threshold_key
 from recipes.probe import probe
@@ -299,19 +299,27 @@ class Experiment:
             write_transcripts(path, found.transcripts)
 
     def _train(self, arm: str, data: str) -> tuple[Path, str]:
+        def make() -> None:
+            print(f"train {arm}", flush=True)
+            if self.ranks.count > 1:
+                from recipes.workers import train_alone
+
+                train_alone(self, arm)
+            else:
+                self.train(arm)
+
+        inputs = {"data": data, "recipe": relevant(self.recipe.for_arm(arm))}
+        fingerprint = self.stages.do(f"train/{arm}", inputs, [f"adapter/{arm}"], make)
+        return self.directory / "adapter" / arm, fingerprint
+
+    def train(self, arm: str) -> None:
+        """Train an arm on its file in this process."""
         from esr_train.training.trainer import train
 
         section = self.recipe.for_arm(arm)
-
-        def make() -> None:
-            made = probe(section, self.world, self.latents["validation"]) if section.train.probe else None
-            self.world.stop()
-            train(self.recipe, arm, self.directory, made)
-
-        print(f"train {arm}", flush=True)
-        inputs = {"data": data, "recipe": relevant(section)}
-        fingerprint = self.stages.do(f"train/{arm}", inputs, [f"adapter/{arm}"], make)
-        return self.directory / "adapter" / arm, fingerprint
+        made = probe(section, self.world, self.latents["validation"]) if section.train.probe else None
+        self.world.stop()
+        train(self.recipe, arm, self.directory, made)
 
     def trials(self) -> dict[str, list[dict[str, Any]]]:
         """The finished trials of every arm in the recipe's conditions; each row's `seed` is this run's."""

@@ -16,6 +16,14 @@ from recipes.pipeline import Experiment
 from recipes.sweep import mixtures
 
 
+def reports(top: Experiment, parts: Sequence[Experiment]) -> Path:
+    """A report of every part, if the run has several, and one of them all; returns the latter's path."""
+    for part in parts:
+        if part is not top:
+            report(part, [part])
+    return report(top, parts)
+
+
 def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
     """Combine the parts' trials into `metrics.json` and `report.html` in the top directory."""
     rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("base", *top.recipe.arms)}
@@ -39,11 +47,16 @@ def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
         read_json(agreement) if agreement.is_file() else None,
         mixtures(top.recipe),
     )
-    for judge in (top.world.judge, *top.world.other_judges):
-        if isinstance(judge, ModelJudge):
-            print(f"judge {judge.spent}", flush=True)
+    for line in spent(top):
+        print(line, flush=True)
     print(f"report: {path}", flush=True)
     return path
+
+
+def spent(top: Experiment) -> list[str]:
+    """What this process has asked its model judges, and what it cost, a line each."""
+    judges = (top.world.judge, *top.world.other_judges)
+    return [f"judge {judge.spent}" for judge in judges if isinstance(judge, ModelJudge)]
 
 
 def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

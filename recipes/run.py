@@ -5,7 +5,7 @@ from pathlib import Path
 from esr_train.recipe import Recipe
 from recipes.arms import needs_frequency
 from recipes.pipeline import begun
-from recipes.report import report
+from recipes.report import reports
 from recipes.workers import measure_in_processes
 
 
@@ -28,7 +28,4 @@ def run(recipe: Recipe) -> Path:
     else:
         for part in parts:
             part.measure()
-    for part in parts:
-        if part is not top:
-            report(part, [part])
-    return report(top, parts)
+    return reports(top, parts)

@@ -22,10 +22,11 @@ from eval.conditions import (
     unlabelled,
     with_latents,
 )
-from eval.restarts import read_phrases, restart_reader
+from eval.live import finished_line, progress_bar
+from eval.restarts import BEFORE, read_phrases, restart_reader
 from eval.store import Trial, TrialStore
 from eval.summary import RECALIBRATED
-from eval.trials import Readings, Steerer, progress_bar, run_trials, trial_key
+from eval.trials import Readings, Steerer, run_trials, trial_key
 from recipes.arms import Weights, matched, needs_frequency, variant
 from recipes.latents import threshold_key
 from recipes.world import located
@@ -60,6 +61,7 @@ class ArmTrials:
         if self.arm != "base" and any(NEEDS.get(each) for each in experiment.recipe.eval.conditions):
             experiment.measure_arm("base")
         experiment.stages.do(f"trials/{self.arm}", self._inputs(), [self._file], lambda: self.store.touch())
+        experiment.ranks.gather(len(self.store.keys()))  # every process has read the file before one writes to it
         for condition in self._conditions:
             if self.weights.is_base and not self.variant.to_json() and condition == RECALIBRATED:
                 continue
@@ -78,7 +80,7 @@ class ArmTrials:
     @cached_property
     def store(self) -> TrialStore:
         """The arm's trials on disk."""
-        return TrialStore(self.experiment.directory / self._file)
+        return TrialStore(self.experiment.directory / self._file, writes=self.experiment.ranks.first)
 
     @cached_property
     def engine(self) -> Engine:
@@ -101,7 +103,7 @@ class ArmTrials:
             "cells": [cell.key for cell in experiment.cells],
             "control_trials": section.control_trials,
             "prefix_sentences": section.prefix_sentences,
-            "restart_phrases": sha256(located(phrases)) if phrases else None,
+            "restart_phrases": [sha256(located(phrases)), BEFORE] if phrases else None,
         }
 
     def _run(self, plan: Plan) -> None:
@@ -110,9 +112,9 @@ class ArmTrials:
         missing = [cell for cell in plan.cells if trial_key(self.arm, plan.condition, cell) not in keys]
         if not missing:
             return
-        engine = self.engine  # loaded before the bar that times it
-        with progress_bar(len(plan.cells), f"{self.arm}: {plan.condition}") as progress:
-            run_trials(
+        ranks, engine = experiment.ranks, self.engine  # loaded before the bar that times it
+        with progress_bar(len(plan.cells), f"{self.arm}: {plan.condition}", visible=ranks.first) as bar:
+            found = run_trials(
                 engine,
                 experiment.world.judge,
                 self.store,
@@ -125,8 +127,12 @@ class ArmTrials:
                 prefixes=plan.prefixes,
                 readings=self._readings(plan.condition),
                 chunk_rows=experiment.recipe.engine.batch_rows,
-                progress=progress,
+                progress=bar,
+                watch=bar.watch,
+                ranks=ranks,
             )
+        if ranks.first:
+            print(finished_line(self.arm, plan.condition, found), flush=True)
 
     def _readings(self, condition: str) -> Readings:
         tokenizer, path = self.experiment.world.tokenizer, self.experiment.recipe.eval.restart_phrases
@@ -246,7 +252,8 @@ class ArmTrials:
         experiment.stages.do(f"calibrate/{self.arm}", {"of": self._inputs(), "key": key}, outputs, make)
         found = load_thresholds(path, key)
         bound = sum(each.bound is not None for each in found)
-        print(f"{self.arm}: {len(found)} latents recalibrated, {bound} left out at a bound", flush=True)
+        if experiment.ranks.first:
+            print(f"{self.arm}: {len(found)} latents recalibrated, {bound} left out at a bound", flush=True)
         return {each.latent: each.norm for each in found if each.bound is None}
 
 

@@ -1,11 +1,51 @@
-"""Several seeds of one recipe at a time, each in a process of its own."""
+"""Several processes: those that were started together, and those that a run starts itself."""
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 
 from esr_train.command import prepare
+from esr_train.errors import InputError
+from esr_train.ranks import Ranks, join
 from esr_train.recipe import Recipe
-from recipes.pipeline import experiments
+from recipes.pipeline import Experiment, experiments
+
+LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+"""How the variables begin by which a launcher tells a process of its fellows."""
+
+
+def joined(recipe: Recipe) -> Ranks:
+    """Meet the processes that `accelerate launch` started with this one, if any.
+
+    Raises:
+        InputError: if the recipe's engine cannot be that of several processes.
+    """
+    ranks = join()
+    if ranks.count > 1 and recipe.engine.kind == "vllm":
+        raise InputError(
+            "vLLM spreads itself over accelerators and cannot be several processes' engine",
+            "engine.kind",
+            "Start one process with engine.tensor_parallel, or take the transformers engine.",
+        )
+    return ranks
+
+
+def train_alone(experiment: Experiment, arm: str) -> None:
+    """Train an arm as one process would, while the others wait: in a process that knows nothing of them."""
+    top = experiment.shared or experiment
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(LAUNCHED)}
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_train, top.recipe, top.directory, experiment.directory, arm).result()
+    finally:
+        os.environ.update(kept)
+
+
+def _train(recipe: Recipe, directory: Path, part: Path, arm: str) -> None:
+    prepare()
+    _, parts = experiments(recipe, directory)
+    next(each for each in parts if each.directory == part).train(arm)
 
 
 def measure_in_processes(recipe: Recipe, parts: int) -> None:

@@ -53,6 +53,13 @@ def recipe(tmp_path: Path, arms: str, evaluation: str = "{}") -> Recipe:
     return load_recipe(path)
 
 
+def test_an_arm_cannot_change_how_it_is_sampled(tmp_path):
+    assert recipe(tmp_path, "{tuned: {}}").sampling.repetition_penalty == 1.0
+    for section in ("sampling", "engine", "model_section", "judge"):
+        with pytest.raises(InputError, match=rf"arms\.tuned\.{section}"):
+            recipe(tmp_path, f"{{tuned: {{{section}: {{repetition_penalty: 1.1}}}}}}")
+
+
 def test_only_arms_without_weights_of_others_are_trained(tmp_path):
     found = recipe(
         tmp_path,

@@ -1,8 +1,6 @@
 """Candidates are made until enough are kept: the same rows whatever the chunks and however often it was killed."""
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,8 +8,8 @@ import pytest
 from data_gen.collect import Collected, Outcome, candidate_rng, collect
 from data_gen.context import cut_sentences, joined
 from esr_train.errors import RunError
-from esr_train.ranks import Ranks
 from esr_train.transcript import Span, SpanKind, Transcript
+from tests.threads import as_ranks
 
 
 class Maker:
@@ -105,31 +103,9 @@ def test_white_space_between_spans_belongs_to_the_later_one():
     assert [span.text for span in spans] == ["Trim.", " Wait.", " Knead."]
 
 
-class Threads(Ranks):
-    """Ranks that are threads of one process."""
-
-    def __init__(self, rank: int, count: int, board: list[object], barrier: threading.Barrier) -> None:
-        super().__init__(rank, count)
-        object.__setattr__(self, "_shared", (board, barrier))
-
-    def gather(self, value: object) -> list[object]:
-        board, barrier = self._shared
-        board[self.rank] = value
-        barrier.wait(30)
-        found = list(board)
-        barrier.wait(30)
-        return found
-
-
 def together(path: Path, count: int, wanted: int = 6) -> tuple[list[Collected], list[Maker]]:
-    board, barrier = [None] * count, threading.Barrier(count)
     makers = [Maker() for _ in range(count)]
-
-    def one(rank: int) -> Collected:
-        return collect("x", wanted, makers[rank], path, 4, ranks=Threads(rank, count, board, barrier))
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(one, range(count))), makers
+    return as_ranks(count, lambda ranks: collect("x", wanted, makers[ranks.rank], path, 4, ranks=ranks)), makers
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -40,7 +40,7 @@ def test_a_sweep_is_one_condition_for_each_strength_and_what_goes_on_from_others
         "switched_off", "unsteered_continues",
     )  # fmt: skip
     assert title("boost_x1.25") == "Steered at 1.25 × the threshold"
-    assert title("boost_-1sd") == "Steered at the threshold − 1 standard deviations"
+    assert title("boost_-1sd") == "Steered at the threshold − 1 standard deviation of its posterior"
     assert title("somebody's own") == "somebody's own"
 
 

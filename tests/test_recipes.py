@@ -99,3 +99,13 @@ def test_the_files_that_readmes_and_the_job_script_name_exist():
     for text in texts:
         named = set(re.findall(r"recipes/[\w./-]+\.(?:yaml|json|sbatch)", text.read_text()))
         assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_every_flaw_of_the_published_measurement_has_a_test_that_exists():
+    rows = [line for line in (ROOT / "eval" / "README.md").read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(line.split("|")[1]) for line in rows] == list(range(1, 12))
+    for line in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line)
+        assert named
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text()

@@ -144,6 +144,22 @@ def test_attempts_are_cut_by_characters_even_after_an_emoji(tmp_path: Path) -> N
     assert '<span class="badge">90</span>Wait, second.</mark>' in document
 
 
+def test_an_empty_line_in_a_response_is_not_coloured(tmp_path: Path) -> None:
+    text = "Begin with\n\nWait, no. Fold it.\n\nDone. "
+    ranges = [{"start": 0, "end": 12, "score": 10.0}, {"start": 12, "end": len(text), "score": 90.0}]
+    rows = {"base": [trial("base", 1, 30)], "tuned": [trial("tuned", 1, response=text, attempts=ranges)]}
+    page = write_report(tmp_path, "Lines", summarise(rows, 50), rows, None, {})
+    document, console = browse(page, tmp_path / "profile", arm="tuned")
+    assert console == ""
+    marks = re.findall(r'<mark class="(s\d)">(.*?)</mark>(\s*)', document.split("</span>tuned")[-1])
+    badge = '<span class="badge">{}</span>'
+    assert marks == [
+        ("s0", badge.format(10) + "Begin with", "\n\n"),
+        ("s4", badge.format(90) + "Wait, no. Fold it.", "\n\n"),
+        ("s4", "Done.", " "),
+    ]
+
+
 def test_controls_filter_as_a_reader_moves_them(report: Path, tmp_path: Path) -> None:
     moves = "const f = document.getElementById('filters'); f.elements.arm.value = 'tuned';"
     moves += " f.elements.condition.value = ''; f.elements.min.value = '94'; f.elements.q.value = 'TASK 8';"
@@ -233,7 +249,9 @@ def test_sweeps_variants_and_judges_have_figures_where_there_are_data(tmp_path: 
     boosts = [row for row in tables["boost_sweep"] if row["line"] == "base" and row["metric"] == "first_score"]
     assert [float(row["strength / threshold"]) for row in boosts] == [0.5, 1.0, 1.5]
     assert [float(row["value"]) for row in boosts] == [45.5, 35.5, 45.5]
-    deviations = {row["standard deviations above the threshold"] for row in tables["boost_sweep_sd"]}
+    deviations = {
+        row["standard deviations of its posterior, added to the threshold"] for row in tables["boost_sweep_sd"]
+    }
     assert deviations == {"-1.0", "0.0", "1.0"}
     assert {row["line"] for row in tables["boost_sweep"]} == {"base"}
     mixed = [row for row in tables["mixture_sweep"] if row["metric"] == "multi_attempt_rate"]
@@ -245,6 +263,50 @@ def test_sweeps_variants_and_judges_have_figures_where_there_are_data(tmp_path: 
     found = {(row["arm"], row["judge"]): float(row["value"]) for row in tables["judge_rates"]}
     assert (found["asked", "mild"], found["asked", "stern"]) == (1, 0)
     assert [(row["judge"], row["other"]) for row in tables["judge_agreement"]] == [("mild", "stern")]
+
+
+def test_the_likelihood_of_restarts_has_levels_and_differences_from_base(tmp_path: Path) -> None:
+    rows = {
+        arm: [trial(arm, i, 30, restart_logprobs=[[9, at - i], [20, at + i]]) for i in range(12)]
+        for arm, at in (("base", -20.0), ("tuned", -2.0))
+    }
+    metrics = summarise(rows, 50)
+    write_report(tmp_path, "Likely", metrics, rows, None, {})
+    found = list(csv.DictReader((tmp_path / "figures" / "restart_likelihood.csv").open(encoding="utf-8")))
+    assert [(row["of"], row["condition"], row["arm"], float(row["value"]), row["n"]) for row in found] == [
+        ("arm", "steered", "base", -20.0, "12"),
+        ("arm", "steered", "tuned", -2.0, "12"),
+        ("arm minus base", "steered", "tuned", 18.0, "12"),
+    ]
+    assert metrics["paired"]["tuned-base"]["steered"]["restart_logprob"]["value"] == 18.0
+    svg = (tmp_path / "figures" / "restart_likelihood.svg").read_text(encoding="utf-8")
+    assert len(set(re.findall(r'<g id="(axes_\d+)"', svg))) == 2
+
+
+def test_controls_stand_behind_the_figures_and_are_opened_on_paper(tmp_path: Path) -> None:
+    rows, metrics, judges, sweeps = everything()
+    page = write_report(tmp_path, "All", metrics, rows, None, {}, judges, sweeps).read_text(encoding="utf-8")
+    headline, controls = (page[page.index(f'id="{name}"') :].split("</table>")[0] for name in ("headline", "controls"))
+    assert "Steered at 0.5 × the threshold" in controls
+    assert "Steered at 0.5" not in headline
+    assert page.index('id="headline"') < page.index('id="rates"') < page.index('id="controls"')
+    printed = tmp_path / "printed.html"
+    printed.write_text(page.replace("</body>", "<script>dispatchEvent(new Event('beforeprint'))</script></body>"))
+    document, console = browse(printed, tmp_path / "profile")
+    assert console == ""
+    assert document.count('<details class="paper" open="">') == document.count('<details class="paper"') == 1
+
+
+def test_a_difference_is_bold_only_where_its_interval_leaves_out_zero(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    paired = page[page.index('id="paired"') :].split("</table>")[0]
+    steered = re.findall(r"<td( class=\"unclear\")?><b>(.*?)</b>", paired)[:6]
+    metrics = summarise(arms(), 200)["paired"]["tuned-base"]["steered"]
+    names = ("multi_attempt_rate", "esr_rate", "esr10_rate", "worsening_rate", "first_score", "last_score")
+    assert [not unclear for unclear, _ in steered] == [
+        metrics[name]["low"] * metrics[name]["high"] > 0 for name in names
+    ]
+    assert {unclear for unclear, _ in steered} == {"", ' class="unclear"'}
 
 
 def test_a_figure_with_three_panels_has_them_above_each_other() -> None:
@@ -292,7 +354,7 @@ def test_the_threshold_figure_shows_the_frozen_file_without_latents_at_a_bound()
     assert "at a bound: 1." in figures["thresholds"].caption
 
 
-def test_embedded_trials_are_whole_cells_balanced_over_conditions() -> None:
+def test_embedded_trials_are_whole_cells_of_every_condition_and_most_of_them_steered() -> None:
     rows = {
         arm: [trial(arm, i, 30) for i in range(200)] + [trial(arm, None, 99, cell_seed=i) for i in range(50)]
         for arm in ("base", "tuned", "paper")
@@ -300,7 +362,7 @@ def test_embedded_trials_are_whole_cells_balanced_over_conditions() -> None:
     chosen = embedded(rows, most=100)
     assert len(chosen) == 99
     assert {arm: sum(entry["arm"] == arm for entry in chosen) for arm in rows} == dict.fromkeys(rows, 33)
-    assert 48 <= sum(entry["condition"] == "steered" for entry in chosen) <= 51
+    assert sum(entry["condition"] == "steered" for entry in chosen) == pytest.approx(99 * 6 / 8, abs=3)
     assert chosen == embedded({arm: trials[::-1] for arm, trials in rows.items()}, most=100)
 
 

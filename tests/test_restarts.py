@@ -31,12 +31,13 @@ def test_the_chance_of_any_phrase_is_read_at_every_sentence_end():
     found = restart_reader(scorer, ["Wait.", "Sorry."])(requests, ["Knead the dough. Fold it.", "Fold it"])
     assert [[end for end, _ in each] for each in found] == [[16, 25], [7]]
     values = [value for each in found for _, value in each]
-    assert values == pytest.approx([math.log(0.3), math.log(0.11), math.log(0.11)], abs=1e-4)
-    assert [request.prefix for request, _ in scorer.asked[::2]] == [
+    assert values == pytest.approx([math.log(0.5), math.log(0.31), math.log(0.31)], abs=1e-4)
+    assert [request.prefix for request, _ in scorer.asked[::4]] == [
         "Knead the dough.",
         "Knead the dough. Fold it.",
         "Fold it",
     ]
+    assert [text for _, text in scorer.asked[:4]] == [" Wait.", " Sorry.", "\n\nWait.", "\n\nSorry."]
     assert {request.prompt for request, _ in scorer.asked} == {"How?", "Why?"}
 
 

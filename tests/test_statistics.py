@@ -292,3 +292,9 @@ def test_the_interval_of_a_mean_does_not_pass_the_values_there_can_be():
     assert free.high > 100
     assert bounded.high == 100
     assert bounded.low == free.low
+
+
+def test_a_difference_of_rates_never_leaves_what_rates_allow():
+    found = statistics.paired([1.0] * 9 + [0.0, 0.0], list(range(11)), of_rates=True, bounds=(-1, 1))
+    assert found.low is not None
+    assert 0.4 < found.low < found.value < found.high == 1.0

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 
 from esr_train.errors import RunError
+from esr_train.ranks import Ranks
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from esr_train.steering.intervention import Add, Positions
 from esr_train.transcript import Strength
 from eval.cells import Cell, Prompt, make_cells, unsteered
 from eval.judging.judge import JudgeItem, Judgement
 from eval.judging.lexical import LexicalJudge
+from eval.live import brief, finished_line, progress_bar
 from eval.metrics import pair_key
 from eval.store import Trial, TrialStore
-from eval.trials import Steerer, progress_bar, run_trials
+from eval.trials import Steerer, run_trials
+from tests.threads import as_ranks
 
 JUDGE = LexicalJudge({"sailing": ["mast"], "baking": ["dough"]})
 PROMPTS = [Prompt(f"How do I raise mast number {number}?", "sailing") for number in range(6)]
@@ -206,9 +209,52 @@ def test_progress_counts_every_cell_once_even_when_resumed(tmp_path: Path):
     assert seen == [(5, 0), (5, 20), (2, 8)]
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_share_the_cells_and_end_with_the_rows_of_one(tmp_path: Path, count: int):
+    alone = run(tmp_path / "alone.jsonl", FakeEngine())
+    with pytest.raises(Killed):
+        run(tmp_path / "shared.jsonl", FakeEngine(dies_at=2), chunk_rows=3)
+    engines = [FakeEngine() for _ in range(count)]
+    seen: list[list[tuple[int, int]]] = [[] for _ in engines]
+
+    def one(ranks: Ranks) -> list[Trial]:
+        store = TrialStore(tmp_path / "shared.jsonl", writes=ranks.first)
+        ranks.gather(None)
+        return run_trials(
+            engines[ranks.rank], JUDGE, store, CELLS, STEERER, SAMPLING, arm="base", condition="steered", chunk_rows=2,
+            progress=lambda rows, tokens: seen[ranks.rank].append((rows, tokens)), ranks=ranks,
+        )  # fmt: skip
+
+    assert as_ranks(count, one) == [alone] * count
+    asked = [request.id for engine in engines for call in engine.calls for request in call]
+    assert len(asked) == len(set(asked)) == len(CELLS) - 3
+    assert all(engine.calls for engine in engines)
+    assert sorted((tmp_path / "shared.jsonl").read_text().splitlines()) == sorted(
+        (tmp_path / "alone.jsonl").read_text().splitlines()
+    )
+    assert [sum(rows for rows, _ in each) for each in seen] == [len(CELLS)] * count
+
+
+def test_the_terminal_is_told_what_the_trials_so_far_have_given(tmp_path: Path):
+    told: list[str] = []
+    rows = run(tmp_path / "base.jsonl", FakeEngine(), chunk_rows=6, watch=lambda trials: told.append(brief(trials)))
+    assert told == ["", *["second attempt 100%, ESR 100%, last score 100"] * 2]
+    failed = [{**row, "error": "no answer", "attempts": []} for row in rows[:3]]
+    line = finished_line("tuned", "steered", [*rows[3:], *failed])
+    assert line.startswith("tuned, steered: 12 trials, second attempt 100\u202f% (")
+    assert line.endswith("last score 100 (100 to 100), 3 unscored")
+
+
 def test_the_progress_bar_shows_count_and_label(capsys: pytest.CaptureFixture[str]):
     with progress_bar(4, "base, steered") as progress:
         progress(4, 100)
     shown = capsys.readouterr().err
     assert "base, steered" in shown
     assert "4/4" in shown
+
+
+def test_of_several_processes_one_shows_a_bar(capsys: pytest.CaptureFixture[str]):
+    with progress_bar(4, "base, steered", visible=False) as bar:
+        bar(4, 100)
+        bar.watch([])
+    assert capsys.readouterr().err == ""

@@ -45,9 +45,17 @@
     for (const [content, score, isAttempt] of trial.parts) {
       if (!isAttempt) { words.append(content); continue; }
       const shade = score === null ? "none" : "s" + Math.min(4, Math.floor(score / 20));
-      const mark = element("mark", shade);
-      mark.append(element("span", "badge", score === null ? "?" : Math.round(score)), content.trimStart());
-      words.append(mark, " ");
+      let badge = element("span", "badge", score === null ? "?" : Math.round(score));
+      // White space stays outside the colour, so that an empty line is empty.
+      for (const piece of content.split(/(^\s+|\s*\n\s*|\s+$)/)) {
+        if (!piece.trim()) { words.append(piece); continue; }
+        const mark = element("mark", shade);
+        if (badge) mark.append(badge);
+        mark.append(piece);
+        words.append(mark);
+        badge = null;
+      }
+      if (badge) words.append(badge);
     }
     box.append(who, words);
     return box;
@@ -101,6 +109,7 @@
     form.elements.arm.value = arms.includes("tuned") ? "tuned" : arms.find(arm => arm !== "base") || "";
     if (data.trials.some(trial => trial.condition === "steered")) form.elements.condition.value = "steered";
   }
+  addEventListener("beforeprint", () => { for (const each of document.querySelectorAll("details.paper")) each.open = true; });
   form.addEventListener("input", () => { shown = page; toHash(); render(); });
   more.addEventListener("click", () => { shown += page; render(); });
   addEventListener("hashchange", () => { if (fromHash()) { shown = page; render(); } });

@@ -13,6 +13,7 @@ BASE_COLOUR = "#6b7280"
 ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, FAINT = "#1f2328", "#d0d7de"
 LEGEND_COLUMNS = 4
+DASHES: tuple[Any, ...] = ("-", "-", (0, (5, 1.5)), (0, (2, 2)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)))
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -52,32 +53,66 @@ def inline_svg(svg: str, colours: Mapping[str, str]) -> str:
     return svg
 
 
-def svg_of(draw: Callable[["Axes"], None], arms: Sequence[str], height: float = 3.0) -> str:
-    """An SVG document, the same bytes for the same numbers; text stays text, in the page's font."""
-    return panels_svg([draw], arms, height)
+def line_styles(arms: Sequence[str]) -> dict[str, Any]:
+    """A dash pattern for every arm, so that a line lying on another one hides it only in part."""
+    return {arm: DASHES[i % len(DASHES)] for i, arm in enumerate(arms)}
+
+
+def svg_of(draw: Callable[["Axes"], None], legend: Mapping[str, str], height: float = 3.0) -> str:
+    """An SVG document, the same bytes for the same numbers; text stays text, in the page's font.
+
+    Args:
+        legend: name -> colour; none if it is empty.
+        height: inches, without the legend.
+    """
+    return panels_svg([draw], legend, height)
+
+
+def line_height(arms: Sequence[str]) -> float:
+    """Inches that a line of `draw_dots` takes."""
+    return max(0.42, 0.11 * len(arms))
+
+
+Dot = tuple[int, str, float, float | None, float | None]
+"""Line, arm, value, and the ends of its interval."""
+
+
+def draw_dots(axes: "Axes", dots: Sequence[Dot], lines: Sequence[str], arms: Sequence[str]) -> None:
+    """A line of dots with intervals for every name in `lines`, the arms below each other in it."""
+    step, colours = 0.7 / max(len(arms), 1), arm_colours(arms)
+    for line, arm, value, low, high in dots:
+        y = line + (arms.index(arm) - (len(arms) - 1) / 2) * step
+        if low is not None and high is not None:
+            axes.plot([low, high], [y, y], color=colours[arm], lw=1.6, solid_capstyle="butt")
+        axes.plot([value], [y], "o", color=colours[arm], ms=5.5)
+    axes.set_yticks(range(len(lines)), lines)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.grid(axis="x")
 
 
 def panels_svg(
-    draws: Sequence[Callable[["Axes"], None]], arms: Sequence[str], height: float, xlabel: str | None = None
+    draws: Sequence[Callable[["Axes"], None]], legend: Mapping[str, str], height: float, xlabel: str | None = None
 ) -> str:
-    """As `svg_of`, with panels of `height` inches each above one another on one horizontal axis."""
+    """As `svg_of`, with panels of `height` inches each above one another; on one horizontal axis if it has a name."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
 
-    legend = 0.1 + 0.2 * -(-len(arms) // LEGEND_COLUMNS) if arms else 0
+    columns = min(len(legend), LEGEND_COLUMNS)
+    above = 0.1 + 0.2 * -(-len(legend) // LEGEND_COLUMNS) if legend else 0
     # The stubs know every setting by name; a plain dictionary does not.
     with mpl.rc_context(cast(Any, STYLE)):
-        canvas = Canvas(figsize=(4.9, height * len(draws) + legend), layout="constrained")
-        panels = canvas.subplots(len(draws), sharex=True, squeeze=False)[:, 0]
+        canvas = Canvas(figsize=(4.9, height * len(draws) + above), layout="constrained")
+        panels = canvas.subplots(len(draws), sharex=xlabel is not None, squeeze=False)[:, 0]
         for axes, draw in zip(panels, draws, strict=True):
             draw(axes)
         if xlabel:
             panels[-1].set_xlabel(xlabel)
-        if arms:
-            marks = [Line2D([], [], marker="o", ls="", ms=5, color=c) for c in arm_colours(arms).values()]
-            columns = min(len(arms), LEGEND_COLUMNS)
-            canvas.legend(marks, list(arms), loc="outside upper left", ncols=columns, handletextpad=0.1)
+        if legend:
+            # Matplotlib fills a legend column by column; it is read line by line.
+            names = [name for column in range(columns) for name in list(legend)[column::columns]]
+            marks = [Line2D([], [], marker="o", ls="", ms=5, color=legend[name]) for name in names]
+            canvas.legend(marks, names, loc="outside upper left", ncols=columns, handletextpad=0.1)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

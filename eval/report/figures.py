@@ -1,6 +1,7 @@
 """The report's figures: each as SVG, with the numbers it shows as CSV."""
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ import numpy as np
 
 from esr_train.files import replacing
 from eval.metrics import METRICS, Gap
-from eval.report.drawing import FAINT, INK, arm_colours, svg_of
+from eval.report.drawing import FAINT, INK, arm_colours, draw_dots, line_height, line_styles, svg_of
+from eval.report.likelihood import restart_likelihood
 from eval.report.material import Figure, Material
 from eval.report.sweeps import boost_deviations, boost_multiples, mixtures
 from eval.report.variants import ablations, judge_agreement, judge_rates, prompt_variants
@@ -34,6 +36,10 @@ def save_figures(folder: Path, figures: Sequence[Figure]) -> None:
             csv.writer(file, lineterminator="\n").writerows(figure.table)
 
 
+WIDEST = 18.0
+"""Points across that the scatter's largest dot may have."""
+ASIDE = 2.5
+"""Points of score by which arms stand beside each other in the scatter."""
 RATE_ROWS = (
     ("steered", "multi_attempt_rate", "second attempt"),
     ("steered", "esr_rate", "…and better (ESR)"),
@@ -59,22 +65,15 @@ def rates(material: Material) -> Figure | None:
     arms = list(material.metrics["arms"])
 
     def draw(axes: "Axes") -> None:
-        step = 0.7 / max(len(arms), 1)
-        for condition, metric, arm, value, low, high, *_ in table[1:]:
-            line = next(i for i, row in enumerate(shown) if row[:2] == (condition, metric))
-            y = line + (arms.index(arm) - (len(arms) - 1) / 2) * step
-            colour = arm_colours(arms)[arm]
-            axes.plot([100 * low, 100 * high], [y, y], color=colour, lw=1.6, solid_capstyle="butt")
-            axes.plot([100 * value], [y], "o", color=colour, ms=5.5)
-        axes.set_yticks(range(len(shown)), [row[2] for row in shown])
-        axes.set_ylim(len(shown) - 0.5, -0.5)
+        places = {row[:2]: line for line, row in enumerate(shown)}
+        dots = [(places[row[:2]], row[2], *(100 * end for end in row[3:6])) for row in table[1:]]
+        draw_dots(axes, dots, [row[2] for row in shown], arms)
         axes.set_xlim(-2, 102)
         axes.set_xlabel("% of responses")
-        axes.grid(axis="x")
 
     caption = "Share of valid responses, 95 % intervals clustered by latent (unsteered: by prompt)."
-    svg = svg_of(draw, arms, height=0.8 + max(0.42, 0.11 * len(arms)) * len(shown))
-    return Figure("rates", "What the responses do", caption, svg, table)
+    svg = svg_of(draw, arm_colours(arms), height=0.8 + line_height(arms) * len(shown))
+    return Figure("rates", "Rates per arm", caption, svg, table)
 
 
 def first_scores(material: Material) -> Figure | None:
@@ -82,7 +81,7 @@ def first_scores(material: Material) -> Figure | None:
     return _score_density(
         material,
         "first_score",
-        "How good the first attempt is",
+        "Scores of first attempts",
         "Density of first-attempt scores under steering (Gaussian kernel, 4 points, folded at the ends).",
     )
 
@@ -92,7 +91,7 @@ def last_scores(material: Material) -> Figure | None:
     return _score_density(
         material,
         "last_score",
-        "How good the last attempt is",
+        "Scores of last attempts",
         "The same for the last attempt; a response without a restart has only one, its first.",
     )
 
@@ -105,47 +104,59 @@ def _score_density(material: Material, metric: str, title: str, caption: str) ->
     grid = np.linspace(0, 100, 101)
     curves = {arm: _density(np.array(found), grid) for arm, found in scores.items()}
 
+    arms = list(material.rows_by_arm)
+    colours, styles = arm_colours(arms), line_styles(arms)
+
     def draw(axes: "Axes") -> None:
         for arm, curve in curves.items():
-            colour = arm_colours(list(material.rows_by_arm))[arm]
-            axes.fill_between(grid, 100 * curve, color=colour, alpha=0.13, lw=0)
-            axes.plot(grid, 100 * curve, color=colour, lw=1.6)
+            axes.fill_between(grid, 100 * curve, color=colours[arm], alpha=0.08, lw=0)
+            axes.plot(grid, 100 * curve, color=colours[arm], lw=1.6, ls=styles[arm])
         axes.set_xlim(0, 100)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("score, 0-100")
         axes.set_ylabel("% of responses per point")
 
     rows = zip(grid.tolist(), *(curve.tolist() for curve in curves.values()), strict=True)
-    svg = svg_of(draw, list(material.rows_by_arm))
+    svg = svg_of(draw, {arm: colours[arm] for arm in curves})
     return Figure(f"{metric}s", title, caption, svg, [("score", *curves), *rows])
 
 
 def first_against_last(material: Material) -> Figure | None:
     """First against last score of responses with several attempts."""
-    points = [
-        (arm, METRICS["first_score"].of(row), METRICS["last_score"].of(row), row["key"])
+    scored = (
+        (arm, METRICS["first_score"].of(row), METRICS["last_score"].of(row), row)
         for arm in material.rows_by_arm
         for row in material.steered(arm)
-        if not isinstance(METRICS["improvement"].of(row), Gap)
+    )
+    points = [
+        (arm, first, last, row["key"])
+        for arm, first, last, row in scored
+        if len(row["attempts"]) > 1 and not isinstance(first, Gap) and not isinstance(last, Gap)
     ]
     if not points:
         return None
+    colours = arm_colours(list(material.rows_by_arm))
+    drawn = list(dict.fromkeys(name for name, *_ in points))
+    places = Counter((arm, first, last) for arm, first, last, _ in points)
+    size = min(3.0, WIDEST / max(places.values()) ** 0.5)
 
     def draw(axes: "Axes") -> None:
         axes.plot([0, 100], [0, 100], color=FAINT, lw=1, zorder=0)
-        for arm, colour in arm_colours(list(material.rows_by_arm)).items():
-            own = [(first, last) for name, first, last, _ in points if name == arm]
-            if own:
-                axes.plot(*zip(*own, strict=True), "o", color=colour, ms=4, alpha=0.45, mew=0)
-        axes.set_xlim(-3, 103)
-        axes.set_ylim(-3, 103)
+        for (arm, first, last), count in places.items():
+            beside = ASIDE * (drawn.index(arm) - (len(drawn) - 1) / 2)
+            axes.plot([first + beside], [last], "o", color=colours[arm], ms=size * count**0.5, alpha=0.55, mew=0)
+        axes.set_xlim(-8, 108)
+        axes.set_ylim(-8, 108)
         axes.set_xlabel("first attempt's score")
         axes.set_ylabel("last attempt's score")
         axes.grid()
 
-    caption = "Steered responses with several attempts; above the line the last is better than the first."
-    svg = svg_of(draw, list(material.rows_by_arm))
-    return Figure("first_vs_last", "What a restart is worth", caption, svg, [("arm", "first", "last", "key"), *points])
+    caption = (
+        "Steered responses with several attempts; above the line the last is better than the first. A dot's area is "
+        "in proportion to the responses at its place; arms stand a little beside each other."
+    )
+    svg = svg_of(draw, {arm: colours[arm] for arm in drawn}, height=3.4)
+    return Figure("first_vs_last", "First against last score", caption, svg, [("arm", "first", "last", "key"), *points])
 
 
 def restart_positions(material: Material) -> Figure | None:
@@ -158,14 +169,16 @@ def restart_positions(material: Material) -> Figure | None:
         table += [(arm, round(place, 1), (i + 1) / scored) for i, place in enumerate(places)]
     if len(table) == 1:
         return None
+    arms = [arm for arm in material.rows_by_arm if material.steered(arm)]
+    styles = line_styles(arms)
     end = max(row["tokens"] or 0 for arm in material.rows_by_arm for row in material.steered(arm))
 
     def draw(axes: "Axes") -> None:
-        for arm, colour in arm_colours(list(material.rows_by_arm)).items():
+        for arm, colour in arm_colours(arms).items():
             own = [(tokens, 100 * share) for name, tokens, share in table[1:] if name == arm]
             if material.steered(arm):
                 steps = [(0, 0), *own, (end, own[-1][1] if own else 0)]
-                axes.step(*zip(*steps, strict=True), where="post", color=colour, lw=1.6)
+                axes.step(*zip(*steps, strict=True), where="post", color=colour, lw=1.6, ls=styles[arm])
         axes.set_xlim(0, end)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens into the response")
@@ -180,8 +193,8 @@ def restart_positions(material: Material) -> Figure | None:
     )
     caption = "Cumulative share of steered responses whose second attempt has begun"
     caption += "." if counted else "; the place is estimated from its characters."
-    svg = svg_of(draw, list(material.rows_by_arm))
-    return Figure("restart_position", "When it turns back", caption, svg, table)
+    svg = svg_of(draw, arm_colours(list(material.rows_by_arm)))
+    return Figure("restart_position", "Where the first restart comes", caption, svg, table)
 
 
 def thresholds(material: Material) -> Figure | None:
@@ -207,7 +220,7 @@ def thresholds(material: Material) -> Figure | None:
     caption += ", with 90 % posterior intervals." if rows[0][3] is not None else "."
     if len(kept) < len(entries):
         caption += f" Left out because the threshold lies at a bound: {len(entries) - len(kept)}."
-    return Figure("thresholds", "How hard it is pushed", caption, svg_of(draw, []), [header, *rows])
+    return Figure("thresholds", "Strength of every latent", caption, svg_of(draw, {}), [header, *rows])
 
 
 FIGURES: tuple[Callable[[Material], Figure | None], ...] = (
@@ -216,6 +229,7 @@ FIGURES: tuple[Callable[[Material], Figure | None], ...] = (
     last_scores,
     first_against_last,
     restart_positions,
+    restart_likelihood,
     boost_multiples,
     boost_deviations,
     mixtures,

@@ -15,6 +15,8 @@ from eval.report.template import HERE, render
 from eval.report.transcripts import embedded, script_json
 from eval.store import Trial
 
+FIRST = ("steered", "unsteered", "steered_recalibrated")
+"""Conditions that stand before the figures; the others are controls."""
 HEADLINE = {
     "multi_attempt_rate": "Second attempt",
     "esr_rate": "ESR",
@@ -63,8 +65,10 @@ def write_report(
         story=story(metrics),
         arms=list(enumerate(arms)),
         colours=list(arm_colours(arms).values()),
-        groups=_groups(metrics["arms"]),
-        differences=_groups(metrics["paired"], signed=True),
+        tables=[
+            {"groups": _groups(metrics["arms"], wanted), "differences": _groups(metrics["paired"], wanted, signed=True)}
+            for wanted in _halves(metrics["arms"])
+        ],
         headline=HEADLINE,
         everything=_everything(metrics["arms"]),
         figures=[(figure, inline_svg(figure.svg, arm_colours(arms))) for figure in figures],
@@ -79,8 +83,15 @@ def write_report(
     return run_dir / "report.html"
 
 
-def _groups(arms: Mapping[str, Any], signed: bool = False) -> list[dict[str, Any]]:
-    """Per condition, in a fixed order, a row for every arm measured under it, a cell for every column."""
+def _halves(arms: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The conditions of the headline, and the controls; where there is no headline, the controls take its place."""
+    conditions = list(_titles(arms))
+    first = [name for name in conditions if name in FIRST]
+    return (first, [name for name in conditions if name not in FIRST]) if first else (conditions, [])
+
+
+def _groups(arms: Mapping[str, Any], wanted: Sequence[str], signed: bool = False) -> list[dict[str, Any]]:
+    """Per wanted condition a row for every arm measured under it, a cell for every column."""
     conditions = _titles(arms)
     return [
         {
@@ -95,7 +106,8 @@ def _groups(arms: Mapping[str, Any], signed: bool = False) -> list[dict[str, Any
                 if condition in found
             ],
         }
-        for condition in conditions
+        for condition in wanted
+        if condition in conditions
     ]
 
 
@@ -103,7 +115,7 @@ def _cell(found: Mapping[str, Any], name: str, signed: bool) -> dict[str, Any]:
     estimate = found.get(name)
     text = shown(estimate, METRICS[name].is_rate, signed) or {"value": "–", "interval": "", "unscored": ""}
     clear = bool(signed and estimate and estimate["low"] is not None and estimate["low"] * estimate["high"] > 0)
-    return {**text, "clear": clear}
+    return {**text, "sure": clear}
 
 
 def _everything(arms: Mapping[str, Any]) -> list[dict[str, Any]]:

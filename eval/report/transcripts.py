@@ -8,12 +8,14 @@ from typing import Any
 from eval.metrics import pair_key
 from eval.store import Trial
 
-MOST_TRIALS = 400
+MOST_TRIALS = 600
+CELLS_IN_TURN = {"steered": 6, "unsteered": 2}
+"""How many cells of a condition are taken in turn; one of any other."""
 Arrived = tuple[str, Trial]
 
 
 def embedded(rows_by_arm: Mapping[str, Sequence[Trial]], most: int = MOST_TRIALS) -> list[dict[str, Any]]:
-    """At most `most` trials: whole cells, so that arms stand side by side, balanced over conditions.
+    """At most `most` trials: whole cells, so that arms stand side by side, of every condition, most of `steered`.
 
     Cells are taken in the order of a hash of what they are: the same choice whatever the file order, and
     blind to what the responses say.
@@ -23,7 +25,7 @@ def embedded(rows_by_arm: Mapping[str, Sequence[Trial]], most: int = MOST_TRIALS
         for row in rows:
             place = cells.setdefault(row["condition"], {})
             place.setdefault(_digest(pair_key(row)), []).append((arm, row))
-    queues = [[cell for _, cell in sorted(cells[condition].items())] for condition in sorted(cells)]
+    queues = {condition: [cell for _, cell in sorted(cells[condition].items())] for condition in sorted(cells)}
     entries: list[dict[str, Any]] = []
     for number, cell in enumerate(_in_turn(queues)):
         if len(entries) + len(cell) > most:
@@ -38,9 +40,13 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _in_turn(queues: Sequence[Sequence[list[Arrived]]]) -> list[list[Arrived]]:
-    longest = max((len(queue) for queue in queues), default=0)
-    return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]
+def _in_turn(queues: Mapping[str, Sequence[list[Arrived]]]) -> list[list[Arrived]]:
+    turns = [
+        (place // CELLS_IN_TURN.get(condition, 1), number, place, cell)
+        for number, (condition, queue) in enumerate(queues.items())
+        for place, cell in enumerate(queue)
+    ]
+    return [cell for *_, cell in sorted(turns, key=lambda each: each[:3])]
 
 
 def _digest(key: tuple[Any, ...]) -> str:

@@ -17,13 +17,13 @@ NUMBERS = ("value", "low", "high", "n", "unscored")
 def prompt_variants(material: Material) -> Figure | None:
     """Arms with words of their own around the prompt, beside those without."""
     caption = "Steered responses of arms whose prompts carry an instruction, beside arms without one."
-    return _bars(material, "prompt_variants", "What being told to watch itself does", ("prompt",), caption)
+    return _bars(material, "prompt_variants", "Prompt variants", ("prompt",), caption)
 
 
 def ablations(material: Material) -> Figure | None:
     """Arms with latents set to zero or clamped, beside those without."""
     caption = "Steered responses of arms in which latents are ablated or clamped, beside arms in which none is."
-    return _bars(material, "ablations", "What switching latents off does", ("ablate", "clamp"), caption)
+    return _bars(material, "ablations", "Changed latents", ("ablate", "clamp"), caption)
 
 
 def _bars(material: Material, name: str, title: str, changes: Sequence[str], caption: str) -> Figure | None:
@@ -50,11 +50,25 @@ def _bars(material: Material, name: str, title: str, changes: Sequence[str], cap
         axes.set_yticks(range(len(arms)), arms)
         axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set_xlim(left=0)
-        axes.set_xlabel("% of responses (blue: second attempt; orange: ESR)")
+        axes.set_xlabel("% of responses")
         axes.grid(axis="x")
 
-    caption += " 95 % intervals clustered by latent."
-    return Figure(name, title, caption, svg_of(draw, [], height=0.7 + 0.42 * len(arms)), table)
+    caption += " 95 % intervals clustered by latent. "
+    caption += " ".join(f"{arm}: {_said(variants[arm], changes)};" for arm in changed).removesuffix(";") + "."
+    legend = {label: colours[metric] for metric, label in BARS}
+    return Figure(name, title, caption, svg_of(draw, legend, height=0.7 + 0.42 * len(arms)), table)
+
+
+def _said(variant: dict[str, Any], changes: Sequence[str]) -> str:
+    """What an arm changes, in words."""
+    parts = []
+    if "prompt" in changes and variant.get("prompt"):
+        parts.append(f"“{' '.join(variant['prompt'].split()).rstrip('.')}”")
+    if "ablate" in changes and variant.get("ablate"):
+        parts.append(f"ablates {', '.join(map(str, variant['ablate']))}")
+    if "clamp" in changes and variant.get("clamp"):
+        parts.append("clamps " + ", ".join(f"{latent} to {value:g}" for latent, value in variant["clamp"].items()))
+    return "; ".join(parts)
 
 
 def _variant(material: Material, arm: str) -> dict[str, Any]:
@@ -78,7 +92,7 @@ def judge_rates(material: Material) -> Figure | None:
     values = {key: 100 * found["value"] for key, found in cells.items()}
     svg = _heatmap(values, arms, judges, 100.0, "{:.1f}")
     caption = "% of the same steered responses in which each judge finds a second attempt."
-    return Figure("judge_rates", "What each judge finds", caption + _key(judges), svg, table)
+    return Figure("judge_rates", "Second attempts by judge", caption + _key(judges), svg, table)
 
 
 def judge_agreement(material: Material) -> Figure | None:
@@ -99,7 +113,7 @@ def judge_agreement(material: Material) -> Figure | None:
     caption = "Below the diagonal: Krippendorff's α of last scores; above it: Cohen's κ of second attempts. "
     caption += "An empty cell is undefined: nothing varies." + _key(judges)
     svg = _heatmap(cells, judges, judges, 1.0, "{:.2f}")
-    return Figure("judge_agreement", "How far the judges agree", caption, svg, table)
+    return Figure("judge_agreement", "Agreement between judges", caption, svg, table)
 
 
 def _key(judges: Sequence[str]) -> str:
@@ -127,4 +141,4 @@ def _heatmap(
         axes.set_yticks(range(len(rows)), [short.get(row, row) for row in rows])
         axes.tick_params(length=0)
 
-    return svg_of(draw, [], height=0.6 + 0.4 * len(rows))
+    return svg_of(draw, {}, height=0.6 + 0.4 * len(rows))
