@@ -1,8 +1,8 @@
 """Whether a run's generated rows are what they should be: scores, cues, coverage, and nothing of the test split.
 
-    esr data generate recipes/tiny/quickstart.yaml name=rows data.steered.rows=2000 data.steered.cues=null \
+    esr data generate recipes/tiny/quickstart.yaml name=rows-llama data.steered.rows=2000 data.steered.cues=null \
         data.normal.rows=0 data.cue_diversity.entropy=4
-    python benchmarks/rows.py runs/rows
+    python benchmarks/rows.py runs/rows-llama
 
 Prints one line a check, in Markdown, and ends with exit code 1 if one fails.
 """
