@@ -83,6 +83,8 @@ def _run(options: argparse.Namespace) -> None:
     from recipes.workers import joined
 
     ranks = joined(recipe)
+    if ranks.count > 1 and ranks.first:
+        print(f"{ranks.count} processes share the cells", flush=True)
     top, parts = begun(recipe, ranks)
     for part in parts:
         for arm in [options.arm] if options.arm else arms:

@@ -4,12 +4,12 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from esr_train.files import read_json, write_jsonl
@@ -18,6 +18,7 @@ from eval.cells import read_prompts
 from eval.store import read_trials
 from recipes.cli import main
 from tests.conftest import ROOT
+from tests.test_generate import LAUNCHED, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,6 @@ FIGURES = {
     "boost_sweep_sd", "prompt_variants", "ablations", "thresholds",
 }  # fmt: skip
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-TWO = ["--num_processes", "2", "--cpu", "-m"]
 
 
 def changes(assets: Path, runs: Path, prompts: Path) -> list[str]:
@@ -158,10 +158,11 @@ def test_the_page_carries_every_figure_and_its_numbers_lie_beside_it(finished):
 
 
 def launched(words: list[str]) -> subprocess.Popen[str]:
-    """`accelerate launch` on two processes, in a group of its own."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *TWO, "eval", "run", *words]
+    """`accelerate launch` on two processes."""
+    door = ["--num_processes", "2", "--main_process_port", free_port(), "-m", "eval", "run"]
+    command = [sys.executable, *LAUNCHED, *door, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=HERE, start_new_session=True, **pipes)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(command, cwd=ROOT, env=HERE, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
 def described(folder: Path) -> dict[str, dict[str, object]]:
@@ -182,11 +183,15 @@ def test_two_processes_killed_and_started_again_end_like_one(finished, words, tm
     while not (base.is_file() and b"unsteered" in base.read_bytes()):
         assert running.poll() is None, running.communicate()
         time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    everyone = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
+    assert len(everyone) == 3
+    for process in everyone:
+        process.kill()
+    psutil.wait_procs(everyone)
     assert not (tmp_path / "all" / "metrics.json").exists()
     told, errors = (again := launched(words(tmp_path))).communicate()
     assert again.returncode == 0, errors[-3000:]
+    assert told.count("2 processes share the cells") == 1
     assert described(tmp_path / "all") == described(finished)
     assert read_json(tmp_path / "all" / "metrics.json") == rounded(read_json(finished / "metrics.json"))
     assert told.count("tuned, steered: 10 trials, second attempt") == 1

@@ -256,3 +256,15 @@ def test_a_detour_that_is_refused_costs_no_answer(make, detour, reason):
     assert {outcome.reason for outcome in outcomes} == {reason}
     assert len(engine.requests) == 40
     assert all(request.interventions for request in engine.requests)
+
+
+def test_a_detour_is_what_the_model_itself_said_under_the_row_s_own_steering(make):
+    engine, outcomes = make(count=20)
+    rows = kept(outcomes)
+    asked = [each.interventions[0].vector.norm().item() for each in engine.requests if each.interventions]
+    assert len(rows) == 20
+    for row in rows:
+        detour = next(span.text for span in row.spans if span.kind is SpanKind.OFF_TOPIC)
+        assert DETOUR.startswith(detour)
+        wanted = LATENTS[0].direction.add(row.steering.strength.norm).vector.norm().item()
+        assert any(norm == pytest.approx(wanted, rel=1e-3) for norm in asked)
