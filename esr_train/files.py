@@ -1,5 +1,6 @@
 """Files written aside and renamed, so that a killed run leaves nothing half-written behind."""
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -7,9 +8,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from esr_train.errors import InputError
+from esr_train.errors import InputError, RunError
 
 Row = TypeVar("Row")
+
+
+_held: dict[Path, int] = {}
+"""Lock file -> its descriptor, open as long as this process lives: closing one gives up the lock."""
+
+
+def hold(path: Path | str) -> None:
+    """Take a lock file until this process ends, however it ends; taking it twice does no harm.
+
+    Raises:
+        RunError: if another process holds it.
+    """
+    path = Path(path).resolve()
+    if path in _held:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise RunError(
+            f"{path.parent}: process {holder or 'unknown'} is at work here. Wait until it is done or end it; two would "
+            "write the same files."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    _held[path] = descriptor
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from data_gen.filters import Seen, screened
 from data_gen.inventory import require_diversity
 from data_gen.mixture import mix, one
 from esr_train.errors import InputError
-from esr_train.files import read_json, replacing, write_json
+from esr_train.files import hold, read_json, replacing, write_json
 from esr_train.interchange import read_segments
 from esr_train.masking import trained_tokens
 from esr_train.provenance import git_state, hardware, relevant, sha256, versions
@@ -45,13 +45,16 @@ from recipes.stages import Stages, digest
 from recipes.trials import ArmTrials
 from recipes.world import World
 
+LOCK = ".lock"
+"""In a run directory: held by the process that writes there."""
 WIDER = 2.0
 """Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
 
 
 def begun(recipe: Recipe, ranks: Ranks = ALONE) -> tuple["Experiment", list["Experiment"]]:
-    """The `experiments` of a recipe, with their directories made."""
+    """The `experiments` of a recipe, with their directories made and held: no second run can write into them."""
     top, parts = experiments(recipe, ranks=ranks)
+    ranks.by_first(lambda: hold(top.directory / LOCK))
     for experiment in (top, *(part for part in parts if part is not top)):
         experiment.begin()
     return top, parts
