@@ -112,7 +112,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
 
 
 def of_others(
-    section: Any, tokenizer: Any, steered: Sequence[Any], ours: Sequence[Sequence[int]], options: argparse.Namespace
+    section: Any, tokenizer: Any, steered: Sequence[Any], ours: Sequence[list[int]], options: argparse.Namespace
 ) -> tuple[list[Variant], list[str]]:
     """The variants in other libraries, and for each a sentence: which tokens it makes, or why it cannot."""
     from importlib.metadata import PackageNotFoundError, version
@@ -133,7 +133,9 @@ def of_others(
         except Exception as error:
             remarks.append(f"{found} cannot run here: {type(error).__name__}: {str(error).splitlines()[0][:200]}.")
             continue
-        same = sum(until_end(tokenizer, a) == until_end(tokenizer, b) for a, b in zip(made, ours, strict=False))
+        # Up to our end of turn: the others are kept from choosing it, to generate on.
+        ends = [row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row) for row in ours]
+        same = sum(a[:end] == b[:end] for a, b, end in zip(made, ours, ends, strict=False))
         remarks.append(f"{found}: {same} of {len(chosen)} rows have our engine's tokens.")
         variants.append(Variant(name, partial(tokens_of, run), "transformers, steered, a direction per row"))
     return variants, remarks
@@ -142,12 +144,6 @@ def of_others(
 def tokens_of(run: Callable[[], list[list[int]]]) -> int:
     """Run; how many tokens that made."""
     return sum(map(len, run()))
-
-
-def until_end(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
-    """A row's tokens before its end of turn: behind it, libraries part ways in how they are kept from stopping."""
-    tokens = list(tokens)
-    return tokens[: tokens.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in tokens else tokens
 
 
 def of_vllm(section: Any, tokenizer: Any, plain: Sequence[Any], steered: Sequence[Any], sampling: Any) -> list[Variant]:
