@@ -19,7 +19,7 @@ METRICS = {
     "multi_attempt_rate", "esr_rate", "esr10_rate", "worsening_rate", "restart_rate", "first_score", "last_score",
     "improvement", "silent_recovery_rate", "degenerate_rate", "parroting_rate", "hijack_rate",
 }  # fmt: skip
-REWRITTEN = {"recipe.yaml", "provenance.json", "metrics.json", "report.html"}
+REWRITTEN = {".lock", "recipe.yaml", "provenance.json", "metrics.json", "report.html"}
 """What every call writes, because it costs nothing; all else is a stage's."""
 
 
