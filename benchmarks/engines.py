@@ -1,8 +1,11 @@
-"""Two runs of one recipe that differ in their engine, side by side: do they say the same?
+r"""Two runs of one recipe that differ in their engine, side by side: do they say the same?
 
-    esr run recipes/tiny/evaluation.yaml name=one engine.kind=transformers …
-    esr run recipes/tiny/evaluation.yaml name=two engine.kind=vllm …
-    python benchmarks/engines.py runs/one runs/two          writes results/engines.md
+    esr run recipes/tiny/evaluation.yaml                      # once, for its adapter
+    esr run recipes/tiny/evaluation.yaml name=engine-KIND engine.kind=KIND engine.batch_rows=128 calibration.rounds=5 \
+        calibration.prompts=2 calibration.verify=0 eval.trials=64 eval.control_trials=16 \
+        'eval.conditions=[steered,unsteered,boost,random_direction,unsteered_continues,switched_off]' \
+        'arms={tuned: {adapter: runs/evaluation/adapter/tuned}}'
+    python benchmarks/engines.py runs/engine-transformers runs/engine-vllm      # writes results/engines.md
 
 A rate (or mean score) of one run should lie within the other's 95 % interval, and a threshold within the other's 90 %
 interval of the posterior.
@@ -84,6 +87,8 @@ def page(one: Run, two: Run) -> str:
     shown = [each for each in found if each[2] in SHOWN and each[1] in ("steered", "unsteered")]
     lines = [
         "# One evaluation under both engines",
+        "",
+        "`recipes/tiny/evaluation.yaml`, shortened as the head of `benchmarks/engines.py` says.",
         "",
         *map(versions, (one, two)),
         "",

@@ -2,6 +2,12 @@
 
 Libraries that can add a tensor of their caller's to a batch get one vector per row, as we do. steering-vectors has one
 vector for a whole batch, so that rows with directions of their own come one after the other.
+
+TransformerLens comes with sae-lens. The others belong in an environment of their own on top of the project's:
+
+    pip install --no-deps nnsight greenlet websocket-client steering-vectors scikit-learn threadpoolctl joblib
+
+steering-vectors asks for transformers before 5, but runs with 5.19 as well.
 """
 
 from collections.abc import Callable, Sequence
