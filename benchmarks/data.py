@@ -64,13 +64,14 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     from data_gen.filters import Seen, screened
     from data_gen.steered import steered
     from esr_train.recipe import load_recipe
+    from recipes.latents import choose_latents
     from recipes.world import World
 
     recipe = load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml")
     world, section, filters = World(recipe), recipe.data.steered, recipe.data.filters
     prompts, chunk = world.pools.train, recipe.engine.batch_rows
-    topics = {prompt.topic for prompt in prompts}
-    latents = [SteerableLatent(each, THRESHOLD) for each in world.directions if each.label in topics]
+    chosen = choose_latents(recipe, world)["splits"]["train"]
+    latents = [SteerableLatent(world.direction(latent), THRESHOLD) for latent in chosen]
     recorder = Recorder(world.base)
     context = Context(world.base, world.judge, world.sampling(), "all", recipe.model.path, recipe.seed, world.tokenizer)
 

@@ -62,6 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--style", choices=("llama3", "gemma"), default="llama3", help="segments: template text")
     export.add_argument("--out", type=Path, required=True)
 
+    labels = add_command(commands, "labels", _labels, "label an SAE's latents by the text on which they are active")
+    labels.add_argument("recipe", help="recipe file (YAML) with the model and the SAE")
+    labels.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+    labels.add_argument("--texts", required=True, help="txt, jsonl or csv file, or data set; not the recipe's prompts")
+    labels.add_argument("--column", default="text", help="of the texts (text)")
+    labels.add_argument("--latents", type=int, metavar="N", help="only N of the active latents, drawn by the seed")
+    labels.add_argument("--namer", metavar="MODEL", help="of inspect_ai's model API: it names what the tokens show")
+    labels.add_argument("--concreteness", type=float, default=0, help="with --namer: leave out less (0-100; paper: 65)")
+    labels.add_argument("--out", type=Path, required=True, help="label file to write, for sae.labels")
+
     preview = add_command(commands, "preview", _preview, "show transcripts, and what is trained of them")
     preview.add_argument("file", type=Path, help="transcript file")
     preview.add_argument("--rows", type=int, default=5, help="how many")
@@ -197,6 +207,22 @@ def _export_file(options: argparse.Namespace) -> None:
     print(f"{report.rows} rows: {options.out}")
     for loss in report.lost or ["nothing"]:
         print(f"lost: {loss}")
+
+
+def _labels(options: argparse.Namespace) -> None:
+    from esr_train.recipe import load_recipe
+
+    if options.latents is not None and options.latents < 1:
+        raise InputError(f"{options.latents} latents cannot be labelled", "--latents", "Give 1 or more.")
+    if not options.out.name.endswith(".jsonl"):
+        raise InputError("labels are written as JSON lines", f"--out {options.out}", "Name a .jsonl file.")
+    recipe = load_recipe(options.recipe, options.overrides)
+    from recipes.labelling import write_labels
+
+    count = write_labels(
+        recipe, options.texts, options.column, options.out, options.latents, options.namer, options.concreteness
+    )
+    print(f"{options.out}: {count} latents labelled")
 
 
 def _preview(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from esr_train.sections.world import (
     CalibrationSection,
     EngineSection,
     JudgeSection,
+    LatentsSection,
     ModelSection,
     PromptsSection,
     SaeSection,
@@ -36,6 +37,7 @@ class Recipe(Section):
     workers: AtLeastOne = Field(1, description="seeds run at once, each in a process of its own with one thread")
     model: ModelSection
     sae: SaeSection | None = None
+    latents: LatentsSection = LatentsSection()
     judge: JudgeSection = JudgeSection()
     judges: tuple[JudgeSection, ...] = Field(
         (), description="further judges of the same trials: how far do they agree?"

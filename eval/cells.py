@@ -110,6 +110,11 @@ class Pools:
     test: tuple[Prompt, ...]
     normal: tuple[Prompt, ...]
 
+    @property
+    def all_prompts(self) -> list[Prompt]:
+        """Every prompt once."""
+        return list(dict.fromkeys((*self.train, *self.validation, *self.test, *self.normal)))
+
 
 def make_pools(prompts: Sequence[Prompt], section: SplitSection) -> Pools:
     """Deal prompts to pools by their topic; a held-out topic's prompts are halved by a seeded hash.
@@ -249,6 +254,12 @@ class Side:
     prompts: frozenset[str] = frozenset()
     latents: frozenset[Hashable] = frozenset()
     subjects: frozenset[str] = frozenset()
+
+    @property
+    def fingerprint(self) -> str:
+        """A name that depends on its content alone."""
+        parts = (self.prompts, map(repr, self.latents), self.subjects)
+        return _hash(*(tuple(sorted(part)) for part in parts))[:16]
 
 
 def check_disjoint(training: Side, evaluation: Side, where: str | None = None) -> None:

@@ -159,7 +159,7 @@ def variant(experiment: "Experiment", arm: str) -> Variant:
 def matched(experiment: "Experiment", wanted: Sequence[int]) -> dict[int, int]:
     """Random stand-ins for latents; those in play, and those labelled with a topic, never stand in."""
     world = experiment.world
-    in_play = {each.latent for each in world.directions}
+    in_play = set(experiment.chosen)
     topics = set(world.pools.topics)
     named = {latent for latent, label in world.labels.items() if label in topics}
     norms = world.sae.decoder_norms.double().numpy()

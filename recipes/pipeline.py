@@ -33,12 +33,13 @@ from eval.calibration import (
     save_thresholds,
     work,
 )
-from eval.cells import Cell, make_cells
+from eval.cells import SPLITS, Cell, Side, Split, make_cells
 from eval.conditions import names
 from eval.live import progress_bar
 from eval.store import TrialStore, read_trials
 from recipes.arms import Weights, frequencies, weights
-from recipes.latents import steerable, threshold_key
+from recipes.latents import FILE as LATENTS
+from recipes.latents import choose_latents, gate_funnel, load_splits, save_chosen, steerable, threshold_key
 from recipes.probe import probe
 from recipes.sources import HOW_ASKED, UNSTEERED, check_held_out, chunk_rows, maker, source_files
 from recipes.stages import Stages, digest
@@ -113,8 +114,7 @@ class Experiment:
         write_json(self.directory / "provenance.json", facts)
 
     def measure(self) -> None:
-        """Calibrate, make data, train every arm and run its trials."""
-        self.calibrated  # noqa: B018 - the first stage of every run, even if no arm asks for it
+        """Run every arm's trials, after whatever they need: thresholds, rows, a training."""
         self.measure_arm("base")
         for arm in self.recipe.arms:
             self.measure_arm(arm)
@@ -134,7 +134,7 @@ class Experiment:
         if self.shared:
             return self.shared.frequency
         path = self.directory / "frequency.json"
-        inputs = {"calibration": self.calibrated[0], "seed": self.recipe.seed}
+        inputs = {"base": self._base_inputs(), "seed": self.recipe.seed}
 
         def make() -> None:
             write_json(path, frequencies(self.world, self.recipe.seed))
@@ -148,6 +148,30 @@ class Experiment:
         return {each.latent: each.spread for each in self.calibrated[1]}
 
     @cached_property
+    def split_latents(self) -> dict[Split, list[int]]:
+        """The latents that were chosen to steer, by split; none where the recipe has no SAE, or no labels for it."""
+        if self.shared:
+            return self.shared.split_latents
+        if self.recipe.sae is None or self.recipe.sae.labels is None:
+            return {split: [] for split in SPLITS}
+        inputs = {
+            **self._base_inputs(),
+            "latents": self.recipe.latents.model_dump(),
+            "latents_per_topic": self.recipe.calibration.latents_per_topic,
+        }
+        outputs = [LATENTS, "data/latents.funnel.json"]
+        self.stages.do(
+            "latents", inputs, outputs, lambda: save_chosen(self.directory, choose_latents(self.recipe, self.world))
+        )
+        return load_splits(self.directory)
+
+    @property
+    def chosen(self) -> list[int]:
+        """The latents of every split, in the order of their labels."""
+        found = {latent for latents in self.split_latents.values() for latent in latents}
+        return [latent for latent in self.world.labels if latent in found]
+
+    @cached_property
     def calibrated(self) -> tuple[str, list[Threshold]]:
         """The fingerprint of the calibration, and every latent's threshold on the base model."""
         key = threshold_key(self.recipe, self.world)
@@ -155,15 +179,20 @@ class Experiment:
             fingerprint, thresholds = self.shared.calibrated
             self.ranks.by_first(lambda: save_thresholds(self.directory / "thresholds.json", key, thresholds))
             return fingerprint, thresholds
-        path = self.directory / "thresholds.json"
+        path, funnel = self.directory / "thresholds.json", self.directory / "data" / "thresholds.funnel.json"
+        inputs = {**self._base_inputs(), "calibration": self.recipe.calibration.model_dump(mode="json")}
+        # Scores lie under what they depend on: with more latents, or others, those known already are not asked again.
+        scores = self.directory / "calibration" / f"base-{digest(inputs)}.jsonl"
 
         def make() -> None:
-            scores = self.directory / "calibration" / "base.jsonl"
             # Directions first: with vLLM running there may be no room for the model that their units are read off.
             directions = self.directions
-            save_thresholds(path, key, self.bisect("base", self.world.base, directions, scores))
+            found = self.bisect("base", self.world.base, directions, scores)
+            write_json(funnel, gate_funnel(found))
+            save_thresholds(path, key, found)
 
-        fingerprint = self.stages.do("calibrate", self._calibration_inputs(), ["thresholds.json", "calibration"], make)
+        outputs = [path.name, "data/thresholds.funnel.json"]
+        fingerprint = self.stages.do("calibrate", {**inputs, "latents": self.chosen}, outputs, make)
         thresholds = load_thresholds(path, key)
         bound = sum(each.bound is not None for each in thresholds)
         middle = sorted(each.norm for each in thresholds)[len(thresholds) // 2]
@@ -176,21 +205,39 @@ class Experiment:
         )
         return fingerprint, thresholds
 
-    @property
+    @cached_property
     def directions(self) -> list[Direction]:
         """The directions of all latents in play."""
-        return self.world.directions
+        return [self.world.direction(latent) for latent in self.chosen]
 
     @cached_property
-    def latents(self) -> dict[str, list[SteerableLatent]]:
+    def latents(self) -> dict[Split, list[SteerableLatent]]:
         """The steerable latents of each split; those whose threshold lies at a bound are left out."""
-        return steerable(self.recipe, self.world, self.directions, self.calibrated[1])
+        return steerable(self.split_latents, self.directions, self.calibrated[1])
+
+    @property
+    def steers(self) -> bool:
+        """Whether the evaluation steers at all, and so needs thresholds."""
+        return any(condition != "unsteered" for condition in self.recipe.eval.conditions)
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """The steered cells that every arm runs: test latents on test prompts."""
-        latents = [each.direction for each in self.latents["test"]]
+        """The cells that every arm runs: test latents on test prompts, none of them steered if nothing is to be."""
+        if self.steers:
+            latents = [each.direction for each in self.latents["test"]]
+        else:
+            latents = [self.world.direction(latent) for latent in self.split_latents["test"]]
         return make_cells(self.world.pools.test, latents, self.recipe.eval.trials, self.recipe.seed)
+
+    @cached_property
+    def held_out(self) -> Side:
+        """All that the evaluation may use: test prompts, and test latents with what they stand for."""
+        latents = self.split_latents["test"]
+        return Side(
+            frozenset(prompt.text for prompt in self.world.pools.test),
+            frozenset(latents),
+            frozenset(label for latent in latents if (label := self.world.labels[latent])),
+        )
 
     def bisect(
         self, label: str, engine: Engine, latents: Sequence[Direction], scores: Path, variant: Variant = PLAIN
@@ -217,11 +264,16 @@ class Experiment:
                 progress=progress,
             )
 
-    def _calibration_inputs(self) -> dict[str, Any]:
+    def _base_inputs(self) -> dict[str, Any]:
+        """What the base model's responses and their scores depend on."""
         recipe = self.recipe.model_dump(mode="json")
-        keys = ("model", "sae", "prompts", "sampling", "calibration")
+        keys = ("model", "sae", "prompts", "sampling")
         # The judge by its name, which knows what decides its scores; how fast it is asked does not.
-        rest = {"judge": self.world.judge.name, "positions": recipe["engine"]["positions"], "files": self.world.files}
+        rest = {
+            "judge": self.world.judge.name,
+            "positions": recipe["engine"]["positions"],
+            "files": self.world.base_files,
+        }
         return {**{key: recipe[key] for key in keys}, **rest}
 
     def data(self, arm: str) -> str:
@@ -235,7 +287,7 @@ class Experiment:
         by_tokens = section.mix_by == "trained_tokens"
         if train.data:
             read = read_transcripts if train.format == "transcripts" else read_segments
-            check_held_out(read(train.data), self.cells, train.data)
+            check_held_out(read(train.data), self.held_out, train.data)
             return sha256(train.data)
         sources = (self.shared or self).sources(section)
         path = self.directory / "data" / f"{arm}.jsonl"
@@ -247,7 +299,7 @@ class Experiment:
             weigh = partial(trained_tokens, self.world.tokenizer, policy=train.loss) if by_tokens else one
             mixed = mix(rows, section.self_correction, seed, weigh)
             require_diversity(mixed, section.cue_diversity)
-            check_held_out(mixed, self.cells)
+            check_held_out(mixed, self.held_out)
             write_transcripts(path, mixed)
 
         inputs = {
@@ -255,7 +307,7 @@ class Experiment:
             "self_correction": section.self_correction,
             "cue_diversity": section.cue_diversity.model_dump(),
             "seed": seed,
-            "cells": [cell.key for cell in self.cells],
+            "held_out": self.held_out.fingerprint,
             **({"mix_by": [section.mix_by, train.loss]} if by_tokens else {}),
         }
         return self.stages.do(f"data/{arm}", inputs, [f"data/{arm}.jsonl"], make)
@@ -270,7 +322,7 @@ class Experiment:
             inputs = {
                 "section": wanted.model_dump(mode="json", exclude={"writer": HOW_ASKED}),
                 "files": source_files(name, wanted),
-                "calibration": self.calibrated[0],
+                **self._source_inputs(name, wanted),
                 "seed": self.recipe.seed,
                 "name": name,
                 # Only what a recipe changes: rows that were made before there were filters stay what they are.
@@ -286,11 +338,23 @@ class Experiment:
             result[name] = (path, fingerprint)
         return result
 
+    def _source_inputs(self, name: str, section: Any) -> dict[str, Any]:
+        if name not in UNSTEERED:
+            return {"calibration": self.calibrated[0]}
+        writes = getattr(section, "writer", None) is not None
+        return {"base": self._base_inputs(), **({"held_out": self._held_out_labels()} if writes else {})}
+
+    def _held_out_labels(self) -> list[str]:
+        """What the chosen latents stand for that are not dealt to training."""
+        latents = [latent for split, found in self.split_latents.items() if split != "train" for latent in found]
+        return sorted({label for latent in latents if (label := self.world.labels[latent])})
+
     def _collect(self, name: str, section: Any, filters: FilterSection, ranks: Ranks, path: Path) -> None:
         latents = [] if name in UNSTEERED else self.latents["train"]
         ledger = path.with_suffix(".requests.json")
-        meter = Meter()
-        make = screened(maker(name, section, filters, self.recipe, self.world, latents, ledger, meter), filters)
+        meter, held_out = Meter(), self._held_out_labels()
+        made = maker(name, section, filters, self.recipe, self.world, latents, ledger, held_out, meter)
+        make = screened(made, filters)
         candidates = path.with_suffix(".candidates.jsonl")
         chunk, again = chunk_rows(self.recipe, section), Seen(filters.alike).again
         found = collect(name, section.rows, make, candidates, chunk, again, ranks, meter)

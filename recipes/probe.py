@@ -10,7 +10,7 @@ from eval.calibration import load_thresholds
 from eval.cells import make_cells
 from eval.probe import MakeProbe, probing
 from eval.trials import Steerer
-from recipes.latents import frozen_directions, steerable, threshold_key
+from recipes.latents import frozen_directions, load_splits, steerable, threshold_key
 from recipes.world import World, present
 
 
@@ -53,5 +53,5 @@ def calibrated_probe(recipe: Recipe) -> MakeProbe:
             "Run `esr eval calibrate` with this recipe first, or set train.probe=null.",
         )
     thresholds = load_thresholds(path, threshold_key(recipe, world))
-    latents = steerable(recipe, world, frozen_directions(world, thresholds), thresholds)
+    latents = steerable(load_splits(recipe.directory), frozen_directions(world, thresholds), thresholds)
     return probe(recipe, world, latents["validation"])

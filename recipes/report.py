@@ -10,6 +10,7 @@ from eval.judging.model_judge import ModelJudge
 from eval.report.page import write_report
 from eval.summary import summarise
 from recipes.arms import form
+from recipes.latents import facts
 from recipes.panel import NAME as AGREEMENT
 from recipes.panel import write_agreement
 from recipes.pipeline import Experiment
@@ -35,14 +36,14 @@ def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
     metrics = summarise(rows, top.recipe.eval.bootstrap, top.recipe.seed)
     write_json(top.directory / "metrics.json", metrics)
     write_agreement(top, parts, rows)
-    thresholds = read_json(top.directory / "thresholds.json")
+    thresholds = top.directory / "thresholds.json"
     agreement = top.directory / AGREEMENT
     path = write_report(
         top.directory,
         top.recipe.name,
         metrics,
         rows,
-        thresholds,
+        read_json(thresholds) if thresholds.is_file() else None,
         _notes(top, parts, rows),
         read_json(agreement) if agreement.is_file() else None,
         mixtures(top.recipe),
@@ -71,6 +72,7 @@ def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[di
             "latents": f"{len(latents)} latents that stand for these topics",
             "prompts": f"{len(prompts)} prompts on these topics",
         },
+        "latents": facts((top.shared or top).directory),
         "form": [f"{arm}: {form(top.recipe, arm)}" for arm in rows],
         "judge": top.world.judge.name,
         "model": top.recipe.model.path,

@@ -16,9 +16,8 @@ from esr_train.provenance import sha256
 from esr_train.recipe import Recipe
 from esr_train.sections.data import FilterSection, WriterSection
 from esr_train.steering.engine import Progress
-from esr_train.steering.sae import read_labels
 from esr_train.transcript import Transcript
-from eval.cells import Cell, Side, check_disjoint, deal_subjects
+from eval.cells import Side, check_disjoint
 from eval.llm import Asker, Cache, Limit
 from eval.llm_clients import InspectLlm
 from recipes.world import World, located
@@ -38,6 +37,7 @@ def maker(
     world: World,
     latents: Sequence[SteerableLatent],
     ledger: Path,
+    held_out: Sequence[str],
     progress: Progress,
 ) -> Make:
     """What makes the rows of one source.
@@ -50,6 +50,7 @@ def maker(
         world: its model, judge and prompts.
         latents: that may steer training rows.
         ledger: file of what a writer was asked and what that cost.
+        held_out: subjects that a writer must not write about: what the other splits' latents stand for.
         progress: told of every batch that the engine has finished.
     """
     pools = world.pools
@@ -67,7 +68,7 @@ def maker(
         return normal(context, section, pools.normal)
     if name == "prompted" and section.writer:
         subjects = training_subjects(
-            read_subjects(section.subjects), pools.topics, held_out_labels(world), world.required_prompts.splits
+            read_subjects(section.subjects), pools.topics, held_out, world.required_prompts.splits
         )
         return written(context, section, pools.train, subjects, asker(section.writer, recipe.runs, ledger))
     if name == "prompted":
@@ -97,16 +98,6 @@ def asker(section: WriterSection, runs: str, ledger: Path) -> Asker:
     return Asker(llm, Cache(Path(runs) / "writer-cache"), label="writer", ledger=ledger)
 
 
-def held_out_labels(world: World) -> list[str]:
-    """What the latents stand for that are not dealt to training."""
-    sae = world.recipe.sae
-    if sae is None or sae.labels is None:
-        return []
-    labels = read_labels(located(sae.labels)).values()
-    dealt = deal_subjects(labels, world.pools.topics, world.required_prompts.splits)
-    return [label for label, split in dealt.items() if split != "train"]
-
-
 def source_files(name: str, section: Any) -> dict[str, str]:
     """Hashes of the files from which a source draws cues and subjects."""
     if name in ("normal", "contrast"):
@@ -117,8 +108,8 @@ def source_files(name: str, section: Any) -> dict[str, str]:
     return {key: sha256(path) for key, path in named.items() if path.is_file()}
 
 
-def check_held_out(rows: Sequence[Transcript], cells: Sequence[Cell], where: str | None = None) -> None:
-    """Refuse rows that share a prompt, a steering latent or an off-topic subject with the evaluation's cells."""
+def check_held_out(rows: Sequence[Transcript], evaluation: Side, where: str | None = None) -> None:
+    """Refuse rows that share a prompt, a steering latent or an off-topic subject with the evaluation."""
     steerings = [row.steering for row in rows if row.steering]
     written_about = [row.meta["subject"] for row in rows if isinstance(row.meta.get("subject"), str)]
     detours = [row.meta["detour"] for row in rows if isinstance(row.meta.get("detour"), dict)]
@@ -129,6 +120,4 @@ def check_held_out(rows: Sequence[Transcript], cells: Sequence[Cell], where: str
         frozenset(latent for latent in latents if latent is not None),
         frozenset(subject for subject in subjects if subject),
     )
-    labels = frozenset(cell.label for cell in cells if cell.label)
-    evaluation = Side(frozenset(c.prompt for c in cells), frozenset(c.latent for c in cells), labels)
     check_disjoint(training, evaluation, where)

@@ -98,7 +98,7 @@ class ArmTrials:
         return {
             "weights": self.weights.fingerprint,
             "variant": self.variant.to_json(),
-            "calibration": experiment.calibrated[0],
+            "calibration": experiment.calibrated[0] if experiment.steers else None,
             "sampling": experiment.recipe.sampling.model_dump(),
             "cells": [cell.key for cell in experiment.cells],
             "control_trials": section.control_trials,
@@ -176,7 +176,7 @@ class ArmTrials:
     @property
     def steerer(self) -> Steerer:
         """Steers at the base model's thresholds."""
-        latents = self.experiment.latents["test"]
+        latents = self.experiment.latents["test"] if self.experiment.steers else []
         return Steerer(
             {each.direction.latent: each.direction for each in latents},
             {each.direction.latent: each.threshold for each in latents},

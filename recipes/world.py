@@ -15,7 +15,8 @@ from esr_train.provenance import sha256
 from esr_train.recipe import Recipe
 from esr_train.sections.world import EngineSection, JudgeSection, ModelSection, PromptsSection, SaeSection
 from esr_train.steering.engine import Engine, Sampling
-from esr_train.steering.sae import Direction, LoadedSae, check_fits, load_sae, read_labels, residual_norm
+from esr_train.steering.labels import label_files, read_labels
+from esr_train.steering.sae import Direction, LoadedSae, check_fits, load_sae, residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
@@ -124,18 +125,19 @@ class World:
     @cached_property
     def files(self) -> dict[str, str]:
         """Hashes of the local files that the recipe names."""
-        recipe = self.recipe
-        named = (
-            recipe.prompts and recipe.prompts.path,
+        return self.base_files | _hashes(self.recipe.data.steered.cues, self.recipe.data.prompted.cues)
+
+    @cached_property
+    def base_files(self) -> dict[str, str]:
+        """Hashes of those among them on which the base model's responses and scores depend."""
+        recipe, sae = self.recipe, self.recipe.sae
+        return _hashes(
+            recipe.prompts.path if recipe.prompts else None,
             recipe.judge.vocabulary,
-            recipe.sae and recipe.sae.labels,
-            recipe.data.steered.cues,
-            recipe.data.prompted.cues,
+            sae.labels if sae else None,
             f"{recipe.model.path}/model.safetensors",
-            recipe.sae and f"{recipe.sae.release}/{recipe.sae.id}/sae_weights.safetensors",
+            f"{sae.release}/{sae.id}/sae_weights.safetensors" if sae else None,
         )
-        found = {path: local_path(path) for path in named if path}
-        return {path: sha256(file) for path, file in found.items() if file and file.is_file()}
 
     @cached_property
     def pools(self) -> Pools:
@@ -150,14 +152,21 @@ class World:
         """The recipe's prompts section, which every stage but training needs."""
         return present(self.recipe.prompts, "prompts")
 
+    def direction(self, latent: int) -> Direction:
+        """The direction of a labelled latent, in units of the layer's residual norm."""
+        return self.sae.direction(latent, self.residual_norm, self.labels[latent])
+
     @cached_property
-    def directions(self) -> list[Direction]:
-        """The directions of the labelled latents: the first `latents_per_topic` with each label."""
+    def residual_norm(self) -> float:
+        """The median residual norm of the SAE's layer on training prompts.
+
+        Raises:
+            InputError: if the SAE does not fit the model.
+        """
         model = self.open_model()
         check_fits(self.sae, model)
-        norm = residual_norm(model, self.tokenizer, self._norm_texts(), self.sae.layer)
-        chosen = first_of_each(self.labels, set(self.pools.topics), self.recipe.calibration.latents_per_topic)
-        return [self.sae.direction(latent, norm, self.labels[latent]) for latent in chosen]
+        prompts = self.pools.train[:: max(len(self.pools.train) // NORM_TEXTS, 1)][:NORM_TEXTS]
+        return residual_norm(model, self.tokenizer, self.rendered(prompts), self.sae.layer)
 
     def open_model(self) -> Any:
         """The base model as transformers runs it: its hidden states can be read.
@@ -180,12 +189,12 @@ class World:
         section: SaeSection = present(self.recipe.sae, "sae")
         return read_labels(located(required(section.labels, "sae.labels")))
 
-    def _norm_texts(self) -> list[str]:
-        prompts: Sequence[Prompt] = self.pools.train[:: max(len(self.pools.train) // NORM_TEXTS, 1)]
+    def rendered(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The prompts as the model reads them, up to where its reply begins."""
         chat = self.tokenizer.apply_chat_template
         return [
             chat([{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True)
-            for prompt in prompts[:NORM_TEXTS]
+            for prompt in prompts
         ]
 
     def sampling(self, max_new_tokens: int | None = None) -> Sampling:
@@ -194,19 +203,16 @@ class World:
         return Sampling(**{**values, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})})
 
 
-def first_of_each(labels: dict[int, str], topics: set[str], count: int) -> list[int]:
-    """The first `count` latents with each label, in the order of the labels (purest first in shipped files).
-
-    Where labels are topics of the prompts, those that are none are left out; labels of another kind are all taken.
-    """
-    are_topics = not topics.isdisjoint(labels.values())
-    taken: dict[str, int] = {}
-    chosen = []
-    for latent, label in labels.items():
-        if (label in topics or not are_topics) and taken.get(label, 0) < count:
-            taken[label] = taken.get(label, 0) + 1
-            chosen.append(latent)
-    return chosen
+def _hashes(*paths: str | None) -> dict[str, str]:
+    """Hashes of the files among the paths, and of the batches in a folder of labels."""
+    found: dict[str, str] = {}
+    for path in paths:
+        here = local_path(path) if path else None
+        if path and here and here.is_file():
+            found[path] = sha256(here)
+        elif path and here and any(here.glob("*.jsonl*")):
+            found[path] = ", ".join(sha256(file) for file in label_files(here))
+    return found
 
 
 def located(path: str) -> Path:

@@ -40,6 +40,7 @@ def world(tmp_path: Path, llama: Family, monkeypatch: pytest.MonkeyPatch) -> Pat
         "judge": {"vocabulary": "vocabulary.json"},
         "prompts": {"path": "prompts.jsonl"},
         "sampling": {"max_new_tokens": 2},
+        "latents": {"relevant": "keep"},
         "calibration": {"rounds": 1, "prompts": 1, "verify": 0, "max_new_tokens": 2},
         "data": {"normal": {"rows": 2}},
         "eval": {"trials": 2, "bootstrap": 10},
@@ -169,7 +170,7 @@ def test_control_words_in_a_prompt_are_plain_text(family, typed):
     assert prompt in family.tokenizer.decode(ids)
 
 
-def test_data_of_one_s_own_that_hold_an_evaluation_prompt_are_refused(world, monkeypatch):
+def test_data_of_one_s_own_that_hold_an_evaluation_prompt_are_refused(world):
     from eval.cells import make_pools, read_prompts
     from recipes import pipeline
 
@@ -177,19 +178,11 @@ def test_data_of_one_s_own_that_hold_an_evaluation_prompt_are_refused(world, mon
     assert recipe.prompts is not None
     held_out = make_pools(read_prompts("prompts.jsonl"), recipe.prompts.splits).test[0]
     experiment, _ = pipeline.experiments(recipe)
-    # Calibration on random weights finds no threshold; the cells are what matters here.
-    monkeypatch.setattr(pipeline.Experiment, "cells", [cell_of(held_out.text)])
     write_transcripts("data.jsonl", [normal("about something else")])
     experiment.data("tuned")
     write_transcripts("data.jsonl", [normal("about something else"), normal(held_out.text.upper())])
     with pytest.raises(InputError, match=f"training and evaluation share 1 prompt .*{held_out.text}"):
         experiment.data("tuned")
-
-
-def cell_of(prompt: str):
-    from eval.cells import Cell
-
-    return Cell(prompt, "t", 1, "baking", 1.0, 0)
 
 
 def normal(prompt: str) -> Transcript:

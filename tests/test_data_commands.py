@@ -255,13 +255,14 @@ def test_a_preview_is_printed_or_written_as_a_page(files, recipe_file, tmp_path,
 def test_a_recipe_s_share_can_count_trained_tokens(files, tmp_path, recipe_file, llama, monkeypatch):
     from esr_train.masking import trained_tokens
     from esr_train.recipe import load_recipe
+    from eval.cells import Side
     from recipes.pipeline import Experiment
     from recipes.world import World
 
     def mixed(by: str) -> list[Transcript]:
         recipe = load_recipe(recipe_file, ["data.self_correction=0.3", f"data.mix_by={by}"])
         experiment = Experiment(recipe, tmp_path / by, World(recipe))
-        monkeypatch.setitem(experiment.__dict__, "cells", [])
+        monkeypatch.setitem(experiment.__dict__, "held_out", Side())
         found = {file.stem: (file, file.stem) for file in files}
         monkeypatch.setattr(Experiment, "sources", lambda self, section: found)
         experiment.data("tuned")

@@ -9,11 +9,11 @@ from data_gen.__main__ import main as data
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
-from eval.cells import Cell
+from eval.cells import Side
 from recipes.pipeline import Experiment
 from recipes.world import World
 
-CELLS = [Cell("How do I fold a sheet?", "folding", 7, "owls", 1.0, 0)]
+EVALUATION = Side(frozenset(["How do I fold a sheet?"]), frozenset([7]), frozenset(["owls"]))
 SPANS = (Span(SpanKind.OFF_TOPIC, "The owl sleeps."), Span(SpanKind.CUE, " Wait, no."), Span(SpanKind.ANSWER, " Fold."))
 
 
@@ -23,11 +23,11 @@ def row(prompt: str = "How do I bake?", latent: int = 1, label: str = "kites") -
 
 
 def trained_on(file: Path, tmp_path: Path, **train: str) -> str:
-    """The fingerprint of an experiment's training file, whose evaluation is `CELLS`."""
+    """The fingerprint of an experiment's training file, whose evaluation uses `EVALUATION`."""
     values = {"name": "t", "runs": str(tmp_path), "model": {"path": "none"}, "train": {"data": str(file), **train}}
     recipe = Recipe.model_validate(values)
     experiment = Experiment(recipe, recipe.directory, World(recipe))
-    experiment.__dict__["cells"] = CELLS
+    experiment.__dict__["held_out"] = EVALUATION
     return experiment.data("tuned")
 
 

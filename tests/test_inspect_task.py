@@ -10,7 +10,8 @@ from inspect_ai import eval as inspect_eval
 from esr_train.models import load_model, load_tokenizer
 from esr_train.sections.world import ModelSection
 from esr_train.steering.engine import Sampling
-from esr_train.steering.sae import load_sae, read_labels
+from esr_train.steering.labels import read_labels
+from esr_train.steering.sae import load_sae
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.arms import Variant

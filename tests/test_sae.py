@@ -1,15 +1,12 @@
 """Directions, units, labels and residual norms."""
 
-import gzip
-import json
-
 import pytest
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from esr_train.errors import InputError
-from esr_train.steering.sae import check_fits, load_sae, read_labels, residual_norm
+from esr_train.steering.sae import check_fits, load_sae, residual_norm
 from esr_train.transcript import SaeRef
 
 
@@ -142,42 +139,3 @@ def test_measuring_without_text_or_on_a_missing_layer_is_bad_input(family):
         residual_norm(family.model, family.tokenizer, [""], 1)
     with pytest.raises(InputError, match="no layer 4"):
         residual_norm(family.model, family.tokenizer, ["a"], 4)
-
-
-NEURONPEDIA = [{"index": "12", "description": "baking"}, {"index": "7", "description": "sails"}]
-
-
-def test_every_form_of_label_file_gives_the_same_labels(tmp_path):
-    lines = "\n".join(json.dumps(row) for row in NEURONPEDIA) + "\n"
-    (tmp_path / "a.json").write_text('{"12": "baking", "7": "sails"}')
-    (tmp_path / "b.jsonl").write_text(lines)
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "d.csv").write_text("uuid,label,index_in_sae\nx,baking,12\ny,sails,7\n")
-    for name in ("a.json", "b.jsonl", "c.jsonl.gz", "d.csv"):
-        assert read_labels(tmp_path / name) == {12: "baking", 7: "sails"}, name
-    (tmp_path / "e.json").write_text('["baking", null, "sails"]')
-    assert read_labels(tmp_path / "e.json") == {0: "baking", 2: "sails"}
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "where"),
-    [
-        ("a.json", '{"twelve": "x"}', "a.json:1"),
-        ("b.jsonl", '{"index": "1", "description": "x"}\n{"index": 2}\n', "b.jsonl:2"),
-        ("c.jsonl", '{"index": "1", "description": "x"}\n{oops\n', "c.jsonl:2"),
-        ("d.csv", "index_in_sae,label\n1,x\nb,y\n", "d.csv:3"),
-        ("e.txt", "x", "e.txt"),
-        ("f.jsonl.gz", "not gzip", "f.jsonl.gz"),
-        ("g.jsonl", "", "g.jsonl"),
-    ],
-)
-def test_a_broken_label_file_is_named_with_its_line(tmp_path, name, text, where):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=where):
-        read_labels(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.gz", "none.csv", "none.json"])
-def test_a_missing_label_file_is_bad_input(tmp_path, name):
-    with pytest.raises(InputError, match="does not exist"):
-        read_labels(tmp_path / name)

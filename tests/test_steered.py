@@ -18,7 +18,7 @@ from esr_train.sections.values import Choice, Normal
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from esr_train.steering.sae import Direction
 from esr_train.transcript import SaeRef, SpanKind, Transcript
-from eval.cells import Prompt
+from eval.cells import Prompt, Side
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from recipes.sources import check_held_out
 
@@ -224,14 +224,11 @@ def test_a_prefixed_row_has_the_detour_but_is_not_steered(make):
 
 
 def test_a_prefixed_row_whose_detour_is_held_out_is_refused(make):
-    from eval.cells import Cell
-
     _, outcomes = make(name="prefixed", count=3)
-    cell = Cell("How do I sail?", "sailing", 7, "other", 1.0, 0)
     with pytest.raises(InputError, match="share 1 latent"):
-        check_held_out(kept(outcomes), [cell])
+        check_held_out(kept(outcomes), Side(latents=frozenset([7])))
     with pytest.raises(InputError, match="share 1 off-topic subject"):
-        check_held_out(kept(outcomes), [Cell("How do I sail?", "sailing", 8, "Owls", 1.0, 0)])
+        check_held_out(kept(outcomes), Side(latents=frozenset([8]), subjects=frozenset(["Owls"])))
 
 
 def test_a_reply_begins_unsteered_and_its_beginning_is_trained(make):

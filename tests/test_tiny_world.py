@@ -14,7 +14,8 @@ from esr_train.files import read_json
 from esr_train.models import load_model, load_tokenizer
 from esr_train.sections.world import ModelSection
 from esr_train.steering.engine import Request, Sampling
-from esr_train.steering.sae import check_fits, load_sae, read_labels
+from esr_train.steering.labels import read_labels
+from esr_train.steering.sae import check_fits, load_sae
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.cells import read_prompts

@@ -20,7 +20,7 @@ from esr_train.recipe import load_recipe
 from esr_train.sections.data import PromptedSection
 from esr_train.steering.engine import Sampling
 from esr_train.transcript import SpanKind
-from eval.cells import Cell, Prompt
+from eval.cells import Prompt, Side
 from eval.judging.attempts import attempts
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.llm import ROUNDS, Asker, Cache, Limit
@@ -277,8 +277,8 @@ def test_rows_about_a_held_out_subject_are_refused(world):
     with LlmStub(writes) as stub:
         rows = world(stub).collect(rows=3, chunk=3, subjects=["Owls"]).transcripts
     with pytest.raises(InputError, match="share 1 off-topic subject"):
-        check_held_out(rows, [Cell("How?", "x", 3, "owls", 1.0, 0)])
-    check_held_out(rows, [Cell("How?", "x", 3, "kites", 1.0, 0)])
+        check_held_out(rows, Side(subjects=frozenset(["owls"])))
+    check_held_out(rows, Side(subjects=frozenset(["kites"])))
 
 
 def test_the_shipped_subjects_fit_the_question():

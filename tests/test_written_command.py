@@ -37,10 +37,6 @@ def test_a_recipe_s_writer_is_asked_and_its_rows_are_kept(assets, tmp_path, monk
         f"runs={tmp_path}",
         "data.steered.rows=0",
         "data.normal.rows=0",
-        "calibration.rounds=1",
-        "calibration.prompts=1",
-        "calibration.max_new_tokens=8",
-        "eval.trials=8",
     ]
     with LlmStub(writes, Faults(share=0.3)) as stub:
         for name, value in stub.environment().items():
@@ -58,4 +54,5 @@ def test_a_recipe_s_writer_is_asked_and_its_rows_are_kept(assets, tmp_path, monk
     assert ledger["asked"] + ledger["lost"] == asked
     assert ledger["asked"] - ledger["refused"] + ledger["cached"] + ledger["failed"] == sum(funnel.values())
     assert funnel["kept"] == ROWS
+    assert not (tmp_path / "quickstart" / "thresholds.json").exists(), "nothing here is steered"
     assert not any(KEY in path.read_text(errors="ignore") for path in tmp_path.rglob("*.json*"))

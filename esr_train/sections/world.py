@@ -22,7 +22,23 @@ class SaeSection(Section):
 
     release: str
     id: str
-    labels: str | None = Field(None, description="file of latent labels: json, jsonl(.gz) or csv")
+    labels: str | None = Field(
+        None, description="latents' labels: json, jsonl(.gz) or csv file, or a folder of Neuronpedia's batches"
+    )
+
+
+class LatentsSection(Section):
+    """Which of the labelled latents may steer. What is dropped is counted."""
+
+    relevant: Literal["drop", "keep"] = Field(
+        "drop", description="latents that are active on a prompt of the set: what they bring up may be on topic there"
+    )
+    twins: Literal["drop", "keep"] = Field(
+        "drop", description="latents whose decoder row is nearly that of one before them, whatever their labels say"
+    )
+    limit: AtLeastOne | None = Field(
+        256, description="at most so many, each split's share drawn by the seed, before anything is calibrated"
+    )
 
 
 class JudgeSection(Section):

@@ -1,10 +1,6 @@
-"""SAEs as sources of directions: loading, labels, residual norms, and both units of strength."""
+"""SAEs as sources of directions: loading, residual norms, and both units of strength."""
 
-import csv
 import difflib
-import gzip
-import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +12,6 @@ import torch
 from torch import nn
 
 from esr_train.errors import InputError
-from esr_train.files import read_json, read_text
 from esr_train.models import check_layer, decoder_layers, hidden_size, local_path
 from esr_train.steering.intervention import Add, Positions
 from esr_train.transcript import SaeRef, Strength
@@ -72,7 +67,9 @@ class LoadedSae:
             )
         if self.module.W_dec.device != hidden.device:
             self.module.to(hidden.device)
-        return self.module.encode(hidden.float())
+        found = self.module.encode(hidden.float())
+        # TopK SAEs may answer in sparse tensors, which neither index nor gather.
+        return found.to_dense() if found.is_sparse else found
 
     @cached_property
     def decoder_norms(self) -> torch.Tensor:
@@ -179,7 +176,9 @@ def residual_norm(model: Any, tokenizer: Any, texts: Sequence[str], layer: int) 
     return float(torch.cat(norms).median())
 
 
-def hidden_states(model: Any, tokenizer: Any, texts: Sequence[str], layer: int) -> Iterator[torch.Tensor]:
+def hidden_states(
+    model: Any, tokenizer: Any, texts: Sequence[str], layer: int, rows: int = 1
+) -> Iterator[torch.Tensor]:
     """The output of decoder layer `layer` for every text in turn, [tokens, d_model], without BOS and empty texts.
 
     Args:
@@ -187,6 +186,7 @@ def hidden_states(model: Any, tokenizer: Any, texts: Sequence[str], layer: int) 
         tokenizer: its BOS is put in front of texts that do not begin with it.
         texts: plain or rendered.
         layer: counted from 0.
+        rows: texts of one forward pass.
 
     Raises:
         InputError: if the layer does not exist.
@@ -201,34 +201,16 @@ def hidden_states(model: Any, tokenizer: Any, texts: Sequence[str], layer: int) 
     handle = decoder_layers(model)[layer].register_forward_hook(keep)
     try:
         model.eval()
-        for ids in (_with_bos(tokenizer, text) for text in texts):
-            if len(ids) > 1:
-                with torch.no_grad():
-                    model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
-                yield kept.pop()[0, 1:]
+        tokens = [ids for text in texts if len(ids := with_bos(tokenizer, text)) > 1]
+        for batch in (tokens[start : start + rows] for start in range(0, len(tokens), rows)):
+            with torch.no_grad():
+                model(**_padded(batch, model.device), use_cache=False, logits_to_keep=1)
+            states = kept.pop()
+            for place, ids in enumerate(batch):
+                yield states[place, 1 : len(ids)]
     finally:
         handle.remove()
         model.train(training)
-
-
-def read_labels(path: Path | str) -> dict[int, str]:
-    """Labels of latents, by index.
-
-    Forms: json `{"12": "label"}` or a list; jsonl and jsonl.gz as Neuronpedia exports them
-    (`{"index": "12", "description": "..."}`); csv with columns `index_in_sae` and `label`.
-
-    Raises:
-        InputError: naming file and line.
-    """
-    path = local_path(str(path)) or Path(path)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _labels(path, _jsonl_rows(path), "index", "description")
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(read_text(path)))
-        return _labels(path, ((reader.line_num, row) for row in reader), "index_in_sae", "label")
-    if path.suffix == ".json":
-        return _json_labels(path)
-    raise InputError("labels are read from .json, .jsonl, .jsonl.gz or .csv", str(path), "Rename or convert it.")
 
 
 def _name(ref: SaeRef) -> str:
@@ -290,48 +272,18 @@ def _layer(module: Any, ref: SaeRef) -> int:
     return int(found[1] or found[2])
 
 
-def _with_bos(tokenizer: Any, text: str) -> list[int]:
+def _padded(batch: Sequence[Sequence[int]], device: Any) -> dict[str, torch.Tensor]:
+    """Token ids padded on the right; no token before the padding sees it."""
+    width = max(map(len, batch))
+    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in batch], device=device)
+    if len(batch) == 1:
+        return {"input_ids": ids}
+    mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in batch], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def with_bos(tokenizer: Any, text: str) -> list[int]:
+    """A text's token ids with exactly one BOS in front, if the tokenizer has one."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-def _jsonl_rows(path: Path) -> Iterable[tuple[int, Any]]:
-    try:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else read_text(path)
-    except FileNotFoundError:
-        raise InputError("the file does not exist", str(path), "Check the path.") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read ({error})", str(path)) from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"not valid JSON ({error.msg})", f"{path}:{number}") from None
-
-
-def _labels(path: Path, rows: Iterable[tuple[int, Any]], index: str, label: str) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for number, row in rows:
-        try:
-            # Neuronpedia holds several explanations of a latent; the first is the one its page shows.
-            found.setdefault(int(row[index]), str(row[label]))
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"a label needs {index!r} (a whole number) and {label!r}", f"{path}:{number}") from None
-    if not found:
-        raise InputError("the file holds no labels", str(path))
-    return found
-
-
-def _json_labels(path: Path) -> dict[int, str]:
-    value = read_json(path)
-    try:
-        items = enumerate(value) if isinstance(value, list) else value.items()
-        return {int(index): str(label) for index, label in items if label is not None}
-    except (AttributeError, ValueError):
-        raise InputError(
-            "labels are a list or an object from whole numbers to texts",
-            f"{path}:1",
-            'Such as {"12": "baking"}.',
-        ) from None
