@@ -73,7 +73,7 @@ def paragraph(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def assert_nothing_half_written(folder: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.name.endswith(".partial")]
     made = {path.name for path in (folder / "runs").rglob("*") if path.is_file()}
-    assert made <= {"recipe.yaml", "provenance.json", "stages.json"}
+    assert made <= {".lock", "recipe.yaml", "provenance.json", "stages.json"}
     for path in (folder / "runs").rglob("*.json"):
         json.loads(path.read_text())
 
