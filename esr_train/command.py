@@ -53,4 +53,9 @@ def guarded(run: Callable[[], None], debug: bool) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Check the path and the space left there.", file=sys.stderr)
+        return 1
     return 0

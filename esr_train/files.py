@@ -44,18 +44,32 @@ def hold(path: Path | str) -> None:
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[IO[str]]:
-    """Open a text file for writing that takes `path`'s place only when the block ends without an error."""
+    """Open a text file for writing that takes `path`'s place only when the block ends without an error.
+
+    Raises:
+        InputError: if nothing can be written there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    file = _opened(path, aside)
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _opened(path: Path, aside: Path) -> IO[str]:
+    try:
+        if path.is_dir():
+            raise InputError("this is a folder, not a file", str(path), "Name a file.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return aside.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot be written ({error.strerror})", str(path), "Name another place.") from None
 
 
 def write_json(path: Path | str, value: Any) -> None:
