@@ -4,8 +4,10 @@ r"""Two runs of one recipe that differ in their engine, side by side: do they sa
     esr run recipes/tiny/evaluation.yaml name=engine-KIND engine.kind=KIND engine.batch_rows=128 calibration.rounds=5 \
         calibration.prompts=2 calibration.verify=0 eval.trials=64 eval.control_trials=16 \
         'eval.conditions=[steered,unsteered,boost,random_direction,unsteered_continues,switched_off]' \
-        'arms={tuned: {adapter: runs/evaluation/adapter/tuned}}'
+        'arms={tuned: {adapter: runs/evaluation/adapter/tuned}}' eval.restart_phrases=null
     python benchmarks/engines.py runs/engine-transformers runs/engine-vllm      # writes results/engines.md
+
+(The transformers run behind results/engines.md also read how likely restarts are, which changes no reply.)
 
 A rate (or mean score) of one run should lie within the other's 95 % interval, and a threshold within the other's 90 %
 interval of the posterior.
