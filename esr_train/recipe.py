@@ -73,6 +73,15 @@ class Recipe(Section):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _one_vllm_at_a_time(self) -> "Recipe":
+        if self.workers > 1 and self.engine.kind == "vllm":
+            raise ValueError(
+                f"workers: {self.workers} processes would each start a vLLM of their own: set workers to 1, and "
+                "engine.tensor_parallel for several accelerators"
+            )
+        return self
+
     @property
     def trained_arms(self) -> tuple[str, ...]:
         """The arms that are trained here."""

@@ -125,3 +125,8 @@ def test_an_unknown_arm_is_a_key_error() -> None:
     recipe = Recipe.model_validate(yaml.safe_load(SMALL))
     with pytest.raises(KeyError, match="other"):
         recipe.for_arm("other")
+
+
+def test_several_workers_cannot_each_start_a_vllm(small: Path) -> None:
+    with pytest.raises(InputError, match="set workers to 1"):
+        load_recipe(small, ["workers=2", "engine.kind=vllm"])
