@@ -77,7 +77,7 @@ def made(folder: Path) -> dict[str, bytes]:
     Of candidates there may be more behind the last wanted row.
     """
     files = [path for path in folder.glob("data/**/*.json*") if ".candidates." not in path.name]
-    assert len(files) == 5
+    assert len(files) == 7
     return {re.sub("-[0-9a-f]{16}", "", path.name): path.read_bytes() for path in [*files, folder / "thresholds.json"]}
 
 
