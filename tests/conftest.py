@@ -1,6 +1,7 @@
 """Small models of both families with random weights; everything runs on the CPU without a network."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recipes.tiny.architecture import build_model
 from recipes.tiny.tokenizer import finished, train_pieces
+
+# A shell that runs the tests in the background has them, and every process they start, ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT.parent / "shared" / "data" / "paper"
