@@ -1,6 +1,5 @@
 """Which latents may steer rows of which split."""
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +9,7 @@ import numpy as np
 
 from esr_train.errors import InputError
 from esr_train.sections.world import LatentsSection, SplitSection
-from eval.cells import SPLITS, Split, deal_subjects, subject_of
+from eval.cells import SPLITS, Split, deal_subjects, derived_seed, subject_of
 
 if TYPE_CHECKING:
     import torch
@@ -169,15 +168,11 @@ def limited(
     """At most `limit` of the latents, from each split its share; drawn by a seeded hash, kept in their order."""
     places: list[tuple[float, Split, int]] = []
     for split, group in dealt.items():
-        drawn = sorted(group, key=lambda each: _draw(seed, each))
+        drawn = sorted(group, key=lambda each: derived_seed("latent", seed, each.latent))
         # Every split's first comes before any split's second, and the others take turns in proportion.
         places += [(rank / len(drawn), split, each.latent) for rank, each in enumerate(drawn)]
     chosen = {(split, latent) for _, split, latent in sorted(places)[:limit]}
     return {split: [each for each in group if (split, each.latent) in chosen] for split, group in dealt.items()}
-
-
-def _draw(seed: int, latent: "Direction") -> bytes:
-    return hashlib.sha256(repr(("latent", seed, latent.latent)).encode()).digest()
 
 
 def _name(group: Sequence["Direction"], topics: Mapping[str, Split]) -> str:

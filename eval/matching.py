@@ -27,13 +27,13 @@ def activation_frequency(model: Any, tokenizer: Any, sae: Any, texts: Sequence[s
     """
     import torch
 
+    from esr_train.steering.activations import activations
     from esr_train.steering.sae import hidden_states
-    from esr_train.steering.stages import ENCODED_AT_ONCE
 
     active, tokens = torch.zeros(sae.n_latents, dtype=torch.long), 0
     for hidden in hidden_states(model, tokenizer, texts, sae.layer):
-        for piece in hidden.float().split(ENCODED_AT_ONCE):
-            active += (sae.encode(piece) > 0).sum(dim=0).cpu()
+        for piece in activations(sae, hidden):
+            active += (piece > 0).sum(dim=0).cpu()
             tokens += len(piece)
     if not tokens:
         raise InputError("there is no text to measure activation frequencies on")

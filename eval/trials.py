@@ -113,7 +113,8 @@ def run_trials(
     if progress and len(missing) < len(cells):
         progress(len(cells) - len(missing), 0)
     bench = _Bench(engine, judge, steerer, sampling, arm, condition, variant, prefixes, readings or Readings())
-    finished = [row for row in store.rows() if row["key"] in set(keys)]
+    wanted = set(keys)
+    finished = [row for row in store.rows() if row["key"] in wanted]
     for start in range(0, len(missing), chunk_rows * ranks.count):
         if watch:
             watch(finished)

@@ -179,11 +179,5 @@ def frequencies(world: World, seed: int) -> list[float]:
     prompts = world.pools.train[:: max(len(world.pools.train) // MATCH_TEXTS, 1)][:MATCH_TEXTS]
     requests = [Request(str(number), prompt.text, seed=seed + number) for number, prompt in enumerate(prompts)]
     answers = world.base.generate(requests, world.sampling())
-    texts = [
-        world.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
-        )
-        + answer.text
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    texts = [asked + answer.text for asked, answer in zip(world.rendered(prompts), answers, strict=True)]
     return [float(value) for value in activation_frequency(world.open_model(), world.tokenizer, world.sae, texts)]

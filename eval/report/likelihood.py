@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from eval.conditions import order
 from eval.report.drawing import INK, Dot, arm_colours, draw_dots, line_height, panels_svg
-from eval.report.material import Figure, Material
+from eval.report.material import NUMBERS, Figure, Material
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 METRIC = "restart_logprob"
-NUMBERS = ("value", "low", "high", "n", "unscored")
 Found = list[tuple[str, str, Mapping[str, Any]]]
 """Condition, arm, and its estimate."""
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from eval.store import Trial
 
+NUMBERS = ("value", "low", "high", "n", "unscored")
+"""What metrics.json says of an estimate, in the order of the figures' tables."""
+
 
 @dataclass(frozen=True)
 class Material:

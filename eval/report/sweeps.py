@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from eval.metrics import METRICS
 from eval.report.drawing import FAINT, INK, arm_colours, line_styles, panels_svg
-from eval.report.material import Figure, Material
+from eval.report.material import NUMBERS, Figure, Material
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PANEL_HEIGHT = 1.5
 MOST_TICKS = 9
-NUMBERS = ("value", "low", "high", "n", "unscored")
 Panel = tuple[str, str, str]
 """Condition ("" where the sweep is over conditions), metric, and the panel's label."""
 Point = tuple[str, float, str, Mapping[str, Any]]

@@ -5,13 +5,12 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from eval.report.drawing import ARM_COLOURS, INK, svg_of
-from eval.report.material import Figure, Material
+from eval.report.material import NUMBERS, Figure, Material
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BARS = (("multi_attempt_rate", "second attempt"), ("esr_rate", "ESR"))
-NUMBERS = ("value", "low", "high", "n", "unscored")
 
 
 def prompt_variants(material: Material) -> Figure | None:
