@@ -64,8 +64,8 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     from data_gen.filters import Seen, screened
     from data_gen.steered import steered
     from esr_train.recipe import load_recipe
-    from recipes.latents import choose_latents
-    from recipes.world import World
+    from recipes.resources import World
+    from recipes.steering_latents import choose_latents
 
     recipe = load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml")
     world, section, filters = World(recipe), recipe.data.steered, recipe.data.filters

@@ -60,9 +60,9 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
 
     import recipes.tiny
     from esr_train.models import load_model, load_tokenizer
-    from esr_train.sections.world import ModelSection
+    from esr_train.recipe import ModelSection
+    from esr_train.steering.directions import load_sae, residual_norm
     from esr_train.steering.engine import Request, Sampling
-    from esr_train.steering.sae import load_sae, residual_norm
     from esr_train.steering.transformers_engine import TransformersEngine
     from esr_train.transcript import SaeRef
 
@@ -148,8 +148,8 @@ def tokens_of(run: Callable[[], list[list[int]]]) -> int:
 
 def of_vllm(section: Any, tokenizer: Any, plain: Sequence[Any], steered: Sequence[Any], sampling: Any) -> list[Variant]:
     """The variants on vLLM, which is started here."""
-    from esr_train.steering.vllm_engine import VllmEngine
-    from esr_train.steering.vllm_server import VllmServer
+    from esr_train.steering.vllm.vllm_engine import VllmEngine
+    from esr_train.steering.vllm.vllm_server import VllmServer
 
     class Endless(VllmEngine):
         """Goes on behind an end of turn."""
@@ -192,8 +192,8 @@ def in_turn(model: Any, tokenizer: Any, asked: Sequence[tuple[Any, int]], rows: 
 def _together(model: Any, tokenizer: Any, asked: Sequence[tuple[Any, int]], sampling: dict[str, Any]) -> int:
     import torch
 
-    from esr_train.chat import encode_prompt
     from esr_train.models import decoder_layers
+    from esr_train.template import encode_prompt
 
     prompts = [encode_prompt(tokenizer, request.prompt, None, request.prefix)[0] for request, _ in asked]
     width, tokens = max(map(len, prompts)), max(count for _, count in asked)

@@ -101,7 +101,7 @@ def measure(shape: str, variant: str, small: bool, attention: str | None) -> dic
     from esr_train.models import load_model, load_tokenizer
     from esr_train.recipe import Recipe
     from esr_train.training.dataset import read_rows, table
-    from esr_train.training.live import LiveInjection
+    from esr_train.training.injection import LiveInjection
     from esr_train.training.settings import sft_config
     from esr_train.training.trainer import build_trainer
     from esr_train.transcript import write_transcripts

@@ -28,7 +28,7 @@ class Batch:
     """
 
     def __init__(self, tokenizer: Any, requests: Sequence[Any]) -> None:
-        from esr_train.chat import encode_prompt
+        from esr_train.template import encode_prompt
 
         rows = [encode_prompt(tokenizer, request.prompt, None, "")[0] for request in requests]
         width = max(map(len, rows))

@@ -301,7 +301,7 @@ def _tokenizer(path: str | None) -> "PreTrainedTokenizerBase | None":
     if path is None:
         return None
     from esr_train.models import load_tokenizer
-    from esr_train.sections.world import ModelSection
+    from esr_train.recipe import ModelSection
 
     return load_tokenizer(ModelSection.model_validate({"path": path}))
 

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from esr_train.sections.values import Choice, Drawn, Normal
+from esr_train.recipe import Choice, Drawn, Normal
 
 
 def draw(rng: Random, drawn: Drawn) -> float:

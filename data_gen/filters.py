@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_gen.collect import Make, Outcome
-from esr_train.sections.data import FilterSection
+from esr_train.recipe import FilterSection
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import fingerprint
 

@@ -14,7 +14,7 @@ from data_gen.collect import KEPT
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.masking import Labelled, Policy, label
-from esr_train.sections.data import CueDiversitySection
+from esr_train.recipe import CueDiversitySection
 from esr_train.transcript import SpanKind, Transcript
 from eval.llm import Spent
 

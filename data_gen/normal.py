@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from data_gen.collect import Make, Outcome, candidate_rng
 from data_gen.context import SEEDS, Asked, Context, joined
-from esr_train.sections.data import NormalSection
+from esr_train.recipe import NormalSection
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
 from eval.judging.judge import JudgeItem

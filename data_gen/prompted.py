@@ -6,7 +6,7 @@ from data_gen.collect import Make, Outcome, candidate_rng
 from data_gen.context import SEEDS, Asked, Context, cut_sentences, joined
 from data_gen.cues import read_cues
 from data_gen.draws import draw_count
-from esr_train.sections.data import PromptedSection
+from esr_train.recipe import PromptedSection
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
 from eval.judging.judge import JudgeItem

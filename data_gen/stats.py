@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_gen.figures import funnel_figures, inventory_figures
 from data_gen.inventory import Inventory, lines
+from data_gen.inventory_figures import funnel_figures, inventory_figures
 from eval.llm import Spent
 from eval.report.drawing import ARM_COLOURS, inline_svg
 from eval.report.material import Figure

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from esr_train.errors import InputError
 from esr_train.models import local_path
-from esr_train.sections.world import SplitSection
+from esr_train.recipe import SplitSection
 from esr_train.tables import read_rows
 from eval.cells import Split, deal_subjects, fingerprint
 

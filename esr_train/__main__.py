@@ -70,7 +70,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     recipe, arm = _recipe_and_arm(options)
-    from esr_train.training.adapter import is_complete, merge
+    from esr_train.adapters import is_complete, merge
     from esr_train.training.trainer import adapter_folder
 
     folder = adapter_folder(arm, recipe.directory)
@@ -93,7 +93,7 @@ def _train(recipe: Recipe, arm: str) -> None:
 def _probe(section: Recipe) -> "ProbeFactory | None":
     if section.train.probe is None:
         return None
-    from recipes.probe import calibrated_probe
+    from recipes.training_probe import calibrated_probe
 
     return calibrated_probe(section)
 

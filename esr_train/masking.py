@@ -7,8 +7,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from esr_train.chat import Encoded, Range, Rendered, encode, end_of_turn, render
 from esr_train.errors import InputError
+from esr_train.template import Encoded, Range, Rendered, encode, end_of_turn, render
 from esr_train.transcript import SpanKind, Transcript
 
 IGNORED = -100

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from esr_train.errors import InputError, RunError
-from esr_train.sections.world import ModelSection
+from esr_train.recipe import ModelSection
 
 ROOT = Path(__file__).resolve().parent.parent
 END_OF_TURN = ("<|eot_id|>", "<end_of_turn>")

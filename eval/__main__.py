@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.arm not in (None, *arms):
         raise InputError(f"the recipe has no arm {options.arm!r}", "--arm", f"It has {', '.join(arms)}.")
     from recipes.pipeline import begun
-    from recipes.report import reports, spent
+    from recipes.results import reports, spent
     from recipes.workers import joined
 
     ranks = joined(recipe)
@@ -119,7 +119,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     from esr_train.files import write_json, write_jsonl
     from eval.comparison import lines
-    from eval.paper import read_results
+    from eval.paper_results import read_results
     from eval.report.page import write_report
     from eval.runs import read_run
     from eval.summary import summarise
@@ -144,7 +144,7 @@ def _report(options: argparse.Namespace) -> None:
     folder = options.run if options.run.is_dir() else None
     recipe = _recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides)
     from recipes.pipeline import experiments
-    from recipes.report import reports
+    from recipes.results import reports
 
     reports(*experiments(recipe, folder))
 

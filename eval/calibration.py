@@ -12,17 +12,17 @@ import numpy as np
 
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, write_json
-from esr_train.sections.world import CalibrationSection
+from esr_train.recipe import CalibrationSection
 from esr_train.steering.engine import Engine, Progress, Request, Sampling
-from esr_train.steering.intervention import Positions
+from esr_train.steering.interventions import Positions
 from esr_train.transcript import SaeRef
-from eval.arms import PLAIN, Variant
 from eval.cells import Prompt, derived_seed, fingerprint
 from eval.judging.judge import Judge, JudgeItem
 from eval.store import TrialStore
+from eval.variants import PLAIN, Variant
 
 if TYPE_CHECKING:
-    from esr_train.steering.sae import Direction
+    from esr_train.steering.directions import Direction
 
 GRID_POINTS = 2_000
 """Strengths on which a posterior lives. The paper takes 10,000; its width is far above the step of either."""

@@ -11,11 +11,11 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from esr_train.errors import InputError
-from esr_train.sections.world import SplitSection
+from esr_train.recipe import SplitSection
 from esr_train.tables import read_rows
 
 if TYPE_CHECKING:
-    from esr_train.steering.sae import Direction
+    from esr_train.steering.directions import Direction
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

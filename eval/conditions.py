@@ -5,14 +5,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from esr_train.sections.evaluation import BoostSection, EvalSection
+from esr_train.recipe import BoostSection, EvalSection
 from eval.cells import Cell, derived_seed
 from eval.judging.attempts import attempts, find_cues, sentences
 from eval.store import Trial
 from eval.trials import Steerer
 
 if TYPE_CHECKING:
-    from esr_train.steering.sae import Direction
+    from esr_train.steering.directions import Direction
 
 TITLES = {
     "steered": "Steered at the base model's thresholds",

@@ -19,7 +19,7 @@ def activation_frequency(model: Any, tokenizer: Any, sae: Any, texts: Sequence[s
     Args:
         model: in any wrapper.
         tokenizer: the model's.
-        sae: an `esr_train.steering.sae.LoadedSae` of the model.
+        sae: an `esr_train.steering.directions.LoadedSae` of the model.
         texts: rendered conversations, such as the model's own unsteered answers.
 
     Raises:
@@ -27,8 +27,8 @@ def activation_frequency(model: Any, tokenizer: Any, sae: Any, texts: Sequence[s
     """
     import torch
 
-    from esr_train.steering.activations import activations
-    from esr_train.steering.sae import hidden_states
+    from esr_train.steering.directions import hidden_states
+    from esr_train.steering.readout import activations
 
     active, tokens = torch.zeros(sae.n_latents, dtype=torch.long), 0
     for hidden in hidden_states(model, tokenizer, texts, sae.layer):

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from esr_train.errors import RunError
 from esr_train.ranks import ALONE, Ranks
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
-from esr_train.steering.intervention import Positions
-from eval.arms import PLAIN, Variant
+from esr_train.steering.interventions import Positions
 from eval.cells import Cell
 from eval.judging.attempts import find_cues
 from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.store import Trial, TrialStore
+from eval.variants import PLAIN, Variant
 
 if TYPE_CHECKING:
-    from esr_train.steering.sae import Direction
+    from esr_train.steering.directions import Direction
     from esr_train.transcript import Strength
 
 CHUNK_ROWS = 128

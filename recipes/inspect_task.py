@@ -11,13 +11,12 @@ from inspect_ai import Task, task
 
 from esr_train.errors import InputError
 from esr_train.models import ROOT
-from esr_train.recipe import Recipe, load_recipe
-from esr_train.sections.evaluation import NEEDS
+from esr_train.recipe import NEEDS, Recipe, load_recipe
 from eval.conditions import names
-from eval.inspect_task import cells_task
-from recipes.arms import weights
+from eval.inspect_cells import cells_task
+from recipes.measure import ArmTrials
 from recipes.pipeline import begun
-from recipes.trials import ArmTrials
+from recipes.weights import weights
 
 
 @task

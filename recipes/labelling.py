@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from data_gen.labels import label_latents, name_latents
+from data_gen.latent_naming import label_latents, name_latents
 from esr_train.files import write_jsonl
-from esr_train.recipe import Recipe
-from esr_train.sections.data import WriterSection
-from esr_train.steering.sae import check_fits
+from esr_train.recipe import Recipe, WriterSection
+from esr_train.steering.directions import check_fits
 from esr_train.tables import read_rows
+from recipes.resources import World, located
 from recipes.sources import asker
-from recipes.world import World, located
 
 
 def write_labels(

@@ -20,12 +20,10 @@ from esr_train.interchange import read_segments
 from esr_train.masking import trained_tokens
 from esr_train.provenance import git_state, hardware, relevant, sha256, versions
 from esr_train.ranks import ALONE, Ranks
-from esr_train.recipe import Recipe, dump_recipe
-from esr_train.sections.data import DataSection, FilterSection
+from esr_train.recipe import DataSection, FilterSection, Recipe, dump_recipe
+from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Engine
-from esr_train.steering.sae import Direction
 from esr_train.transcript import read_transcripts, write_transcripts
-from eval.arms import PLAIN, Variant
 from eval.calibration import (
     Threshold,
     calibrate,
@@ -35,16 +33,17 @@ from eval.calibration import (
 )
 from eval.cells import SPLITS, Cell, Side, Split, make_cells
 from eval.conditions import names
-from eval.live import progress_bar
+from eval.progress import progress_bar
 from eval.store import TrialStore, read_trials
-from recipes.arms import Weights, frequencies, weights
-from recipes.latents import FILE as LATENTS
-from recipes.latents import choose_latents, gate_funnel, load_splits, save_chosen, steerable, threshold_key
-from recipes.probe import probe
+from eval.variants import PLAIN, Variant
+from recipes.measure import ArmTrials
+from recipes.resources import World
 from recipes.sources import HOW_ASKED, UNSTEERED, check_held_out, chunk_rows, maker, source_files
-from recipes.stages import Stages, digest
-from recipes.trials import ArmTrials
-from recipes.world import World
+from recipes.stage_cache import Stages, digest
+from recipes.steering_latents import FILE as LATENTS
+from recipes.steering_latents import choose_latents, gate_funnel, load_splits, save_chosen, steerable, threshold_key
+from recipes.training_probe import probe
+from recipes.weights import Weights, frequencies, weights
 
 LOCK = ".lock"
 """In a run directory: held by the process that writes there."""

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from esr_train.recipe import Recipe
-from recipes.arms import needs_frequency
 from recipes.pipeline import begun
-from recipes.report import reports
+from recipes.results import reports
+from recipes.weights import needs_frequency
 from recipes.workers import measure_in_processes
 
 

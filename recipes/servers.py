@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from esr_train.models import local_path
-from esr_train.recipe import Recipe
-from esr_train.sections.world import ModelSection
+from esr_train.recipe import ModelSection, Recipe
 
 if TYPE_CHECKING:
-    from esr_train.steering.vllm_server import VllmServer
+    from esr_train.steering.vllm.vllm_server import VllmServer
 
 MEMORY = 0.9
 """Share of an accelerator's memory that several servers divide among them."""
@@ -25,7 +24,7 @@ class Servers:
 
     def tested(self, model: ModelSection) -> "VllmServer":
         """The server of the model under test, started; that of any other is stopped: there is room for one."""
-        from esr_train.steering.vllm_server import VllmServer
+        from esr_train.steering.vllm.vllm_server import VllmServer
 
         for path, server in self._tested.items():
             if path != model.path:
@@ -44,7 +43,7 @@ class Servers:
 
     def judging(self, model: ModelSection, rows: int) -> "VllmServer":
         """The server of a judge's own model, started."""
-        from esr_train.steering.vllm_server import VllmServer
+        from esr_train.steering.vllm.vllm_server import VllmServer
 
         if model.path not in self._judging:
             parallel = self.recipe.engine.tensor_parallel

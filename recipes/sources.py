@@ -13,14 +13,13 @@ from data_gen.steered import contrast, steered
 from data_gen.subjects import SUBJECTS, read_subjects, training_subjects
 from data_gen.written import written
 from esr_train.provenance import sha256
-from esr_train.recipe import Recipe
-from esr_train.sections.data import FilterSection, WriterSection
+from esr_train.recipe import FilterSection, Recipe, WriterSection
 from esr_train.steering.engine import Progress
 from esr_train.transcript import Transcript
 from eval.cells import Side, check_disjoint
 from eval.llm import Asker, Cache, Limit
 from eval.llm_clients import InspectLlm
-from recipes.world import World, located
+from recipes.resources import World, located
 
 UNSTEERED = ("prompted", "normal")
 """Sources whose rows nobody steers: they need no latents."""

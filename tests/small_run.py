@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esr_train.files import write_jsonl
-from esr_train.steering.labels import read_labels
+from esr_train.steering.latent_labels import read_labels
 from eval.cells import read_prompts
 from tests.conftest import ROOT
 

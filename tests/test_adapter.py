@@ -11,10 +11,10 @@ from training_world import recipe, write_world
 from transformers import AutoTokenizer, GenerationConfig
 
 from esr_train.__main__ import main
+from esr_train.adapters import check_saved, final_metrics, is_complete, merge, model_card
 from esr_train.errors import InputError, RunError
 from esr_train.models import end_of_turn_id, load_model
 from esr_train.recipe import dump_recipe
-from esr_train.training.adapter import check_saved, final_metrics, is_complete, merge, model_card
 from esr_train.training.settings import lora_config
 from esr_train.training.trainer import adapter_folder
 

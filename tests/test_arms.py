@@ -7,9 +7,9 @@ import pytest
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe, load_recipe
 from esr_train.steering.engine import Request
-from esr_train.steering.intervention import Ablate, Add
-from eval.arms import PLAIN, PROMPTS, Variant, prompt_text
-from recipes.arms import form
+from esr_train.steering.interventions import Ablate, Add
+from eval.variants import PLAIN, PROMPTS, Variant, prompt_text
+from recipes.weights import form
 
 ADD, ABLATE = Add(1, None), Ablate(1, None, (3,))  # type: ignore[arg-type]
 

@@ -11,10 +11,10 @@ import yaml
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from training_world import transcripts
 
-from esr_train.chat import encode_prompt
 from esr_train.errors import InputError
 from esr_train.files import write_json, write_jsonl
 from esr_train.recipe import load_recipe
+from esr_train.template import encode_prompt
 from esr_train.transcript import Span, SpanKind, Transcript, read_transcripts, write_transcripts
 from recipes.cli import main
 from tests.conftest import Family

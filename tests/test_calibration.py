@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from esr_train.errors import InputError, RunError
-from esr_train.sections.world import CalibrationSection
+from esr_train.recipe import CalibrationSection
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
-from esr_train.steering.intervention import Add, Positions
+from esr_train.steering.interventions import Add, Positions
 from esr_train.transcript import SaeRef, Strength
 from eval.calibration import (
     Threshold,

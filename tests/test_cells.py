@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from esr_train.errors import InputError
-from esr_train.sections.world import SplitSection
+from esr_train.recipe import SplitSection
 from eval.cells import (
     Prompt,
     Side,

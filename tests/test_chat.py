@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esr_train import chat
-from esr_train.chat import encode, encode_prompt, end_of_turn, find_controls, render
+from esr_train import template as chat
 from esr_train.errors import InputError
+from esr_train.template import encode, encode_prompt, end_of_turn, find_controls, render
 from esr_train.transcript import Span, SpanKind, Transcript
 from tests.conftest import Family, make_family
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from esr_train.errors import InputError
-from esr_train.sections.evaluation import BoostSection, EvalSection
-from esr_train.steering.sae import Direction
+from esr_train.recipe import BoostSection, EvalSection
+from esr_train.steering.directions import Direction
 from esr_train.transcript import SaeRef
 from eval.cells import Cell
 from eval.conditions import (

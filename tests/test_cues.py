@@ -9,8 +9,8 @@ import pytest
 from data_gen.cues import LABEL, SILENT, Cues, read_cues, stem
 from data_gen.inventory import cue_diversity, require_diversity
 from esr_train.errors import InputError
+from esr_train.recipe import CueDiversitySection
 from esr_train.restart import split_cue
-from esr_train.sections.data import CueDiversitySection
 from esr_train.transcript import Span, SpanKind, Transcript
 from eval.judging.attempts import attempts, find_cues
 

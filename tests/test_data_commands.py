@@ -257,7 +257,7 @@ def test_a_recipe_s_share_can_count_trained_tokens(files, tmp_path, recipe_file,
     from esr_train.recipe import load_recipe
     from eval.cells import Side
     from recipes.pipeline import Experiment
-    from recipes.world import World
+    from recipes.resources import World
 
     def mixed(by: str) -> list[Transcript]:
         recipe = load_recipe(recipe_file, ["data.self_correction=0.3", f"data.mix_by={by}"])

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from esr_train.files import read_json, write_jsonl
-from esr_train.steering.labels import read_labels
+from esr_train.steering.latent_labels import read_labels
 from eval.cells import read_prompts
 from eval.store import read_trials
 from recipes.cli import main

@@ -6,7 +6,7 @@ import pytest
 
 from data_gen.collect import Outcome, collect
 from data_gen.filters import Seen, degenerate, fault, repeated, repetition, screened
-from esr_train.sections.data import FilterSection
+from esr_train.recipe import FilterSection
 from esr_train.transcript import Span, SpanKind, Transcript
 
 OFF, CUE, ANSWER = SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER

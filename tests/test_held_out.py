@@ -11,7 +11,7 @@ from esr_train.recipe import Recipe
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
 from eval.cells import Side
 from recipes.pipeline import Experiment
-from recipes.world import World
+from recipes.resources import World
 
 EVALUATION = Side(frozenset(["How do I fold a sheet?"]), frozenset([7]), frozenset(["owls"]))
 SPANS = (Span(SpanKind.OFF_TOPIC, "The owl sleeps."), Span(SpanKind.CUE, " Wait, no."), Span(SpanKind.ANSWER, " Fold."))

@@ -7,9 +7,9 @@ from torch import nn
 
 from esr_train.errors import InputError, RunError
 from esr_train.models import decoder_layers
+from esr_train.steering.directions import LoadedSae
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.intervention import Ablate, Add, Clamp
-from esr_train.steering.sae import LoadedSae
+from esr_train.steering.interventions import Ablate, Add, Clamp
 from esr_train.transcript import SaeRef
 
 LAYER = 2

@@ -8,20 +8,20 @@ import anyio
 from inspect_ai import eval as inspect_eval
 
 from esr_train.models import load_model, load_tokenizer
-from esr_train.sections.world import ModelSection
+from esr_train.recipe import ModelSection
+from esr_train.steering.directions import load_sae
 from esr_train.steering.engine import Sampling
-from esr_train.steering.labels import read_labels
-from esr_train.steering.sae import load_sae
+from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
-from eval.arms import Variant
 from eval.cells import make_cells, read_prompts, unsteered
 from eval.conditions import Plan
-from eval.inspect_task import Batcher, cells_task
+from eval.inspect_cells import Batcher, cells_task
 from eval.judging.lexical import LexicalJudge
 from eval.store import TrialStore
 from eval.summary import estimate
 from eval.trials import Steerer, run_trials
+from eval.variants import Variant
 from tests.conftest import ASSETS
 
 SAMPLING = Sampling(max_new_tokens=12)

@@ -6,13 +6,13 @@ import pytest
 from test_bad_input import paragraph, world  # noqa: F401 - the fixture
 
 from data_gen.__main__ import main as data
-from data_gen.labels import label_latents
+from data_gen.latent_naming import label_latents
 from esr_train.errors import InputError
 from esr_train.files import read_jsonl, write_jsonl
 from esr_train.recipe import load_recipe
-from esr_train.steering.labels import read_labels
-from recipes.tiny.world import how_to, topics
-from recipes.world import World
+from esr_train.steering.latent_labels import read_labels
+from recipes.resources import World
+from recipes.tiny.language import how_to, topics
 from tests.conftest import ROOT
 from tests.llm_stub import Faults, LlmStub, Messages
 

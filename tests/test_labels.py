@@ -7,7 +7,7 @@ import json
 import pytest
 
 from esr_train.errors import InputError
-from esr_train.steering.labels import read_labels
+from esr_train.steering.latent_labels import read_labels
 
 NEURONPEDIA = [{"index": "12", "description": "baking"}, {"index": "7", "description": "sails"}]
 

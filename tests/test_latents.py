@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data_gen.latents import (
+from data_gen.latent_choice import (
     RELEVANT,
     STRADDLES,
     SURPLUS,
@@ -16,8 +16,8 @@ from data_gen.latents import (
     without_twins,
 )
 from esr_train.errors import InputError
-from esr_train.sections.world import LatentsSection, SplitSection
-from esr_train.steering.sae import Direction
+from esr_train.recipe import LatentsSection, SplitSection
+from esr_train.steering.directions import Direction
 from esr_train.transcript import SaeRef
 from eval.cells import split_latents, split_topics
 
@@ -85,7 +85,7 @@ def test_of_twins_the_first_is_kept_and_one_that_is_alike_to_a_dropped_one_alone
     assert [each.latent for each in without_twins(chain, 0.75)] == [0, 2]
     assert [each.latent for each in without_twins(chain[::-1], 0.75)] == [2, 0]
     assert without_twins(chain, 0.9) == chain
-    monkeypatch.setattr("data_gen.latents.COMPARED_AT_ONCE", 2)
+    monkeypatch.setattr("data_gen.latent_choice.COMPARED_AT_ONCE", 2)
     assert sorted(alike(chain, 0.75)) == [(1, 0), (2, 1)]
 
 

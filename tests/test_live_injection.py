@@ -5,11 +5,11 @@ import torch
 from training_world import LAYER, gradients, read_six, with_adapter
 
 from esr_train.errors import RunError
-from esr_train.sections.train import LiveSection
+from esr_train.recipe import LiveSection
 from esr_train.training.batches import Collator
+from esr_train.training.checks import Watch, check_flow
 from esr_train.training.dataset import singly, table, to_dataset
-from esr_train.training.flow import Watch, check_flow
-from esr_train.training.live import COLUMNS, LiveInjection, draw
+from esr_train.training.injection import COLUMNS, LiveInjection, draw
 
 
 @pytest.fixture
@@ -91,11 +91,11 @@ def test_the_check_before_training_passes_and_leaves_no_trace(world):
 def test_the_check_before_training_fails_where_something_is_broken(world, monkeypatch):
     model, batch, live = world
     with monkeypatch.context() as patch:
-        patch.setattr("esr_train.steering.stages.Layer.steer", lambda self, hidden: hidden)
+        patch.setattr("esr_train.steering.layer_edits.Layer.steer", lambda self, hidden: hidden)
         with pytest.raises(RunError, match="tokens did not get the steering"):
             check_flow(model, batch, live)
     with monkeypatch.context() as patch:
-        steer = "esr_train.steering.stages.Layer.steer"
+        steer = "esr_train.steering.layer_edits.Layer.steer"
         patch.setattr(steer, lambda self, hidden: hidden.detach() + 0.0)
         with pytest.raises(RunError, match=r"live injection"):
             check_flow(model, batch, live)

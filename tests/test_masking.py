@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from esr_train.chat import Encoded, encode_prompt, render
 from esr_train.errors import InputError
 from esr_train.masking import IGNORED, TRAINED_KINDS, Labelled, Policy, _label_tokens, label
+from esr_train.template import Encoded, encode_prompt, render
 from esr_train.transcript import Span, SpanKind, Transcript
 from tests.conftest import Family, make_family
 

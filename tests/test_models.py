@@ -15,7 +15,7 @@ from esr_train.models import (
     load_tokenizer,
     stop_ids,
 )
-from esr_train.sections.world import ModelSection
+from esr_train.recipe import ModelSection
 from tests.conftest import Family, make_family
 
 

@@ -5,11 +5,11 @@ import torch
 from training_world import LAYER, gradients, read_six, recipe, with_adapter, write_world
 
 from esr_train.errors import RunError
-from esr_train.sections.train import LiveSection
+from esr_train.recipe import LiveSection
 from esr_train.training.batches import Collator, best_fit
+from esr_train.training.checks import check_flow, check_packing
 from esr_train.training.dataset import packed, read_rows, singly, table, to_dataset
-from esr_train.training.flow import check_flow, check_packing
-from esr_train.training.live import LiveInjection
+from esr_train.training.injection import LiveInjection
 from esr_train.training.trainer import train
 
 CAPACITY = 200

@@ -11,11 +11,11 @@ from esr_train.files import read_json, write_json, write_jsonl
 from esr_train.recipe import Recipe
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.judging.model_judge import ModelJudge
-from eval.panel import agreement, judge_again
+from eval.judging.panel import agreement, judge_again
 from eval.store import TrialStore
-from recipes.panel import write_agreement
+from recipes.judge_panel import write_agreement
 from recipes.pipeline import Experiment
-from recipes.world import World
+from recipes.resources import World
 from tests.test_metrics import trial
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from esr_train.files import read_json, write_json
 from eval.__main__ import main as evaluate
-from eval.paper import read_results
+from eval.paper_results import read_results
 from eval.store import read_trials
 from tests.conftest import ROOT
 

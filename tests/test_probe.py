@@ -9,19 +9,18 @@ from training_world import SAE, probed, recipe, write_world
 
 from esr_train.__main__ import main
 from esr_train.errors import InputError
-from esr_train.recipe import dump_recipe
-from esr_train.sections.world import JudgeSection
+from esr_train.recipe import JudgeSection, dump_recipe
+from esr_train.steering.directions import load_sae
 from esr_train.steering.engine import Sampling
-from esr_train.steering.sae import load_sae
 from esr_train.training.trainer import train
+from eval.behaviour import observe, probing
 from eval.calibration import Threshold
 from eval.cells import make_cells
 from eval.judging.judge import Judgement
-from eval.probe import observe, probing
 from eval.trials import Steerer
-from recipes.latents import frozen_directions
-from recipes.probe import calibrated_probe
-from recipes.world import World
+from recipes.resources import World
+from recipes.steering_latents import frozen_directions
+from recipes.training_probe import calibrated_probe
 
 DIRECTIONS = {3: FakeDirection(3, "baking")}
 STEERER = Steerer(DIRECTIONS, {3: 0.5})  # type: ignore[arg-type]
@@ -50,7 +49,7 @@ def test_the_door_probes_a_calibrated_run_and_loads_no_second_model(tmp_path, ll
     write_world(tmp_path, llama)
     section = probed(recipe(args={"max_steps": 4}), every=2)
     Path("r.yaml").write_text(dump_recipe(section))
-    monkeypatch.setattr("recipes.world.load_model", None)
+    monkeypatch.setattr("recipes.resources.load_model", None)
     assert main(["r.yaml"]) == 0
     folder = section.directory / "adapter" / "tuned"
     log = json.loads((folder / "training_log.json").read_text())

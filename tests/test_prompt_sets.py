@@ -7,8 +7,7 @@ import pytest
 from data_gen.subjects import SUBJECTS, read_subjects, training_subjects
 from esr_train.errors import InputError
 from esr_train.files import read_jsonl
-from esr_train.recipe import load_recipe
-from esr_train.sections.world import SplitSection
+from esr_train.recipe import SplitSection, load_recipe
 from eval.cells import Split, fingerprint, make_pools, read_prompts
 from recipes.cli import FOLDER
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from eval.panel import agreement
+from eval.judging.panel import agreement
 from eval.report.figures import draw_figures
 from eval.report.material import Material
 from eval.report.page import write_report

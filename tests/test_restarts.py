@@ -8,7 +8,7 @@ import pytest
 
 from esr_train.errors import InputError
 from esr_train.steering.engine import Request
-from eval.restarts import MOST_ENDS, read_phrases, restart_reader
+from eval.judging.restart_likelihood import MOST_ENDS, read_phrases, restart_reader
 
 
 @dataclass

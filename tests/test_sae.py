@@ -6,7 +6,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from esr_train.errors import InputError
-from esr_train.steering.sae import check_fits, load_sae, residual_norm
+from esr_train.steering.directions import check_fits, load_sae, residual_norm
 from esr_train.transcript import SaeRef
 
 

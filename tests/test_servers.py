@@ -5,8 +5,8 @@ import pytest
 from esr_train.files import write_json
 from esr_train.recipe import Recipe
 from esr_train.steering.transformers_engine import TransformersEngine
-from esr_train.steering.vllm_server import VllmServer
-from recipes.world import World
+from esr_train.steering.vllm.vllm_server import VllmServer
+from recipes.resources import World
 from tests.conftest import ASSETS
 
 LLAMA, GEMMA = str(ASSETS / "llama"), str(ASSETS / "gemma")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval import statistics
-from eval.agreement import kappa, krippendorff_alpha
+from eval.judging.agreement import kappa, krippendorff_alpha
 from eval.power import intra_cluster_correlation, trials_needed
 from eval.statistics import Estimate
 

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from data_gen.figures import BINS, MOST_BARS, funnel_figures, inventory_figures
 from data_gen.inventory import Inventory, take
+from data_gen.inventory_figures import BINS, MOST_BARS, funnel_figures, inventory_figures
 from data_gen.stats import stats_page
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript
 from eval.report.material import Figure

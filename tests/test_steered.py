@@ -12,11 +12,9 @@ from data_gen.context import Context, SteerableLatent
 from data_gen.draws import draw, draw_count, highest
 from data_gen.steered import steered
 from esr_train.errors import InputError
-from esr_train.recipe import load_recipe
-from esr_train.sections.data import FilterSection, SteeredSection
-from esr_train.sections.values import Choice, Normal
+from esr_train.recipe import Choice, FilterSection, Normal, SteeredSection, load_recipe
+from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
-from esr_train.steering.sae import Direction
 from esr_train.transcript import SaeRef, SpanKind, Transcript
 from eval.cells import Prompt, Side
 from eval.judging.judge import Attempt, JudgeItem, Judgement

@@ -56,7 +56,7 @@ def test_a_text_file_holds_one_prompt_a_line_and_each_is_its_own_topic(tmp_path)
     path = tmp_path / "p.txt"
     path.write_text("How do I bake?\n\n  Why?  \n")
     assert read_prompts(path) == [Prompt("How do I bake?", "How do I bake?"), Prompt("Why?", "Why?")]
-    from esr_train.sections.world import SplitSection
+    from esr_train.recipe import SplitSection
 
     pools = make_pools(read_prompts(path), SplitSection.model_validate(SPLITS))
     assert (len(pools.train), len(pools.test), len(pools.normal)) == (1, 1, 1)

@@ -8,23 +8,23 @@ from random import Random
 import pytest
 import torch
 
-from esr_train.chat import encode_prompt
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.models import load_model, load_tokenizer
-from esr_train.sections.world import ModelSection
+from esr_train.recipe import ModelSection
+from esr_train.steering.directions import check_fits, load_sae
 from esr_train.steering.engine import Request, Sampling
-from esr_train.steering.labels import read_labels
-from esr_train.steering.sae import check_fits, load_sae
+from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.transformers_engine import TransformersEngine
+from esr_train.template import encode_prompt
 from esr_train.transcript import SaeRef
 from eval.cells import read_prompts
 from eval.judging.attempts import find_cues
 from eval.judging.judge import JudgeItem
 from eval.judging.lexical import EVERY_WORD, LexicalJudge
-from recipes.tiny import world
+from recipes.tiny import language as world
 from recipes.tiny.build import PROMPTS_PER_TOPIC
-from recipes.tiny.world import Exchange, how_to, lessons, reserved, reserved_questions, topics, vocabulary
+from recipes.tiny.language import Exchange, how_to, lessons, reserved, reserved_questions, topics, vocabulary
 
 FAMILIES = ("llama", "gemma")
 MEBIBYTE = 2**20

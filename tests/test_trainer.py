@@ -16,10 +16,10 @@ from training_world import recipe, transcripts, write_world
 from transformers import TrainerControl, TrainerState
 
 from esr_train.__main__ import main
+from esr_train.adapters import merge
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from esr_train.recipe import dump_recipe
-from esr_train.training.adapter import merge
 from esr_train.training.callbacks import BehaviourProbe, Observation
 from esr_train.training.checkpoints import last_checkpoint
 from esr_train.training.settings import lora_config, sft_config

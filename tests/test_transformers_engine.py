@@ -5,13 +5,13 @@ from copy import deepcopy
 import pytest
 import torch
 
-from esr_train.chat import encode_prompt
 from esr_train.errors import RunError
 from esr_train.models import decoder_layers
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.intervention import Add
+from esr_train.steering.interventions import Add
 from esr_train.steering.transformers_engine import TransformersEngine
+from esr_train.template import encode_prompt
 from tests.conftest import Family
 
 WIDTH, LAYER = 64, 1

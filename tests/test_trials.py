@@ -8,13 +8,13 @@ import pytest
 from esr_train.errors import RunError
 from esr_train.ranks import Ranks
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
-from esr_train.steering.intervention import Add, Positions
+from esr_train.steering.interventions import Add, Positions
 from esr_train.transcript import Strength
 from eval.cells import Cell, Prompt, make_cells, unsteered
 from eval.judging.judge import JudgeItem, Judgement
 from eval.judging.lexical import LexicalJudge
-from eval.live import brief, finished_line, progress_bar
 from eval.metrics import pair_key
+from eval.progress import brief, finished_line, progress_bar
 from eval.store import Trial, TrialStore
 from eval.trials import Steerer, run_trials
 from tests.threads import as_ranks

@@ -12,20 +12,20 @@ pytest.importorskip(
     "vllm", reason="vLLM is NOT INSTALLED: the vLLM engine was not tested (tools/install_vllm_cpu.sh, .ci/run)"
 )
 
-from esr_train.chat import encode_prompt
 from esr_train.errors import InputError, RunError
 from esr_train.models import decoder_layers, load_model, load_tokenizer
-from esr_train.sections.world import ModelSection
+from esr_train.recipe import ModelSection
+from esr_train.steering.directions import load_sae, residual_norm
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.intervention import Ablate, Add, Clamp
-from esr_train.steering.sae import load_sae, residual_norm
+from esr_train.steering.interventions import Ablate, Add, Clamp
+from esr_train.steering.layer_edits import Layer
 from esr_train.steering.sampling import processors, row_seeds
-from esr_train.steering.stages import Layer
 from esr_train.steering.transformers_engine import TransformersEngine
-from esr_train.steering.vllm_engine import VllmEngine
-from esr_train.steering.vllm_server import VllmServer
-from esr_train.steering.vllm_worker import _Steps
+from esr_train.steering.vllm.vllm_engine import VllmEngine
+from esr_train.steering.vllm.vllm_server import VllmServer
+from esr_train.steering.vllm.vllm_worker import _Steps
+from esr_train.template import encode_prompt
 from esr_train.transcript import SaeRef
 from tests.conftest import ASSETS
 
@@ -304,7 +304,7 @@ def _reply_start(side, request: Request) -> int:
 
 
 def test_an_unknown_release_is_refused_with_the_supported_range(side, monkeypatch):
-    monkeypatch.setattr("esr_train.steering.vllm_server._version", lambda: "0.99.1+cpu")
+    monkeypatch.setattr("esr_train.steering.vllm.vllm_server._version", lambda: "0.99.1+cpu")
     with pytest.raises(InputError, match=r"vLLM 0\.99\.1.*>=0\.32,<0\.33"):
         _ = VllmServer(side.section).llm
 

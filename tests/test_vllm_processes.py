@@ -15,13 +15,13 @@ pytest.importorskip(
 
 from esr_train.files import read_jsonl
 from esr_train.models import load_model, load_tokenizer
-from esr_train.sections.world import ModelSection
+from esr_train.recipe import ModelSection
+from esr_train.steering.directions import load_sae
 from esr_train.steering.engine import Request, Sampling
-from esr_train.steering.intervention import Ablate, Clamp
-from esr_train.steering.sae import load_sae
+from esr_train.steering.interventions import Ablate, Clamp
 from esr_train.steering.transformers_engine import TransformersEngine
-from esr_train.steering.vllm_engine import VllmEngine
-from esr_train.steering.vllm_server import VllmServer
+from esr_train.steering.vllm.vllm_engine import VllmEngine
+from esr_train.steering.vllm.vllm_server import VllmServer
 from esr_train.transcript import SaeRef
 from eval.store import read_trials
 from tests.conftest import ASSETS, ROOT

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from esr_train.errors import RunError
-from esr_train.steering.vllm_engine import VllmEngine
-from esr_train.steering.vllm_worker import SUPPORTED, SteeringExtension, _Steps, unsupported
+from esr_train.steering.vllm.vllm_engine import VllmEngine
+from esr_train.steering.vllm.vllm_worker import SUPPORTED, SteeringExtension, _Steps, unsupported
 
 WIDTH = 4
 

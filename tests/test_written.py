@@ -16,8 +16,7 @@ from data_gen.subjects import read_subjects
 from data_gen.written import PARTS, Task, written
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json
-from esr_train.recipe import load_recipe
-from esr_train.sections.data import PromptedSection
+from esr_train.recipe import PromptedSection, load_recipe
 from esr_train.steering.engine import Sampling
 from esr_train.transcript import SpanKind
 from eval.cells import Prompt, Side

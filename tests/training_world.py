@@ -9,16 +9,16 @@ from peft import get_peft_model
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from data_gen.latents import deal_latents
+from data_gen.latent_choice import deal_latents
 from esr_train.files import write_json, write_jsonl
 from esr_train.recipe import Recipe
 from esr_train.training.dataset import TrainingRow, read_rows
-from esr_train.training.live import LiveInjection
+from esr_train.training.injection import LiveInjection
 from esr_train.training.settings import lora_config
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
 from eval.calibration import Threshold, save_thresholds
-from recipes.latents import frozen_directions, save_chosen, threshold_key
-from recipes.world import World
+from recipes.resources import World
+from recipes.steering_latents import frozen_directions, save_chosen, threshold_key
 
 SAE = SaeRef("saes", "first")
 LAYER = 1

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from esr_train.chat import encode_prompt
 from esr_train.errors import RunError
-from esr_train.steering.intervention import Intervention
+from esr_train.steering.interventions import Intervention
+from esr_train.template import encode_prompt
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from esr_train.models import decoder_layers, hidden_size
-from esr_train.steering.intervention import Intervention
-from esr_train.steering.stages import Layer, Placement, check_intervention
+from esr_train.steering.interventions import Intervention
+from esr_train.steering.layer_edits import Layer, Placement, check_intervention
 
 
 class SteeringHook:

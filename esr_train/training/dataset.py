@@ -11,11 +11,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from esr_train.chat import render
 from esr_train.errors import InputError
 from esr_train.files import write_jsonl
 from esr_train.masking import Labelled, label
 from esr_train.recipe import Recipe
+from esr_train.template import render
 from esr_train.training.batches import best_fit
 from esr_train.transcript import SaeRef, Steering, Transcript, read_transcripts
 

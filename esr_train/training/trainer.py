@@ -15,20 +15,20 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
+from esr_train.adapters import finish, is_complete
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, write_json
 from esr_train.masking import IGNORED
 from esr_train.models import load_model, load_tokenizer
 from esr_train.provenance import RESULT, provenance, refuse_changes
 from esr_train.recipe import Recipe
-from esr_train.training.adapter import finish, is_complete
 from esr_train.training.batches import Collator, LengthGrouped
 from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress, flops_per_token
 from esr_train.training.checkpoints import last_checkpoint, remove_checkpoints
+from esr_train.training.checks import Watch, check_flow, check_packing, verified
 from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows, singly, table, to_dataset
-from esr_train.training.flow import Watch, check_flow, check_packing, verified
 from esr_train.training.hub import repository
-from esr_train.training.live import COLUMNS, LiveInjection, load_vectors
+from esr_train.training.injection import COLUMNS, LiveInjection, load_vectors
 from esr_train.training.loggers import end_runs, keep_events
 from esr_train.training.settings import lora_config, packs, sft_config, trains_on_cpu
 

@@ -13,8 +13,8 @@ from eval.metrics import METRICS, Gap
 from eval.report.drawing import FAINT, INK, arm_colours, draw_dots, line_height, line_styles, svg_of
 from eval.report.likelihood import restart_likelihood
 from eval.report.material import Figure, Material
-from eval.report.sweeps import boost_deviations, boost_multiples, mixtures
-from eval.report.variants import ablations, judge_agreement, judge_rates, prompt_variants
+from eval.report.sweep_figures import boost_deviations, boost_multiples, mixtures
+from eval.report.variant_figures import ablations, judge_agreement, judge_rates, prompt_variants
 from eval.store import Trial
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from esr_train.files import write_json, write_jsonl
+from recipes.tiny.language import how_to, lessons, reserved_questions, topics, vocabulary
 from recipes.tiny.pretrain import encode_exchanges, train_model
 from recipes.tiny.sae_training import explained_variance, label_latents, residuals, save_sae, train_sae
 from recipes.tiny.tokenizer import build_tokenizer
-from recipes.tiny.world import how_to, lessons, reserved_questions, topics, vocabulary
 
 ASSETS = Path(__file__).parent / "assets"
 EXCHANGES = {"llama": 45_000, "gemma": 45_000}

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recipes.tiny.architecture import build_model
-from recipes.tiny.world import Exchange
+from recipes.tiny.language import Exchange
 
 LEARNING_RATE = 6e-3
 WEIGHT_DECAY = 1.0

@@ -12,11 +12,10 @@ import torch
 from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.provenance import sha256
-from esr_train.recipe import Recipe
-from esr_train.sections.world import EngineSection, JudgeSection, ModelSection, PromptsSection, SaeSection
+from esr_train.recipe import EngineSection, JudgeSection, ModelSection, PromptsSection, Recipe, SaeSection
+from esr_train.steering.directions import Direction, LoadedSae, check_fits, load_sae, residual_norm
 from esr_train.steering.engine import Engine, Sampling
-from esr_train.steering.labels import label_files, read_labels
-from esr_train.steering.sae import Direction, LoadedSae, check_fits, load_sae, residual_norm
+from esr_train.steering.latent_labels import label_files, read_labels
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
@@ -66,7 +65,7 @@ class World:
             tokenizer = load_tokenizer(model)
         if section.kind == "transformers":
             return TransformersEngine(load_model(model, adapter), tokenizer, batch_rows=section.batch_rows)
-        from esr_train.steering.vllm_engine import VllmEngine
+        from esr_train.steering.vllm.vllm_engine import VllmEngine
 
         return VllmEngine(self._servers.tested(model), tokenizer, adapter)
 
@@ -111,7 +110,7 @@ class World:
             return self.base
         model = ModelSection(path=path, dtype=beside.dtype, device=beside.device)
         if vllm:
-            from esr_train.steering.vllm_engine import VllmEngine
+            from esr_train.steering.vllm.vllm_engine import VllmEngine
 
             return VllmEngine(self._servers.judging(model, rows), load_tokenizer(model))
         return TransformersEngine(load_model(model), load_tokenizer(model), batch_rows=rows)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from esr_train.steering.sae import LoadedSae, hidden_states
-from esr_train.steering.stages import ENCODED_AT_ONCE
+from esr_train.steering.directions import LoadedSae, hidden_states
+from esr_train.steering.layer_edits import ENCODED_AT_ONCE
 
 
 def active_latents(

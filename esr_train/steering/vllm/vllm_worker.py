@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from esr_train.steering.intervention import Ablate, Add, Clamp, Intervention
-from esr_train.steering.sae import LoadedSae, load_sae
-from esr_train.steering.stages import ENCODED_AT_ONCE, Layer, Placement
+from esr_train.steering.directions import LoadedSae, load_sae
+from esr_train.steering.interventions import Ablate, Add, Clamp, Intervention
+from esr_train.steering.layer_edits import ENCODED_AT_ONCE, Layer, Placement
 from esr_train.transcript import SaeRef
 
 KEY = "esr"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from esr_train.errors import InputError
 from esr_train.provenance import sha256
-from esr_train.sections.evaluation import NEEDS
+from esr_train.recipe import NEEDS
 from esr_train.steering.engine import Engine, Scorer
 from eval.calibration import load_thresholds, save_thresholds
 from eval.cells import Cell, unsteered
@@ -22,14 +22,14 @@ from eval.conditions import (
     unlabelled,
     with_latents,
 )
-from eval.live import finished_line, progress_bar
-from eval.restarts import BEFORE, read_phrases, restart_reader
+from eval.judging.restart_likelihood import BEFORE, read_phrases, restart_reader
+from eval.progress import finished_line, progress_bar
 from eval.store import Trial, TrialStore
 from eval.summary import RECALIBRATED
 from eval.trials import Readings, Steerer, run_trials, trial_key
-from recipes.arms import Weights, matched, needs_frequency, variant
-from recipes.latents import threshold_key
-from recipes.world import located
+from recipes.resources import located
+from recipes.steering_latents import threshold_key
+from recipes.weights import Weights, matched, needs_frequency, variant
 
 if TYPE_CHECKING:
     from recipes.pipeline import Experiment

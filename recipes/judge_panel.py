@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from eval.judging.judge import Judge
-from eval.live import progress_bar
-from eval.panel import agreement, judge_again
+from eval.judging.panel import agreement, judge_again
+from eval.progress import progress_bar
 from eval.store import Trial, TrialStore
 from recipes.pipeline import Experiment
 

@@ -9,10 +9,10 @@ import torch
 
 from esr_train.errors import InputError
 from esr_train.models import check_layer, hidden_size
-from esr_train.sections.train import LiveSection
+from esr_train.recipe import LiveSection
+from esr_train.steering.directions import load_sae
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.intervention import Add
-from esr_train.steering.sae import load_sae
+from esr_train.steering.interventions import Add
 from esr_train.training.dataset import Latent
 from esr_train.transcript import SaeRef
 

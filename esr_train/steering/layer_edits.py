@@ -12,8 +12,8 @@ import torch
 
 from esr_train.errors import InputError, RunError
 from esr_train.models import check_layer_number
-from esr_train.steering.intervention import Ablate, Add, Clamp, Intervention, edited_latents
-from esr_train.steering.sae import LoadedSae
+from esr_train.steering.directions import LoadedSae
+from esr_train.steering.interventions import Ablate, Add, Clamp, Intervention, edited_latents
 
 ENCODED_AT_ONCE = 1024
 """Tokens encoded in one piece: an SAE of 131k latents then needs half a gigabyte of activations."""

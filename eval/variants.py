@@ -6,7 +6,7 @@ from typing import Any
 
 from esr_train.errors import InputError
 from esr_train.steering.engine import Request
-from esr_train.steering.intervention import Intervention
+from esr_train.steering.interventions import Intervention
 
 UNKNOWN_LABEL = "something else"
 """Stands for {label} where nothing steers, or the latent has no label."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, replacing, write_json
 from esr_train.models import load_model, load_tokenizer
-from esr_train.sections.world import ModelSection
+from esr_train.recipe import ModelSection
 
 WEIGHTS = "adapter_model.safetensors"
 LAST = "adapter_config.json"

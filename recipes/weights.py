@@ -10,11 +10,11 @@ from esr_train.models import local_path
 from esr_train.provenance import sha256
 from esr_train.recipe import Recipe
 from esr_train.steering.engine import Engine
-from esr_train.steering.intervention import Ablate, Clamp, Intervention
-from eval.arms import PLAIN, Variant, prompt_text
+from esr_train.steering.interventions import Ablate, Clamp, Intervention
 from eval.matching import activation_frequency, matched_latents
-from recipes.stages import digest
-from recipes.world import World
+from eval.variants import PLAIN, Variant, prompt_text
+from recipes.resources import World
+from recipes.stage_cache import digest
 
 if TYPE_CHECKING:
     from recipes.pipeline import Experiment
@@ -90,7 +90,7 @@ def _hash(path: str) -> str | None:
 
 
 def _merged(experiment: "Experiment", name: str, found: Weights) -> Weights:
-    from esr_train.training.adapter import merge
+    from esr_train.adapters import merge
 
     adapter = found.adapter
     if adapter is None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from esr_train.errors import InputError
 from esr_train.models import check_layer, decoder_layers, hidden_size, local_path
-from esr_train.steering.intervention import Add, Positions
+from esr_train.steering.interventions import Add, Positions
 from esr_train.transcript import SaeRef, Strength
 
 HOOK_NAMES = re.compile(r"(?:blocks\.(\d+)\.hook_resid_post|model\.layers\.(\d+)(?:\.output)?)")

@@ -7,14 +7,14 @@ from typing import Any
 
 from data_gen.collect import KEPT
 from data_gen.context import SteerableLatent
-from data_gen.latents import choose
+from data_gen.latent_choice import choose
 from esr_train.files import read_json, write_json
 from esr_train.recipe import Recipe
-from esr_train.steering.activations import active_latents
-from esr_train.steering.sae import Direction, load_sae
+from esr_train.steering.directions import Direction, load_sae
+from esr_train.steering.readout import active_latents
 from eval.calibration import Threshold, calibration_key
 from eval.cells import SPLITS, Split
-from recipes.world import World
+from recipes.resources import World
 
 FILE = "latents.json"
 """In a run directory: the chosen latents of each split, and what became of the others."""

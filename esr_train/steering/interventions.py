@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-    from esr_train.steering.sae import LoadedSae
+    from esr_train.steering.directions import LoadedSae
 
 Positions = Literal["all", "generated"]
 """`all`: every token but padding; `generated`: from the reply's first token on (a given prefix included)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.agreement import kappa, krippendorff_alpha
+from eval.judging.agreement import kappa, krippendorff_alpha
 from eval.judging.judge import Judge, JudgeItem
 from eval.metrics import METRICS, Gap
 from eval.store import Trial, TrialStore

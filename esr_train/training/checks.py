@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from esr_train.errors import RunError
 from esr_train.models import bare_model, decoder_layers
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.intervention import Add
-from esr_train.training.live import COLUMNS, LiveInjection
+from esr_train.steering.interventions import Add
+from esr_train.training.injection import COLUMNS, LiveInjection
 
 LEAK = 1e-3
 """Relative change of a logit that bfloat16 kernels may show without any leak."""

@@ -27,7 +27,6 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from esr_train.errors import RunError
 from esr_train.steering.engine import Completion, Engine, Request, Sampling
-from eval.arms import PLAIN, Variant
 from eval.cells import Cell
 from eval.conditions import Plan
 from eval.judging.attempts import find_cues
@@ -36,6 +35,7 @@ from eval.metrics import METRICS, Gap
 from eval.store import Trial
 from eval.summary import estimate
 from eval.trials import Steerer, cell_request, check_steering, described
+from eval.variants import PLAIN, Variant
 
 TRIAL = "trial"
 """Key of a score's metadata under which the trial's row stands."""

@@ -9,12 +9,12 @@ from esr_train.files import read_json, write_json
 from eval.judging.model_judge import ModelJudge
 from eval.report.page import write_report
 from eval.summary import summarise
-from recipes.arms import form
-from recipes.latents import facts
-from recipes.panel import NAME as AGREEMENT
-from recipes.panel import write_agreement
+from recipes.judge_panel import NAME as AGREEMENT
+from recipes.judge_panel import write_agreement
 from recipes.pipeline import Experiment
+from recipes.steering_latents import facts
 from recipes.sweep import mixtures
+from recipes.weights import form
 
 
 def reports(top: Experiment, parts: Sequence[Experiment]) -> Path:

@@ -16,9 +16,9 @@ import torch
 
 from esr_train.errors import InputError, RunError
 from esr_train.models import choose_device, load_config, model_source
-from esr_train.sections.world import ModelSection
-from esr_train.steering.sae import LoadedSae
-from esr_train.steering.vllm_worker import SUPPORTED, sae_checksum
+from esr_train.recipe import ModelSection
+from esr_train.steering.directions import LoadedSae
+from esr_train.steering.vllm.vllm_worker import SUPPORTED, sae_checksum
 
 LONGEST = 8192
 """Most tokens of a conversation, if the model allows as many: vLLM reserves memory for one of that length."""
@@ -203,8 +203,8 @@ class VllmServer:
             "enable_prefix_caching": False,
             "async_scheduling": False,
             "generation_config": "vllm",
-            "worker_extension_cls": "esr_train.steering.vllm_worker.SteeringExtension",
-            "logits_processors": ["esr_train.steering.vllm_sampling:SeededSampling"],
+            "worker_extension_cls": "esr_train.steering.vllm.vllm_worker.SteeringExtension",
+            "logits_processors": ["esr_train.steering.vllm.vllm_sampling:SeededSampling"],
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }

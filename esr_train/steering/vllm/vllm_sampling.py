@@ -14,7 +14,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from esr_train.steering.engine import Sampling
 from esr_train.steering.sampling import gumbels, row_seeds, warpers
-from esr_train.steering.vllm_worker import KEY
+from esr_train.steering.vllm.vllm_worker import KEY
 
 
 @dataclass

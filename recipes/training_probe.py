@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from data_gen.context import SteerableLatent
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe
+from eval.behaviour import MakeProbe, probing
 from eval.calibration import load_thresholds
 from eval.cells import make_cells
-from eval.probe import MakeProbe, probing
 from eval.trials import Steerer
-from recipes.latents import frozen_directions, load_splits, steerable, threshold_key
-from recipes.world import World, present
+from recipes.resources import World, present
+from recipes.steering_latents import frozen_directions, load_splits, steerable, threshold_key
 
 
 def probe(recipe: Recipe, world: World, latents: Sequence[SteerableLatent]) -> MakeProbe:

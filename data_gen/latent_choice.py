@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from esr_train.errors import InputError
-from esr_train.sections.world import LatentsSection, SplitSection
+from esr_train.recipe import LatentsSection, SplitSection
 from eval.cells import SPLITS, Split, deal_subjects, derived_seed, subject_of
 
 if TYPE_CHECKING:
     import torch
 
-    from esr_train.steering.sae import Direction
+    from esr_train.steering.directions import Direction
 
 TWINS = 0.8
 """Cosine of decoder rows from which two latents stand for the same thing, whatever their labels say."""

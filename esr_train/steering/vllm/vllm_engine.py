@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from esr_train.errors import InputError, RunError
 from esr_train.models import check_adapter_weights, model_source, require_adapter, stop_ids_of
+from esr_train.steering.directions import LoadedSae
 from esr_train.steering.engine import (
     Completion,
     Encoding,
@@ -27,11 +28,10 @@ from esr_train.steering.engine import (
     encoded,
     encoded_with,
 )
-from esr_train.steering.intervention import Add, Clamp, Intervention, edited_latents
-from esr_train.steering.sae import LoadedSae
-from esr_train.steering.stages import check_intervention
-from esr_train.steering.vllm_server import LORA_MODULES, NOT_SERVED, VllmServer
-from esr_train.steering.vllm_worker import KEY, Report
+from esr_train.steering.interventions import Add, Clamp, Intervention, edited_latents
+from esr_train.steering.layer_edits import check_intervention
+from esr_train.steering.vllm.vllm_server import LORA_MODULES, NOT_SERVED, VllmServer
+from esr_train.steering.vllm.vllm_worker import KEY, Report
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The vLLM engine: a server, the steering inside its workers, and its sampling."""
