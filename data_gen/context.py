@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from esr_train.restarts import sentences
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
 from esr_train.steering.interventions import Intervention, Positions
 from esr_train.transcript import Span, SpanKind, Steering
 from eval.cells import Prompt
-from eval.judging.attempts import sentences
 from eval.judging.judge import Judge, JudgeItem
 
 if TYPE_CHECKING:

@@ -20,11 +20,10 @@ from data_gen.cues import Cues, read_cues, stem
 from data_gen.draws import draw, draw_count, highest
 from data_gen.filters import DEGENERATE, degenerate
 from esr_train.recipe import ContrastSection, Drawn, FilterSection, SteeredSection
-from esr_train.restart import split_cue
+from esr_train.restarts import attempts, split_cue
 from esr_train.steering.engine import Completion
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
-from eval.judging.attempts import attempts
 from eval.judging.judge import JudgeItem
 
 START_TOKENS = 4

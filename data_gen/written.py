@@ -12,9 +12,8 @@ from data_gen.cues import Cues, read_cues, stem
 from data_gen.draws import draw_count
 from data_gen.prompted import outcome
 from esr_train.recipe import PromptedSection
-from esr_train.restart import split_cue
+from esr_train.restarts import attempts, split_cue
 from eval.cells import Prompt, fingerprint
-from eval.judging.attempts import attempts
 from eval.judging.judge import JudgeItem
 from eval.llm import Answer, Asker
 

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from esr_train.errors import InputError
-from esr_train.restart import split_cue
+from esr_train.restarts import split_cue
 from esr_train.transcript import Span, SpanKind, Transcript
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from esr_train.restarts import find_cues
 from esr_train.steering.engine import Engine, Sampling
 from eval.cells import Cell, unsteered
-from eval.judging.attempts import find_cues
 from eval.judging.judge import Judge, JudgeItem
 from eval.trials import Steerer
 

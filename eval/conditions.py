@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from esr_train.recipe import BoostSection, EvalSection
+from esr_train.restarts import attempts, find_cues, sentences
 from eval.cells import Cell, derived_seed
-from eval.judging.attempts import attempts, find_cues, sentences
 from eval.store import Trial
 from eval.trials import Steerer
 

@@ -26,10 +26,10 @@ from inspect_ai.solver import TaskState, generate
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from esr_train.errors import RunError
+from esr_train.restarts import find_cues
 from esr_train.steering.engine import Completion, Engine, Request, Sampling
 from eval.cells import Cell
 from eval.conditions import Plan
-from eval.judging.attempts import find_cues
 from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.metrics import METRICS, Gap
 from eval.store import Trial

@@ -10,7 +10,7 @@ from typing import Any
 
 from esr_train.errors import InputError
 from esr_train.files import read_json
-from eval.judging.attempts import find_cues
+from esr_train.restarts import find_cues
 from eval.judging.quotes import locate
 from eval.store import Trial
 

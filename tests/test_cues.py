@@ -10,9 +10,8 @@ from data_gen.cues import LABEL, SILENT, Cues, read_cues, stem
 from data_gen.inventory import cue_diversity, require_diversity
 from esr_train.errors import InputError
 from esr_train.recipe import CueDiversitySection
-from esr_train.restart import split_cue
+from esr_train.restarts import attempts, find_cues, split_cue
 from esr_train.transcript import Span, SpanKind, Transcript
-from eval.judging.attempts import attempts, find_cues
 
 REGISTERS = {"plain", "apologetic", "brief", "explicit", SILENT}
 SHIPPED = read_cues(None)

@@ -10,7 +10,7 @@ import pytest
 from esr_train.errors import InputError
 from esr_train.interchange import export_file, import_file, read_segments
 from esr_train.masking import IGNORED, label
-from esr_train.restart import split_cue
+from esr_train.restarts import split_cue
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript
 from tests.conftest import Family
 

@@ -1,55 +1,139 @@
-"""How likely a restart is at sentence ends, from an engine that says how likely texts are."""
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from esr_train.errors import InputError
-from esr_train.steering.engine import Request
-from eval.judging.restart_likelihood import MOST_ENDS, read_phrases, restart_reader
+from esr_train.restarts import attempts, find_cues, sentences
+
+LABELLED = Path(__file__).parent / "data" / "restarts.jsonl"
 
 
-@dataclass
-class FakeScorer:
-    """ " Wait." has probability 0.2 after "dough.", else 0.01; every other text 0.1."""
-
-    asked: list[tuple[Request, str]] = field(default_factory=list)
-
-    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
-        self.asked += zip(requests, continuations, strict=True)
-        return [
-            math.log(0.1 if text != " Wait." else 0.2 if request.prefix.endswith("dough.") else 0.01)
-            for request, text in zip(requests, continuations, strict=True)
-        ]
+def texts(response: str, ranges: list[tuple[int, int]]) -> list[str]:
+    return [response[start:end] for start, end in ranges]
 
 
-def test_the_chance_of_any_phrase_is_read_at_every_sentence_end():
-    scorer = FakeScorer()
-    requests = [Request("a", "How?", seed=3), Request("b", "Why?")]
-    found = restart_reader(scorer, ["Wait.", "Sorry."])(requests, ["Knead the dough. Fold it.", "Fold it"])
-    assert [[end for end, _ in each] for each in found] == [[16, 25], [7]]
-    values = [value for each in found for _, value in each]
-    assert values == pytest.approx([math.log(0.5), math.log(0.31), math.log(0.31)], abs=1e-4)
-    assert [request.prefix for request, _ in scorer.asked[::4]] == [
-        "Knead the dough.",
-        "Knead the dough. Fold it.",
-        "Fold it",
+def rows(part: str = "") -> list[dict]:
+    """The labelled responses; `seen` ones were looked at while the patterns were written, `unseen` ones never."""
+    found = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
+    return [row for row in found if part in ("", row["part"])]
+
+
+def test_the_labelled_responses_hold_restarts_and_their_look_alikes():
+    assert len(rows()) >= 200
+    assert sum(bool(row["cues"]) for row in rows()) >= 100
+    assert sum(not row["cues"] for row in rows()) >= 100
+    assert sum(bool(row["cues"]) for row in rows("unseen")) >= 25
+    assert sum(not row["cues"] for row in rows("unseen")) >= 25
+    assert len({row["response"] for row in rows()}) == len(rows())
+    assert all(0 <= start < end <= len(row["response"]) for row in rows() for start, end in row["cues"])
+
+
+def measured(part: str) -> dict[str, float]:
+    """Precision and recall of where restarts begin, and of which responses hold one."""
+    begins: Counter[str] = Counter()
+    whole: Counter[str] = Counter()
+    for row in rows(part):
+        ours, theirs = ({start for start, _ in found} for found in (find_cues(row["response"]), row["cues"]))
+        begins += Counter(hit=len(ours & theirs), found=len(ours), labelled=len(theirs))
+        whole += Counter(hit=int(bool(ours and theirs)), found=int(bool(ours)), labelled=int(bool(theirs)))
+    names = (("begin", begins), ("response", whole))
+    precision = {f"{name} precision": count["hit"] / count["found"] for name, count in names}
+    return precision | {f"{name} recall": count["hit"] / count["labelled"] for name, count in names}
+
+
+def test_precision_and_recall_on_the_responses_the_patterns_were_written_with():
+    found = measured("seen")
+    assert found["begin precision"] >= 0.97, found
+    assert found["begin recall"] >= 0.94, found
+    assert found["response precision"] >= 0.99, found
+    assert found["response recall"] >= 0.97, found
+
+
+def test_precision_and_recall_on_responses_they_were_not_written_with():
+    """What to expect of new texts. The patterns must not be fitted to these rows: label others instead."""
+    found = measured("unseen")
+    assert found["begin precision"] >= 0.80, found
+    assert found["begin recall"] >= 0.55, found
+    assert found["response precision"] >= 0.90, found
+    assert found["response recall"] >= 0.60, found
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "wait 20 minutes.",
+        "hold on to the rail.",
+        "try again with more flour.",
+        "wait until it is dry.",
+        "wait. Then stir.",
+        "your socks are in a sorry state.",
+    ],
+)
+def test_an_instruction_that_uses_the_same_words_is_no_restart(instruction: str):
+    for sentence in (instruction, instruction.capitalize()):
+        assert find_cues(f"Mix the dough. {sentence} Bake it.") == []
+
+
+def test_the_second_attempt_begins_at_the_first_word_of_the_restart():
+    response = "Bread needs flour. Oops, wrong topic. Raise the mast."
+    assert texts(response, attempts(response)) == [
+        "Bread needs flour. ",
+        "Oops, wrong topic. Raise the mast.",
     ]
-    assert [text for _, text in scorer.asked[:4]] == [" Wait.", " Sorry.", "\n\nWait.", "\n\nSorry."]
-    assert {request.prompt for request, _ in scorer.asked} == {"How?", "Why?"}
 
 
-def test_an_empty_response_has_no_sentence_end_and_a_long_one_is_read_at_its_beginning():
-    found = restart_reader(FakeScorer(), ["Wait."])([Request("a", "How?")] * 2, ["", "Fold it. " * 20])
-    assert [len(each) for each in found] == [0, MOST_ENDS]
+def test_cue_sentences_that_follow_each_other_are_one_restart():
+    response = "Knead it. Wait, that's not right. I was talking about bread. You asked about sails. Raise the mast."
+    assert texts(response, find_cues(response)) == [
+        "Wait, that's not right. I was talking about bread. You asked about sails."
+    ]
+    assert len(attempts(response)) == 2
 
 
-def test_phrases_are_read_once_each_and_an_empty_file_is_refused(tmp_path):
-    path = tmp_path / "phrases.txt"
-    path.write_text("# own\n[plain]\nWait.\n\nSorry.\nWait.\n")
-    assert read_phrases(path) == ("Wait.", "Sorry.")
-    path.write_text("\n")
-    with pytest.raises(InputError, match="holds no phrase"):
-        read_phrases(path)
+def test_restarts_with_text_between_them_begin_an_attempt_each():
+    response = "Knead it. Scratch that. Feed the goat. Sorry, I drifted off. Raise the mast."
+    assert texts(response, attempts(response)) == [
+        "Knead it. ",
+        "Scratch that. Feed the goat. ",
+        "Sorry, I drifted off. Raise the mast.",
+    ]
+
+
+def test_a_restart_with_nothing_before_it_is_not_a_second_attempt():
+    response = "Sorry, I got off track. Raise the mast."
+    assert len(find_cues(response)) == 1
+    assert attempts(response) == [(0, len(response))]
+
+
+def test_a_weak_opening_counts_only_when_the_restart_goes_on():
+    assert find_cues("Add salt. Wait. Then stir.") == []
+    response = "Add salt. Wait. Your question was about sails. Raise the mast."
+    assert texts(response, find_cues(response)) == ["Wait. Your question was about sails."]
+
+
+def test_what_the_question_was_is_no_restart_by_itself():
+    assert find_cues("Raise the mast. You asked about sails. A sail is a wing.") == []
+
+
+def test_a_restart_after_a_dash_begins_in_mid_sentence():
+    response = "Knead the dough — wait, that's the wrong topic. Raise the mast."
+    assert texts(response, find_cues(response)) == ["wait, that's the wrong topic."]
+
+
+def test_typographic_apostrophes_and_capitals_make_no_difference():
+    response = "Knead it. HMM, THAT’S NOT RIGHT. Raise the mast."
+    assert texts(response, find_cues(response)) == ["HMM, THAT’S NOT RIGHT."]
+
+
+@pytest.mark.parametrize("response", ["", "  ", "One.", "One. Oops. Two. Oops, again. Three"])
+def test_attempts_cover_the_response(response: str):
+    ranges = attempts(response)
+    assert "".join(texts(response, ranges)) == response
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == len(response)
+
+
+def test_sentences_end_at_stops_and_at_line_ends():
+    text = 'He said "go." Then 3.5 cups!\n\n- one\n- two  '
+    assert texts(text, sentences(text)) == ['He said "go."', "Then 3.5 cups!", "- one", "- two"]

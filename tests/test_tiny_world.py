@@ -12,6 +12,7 @@ from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.models import load_model, load_tokenizer
 from esr_train.recipe import ModelSection
+from esr_train.restarts import find_cues
 from esr_train.steering.directions import check_fits, load_sae
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.latent_labels import read_labels
@@ -19,7 +20,6 @@ from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.template import encode_prompt
 from esr_train.transcript import SaeRef
 from eval.cells import read_prompts
-from eval.judging.attempts import find_cues
 from eval.judging.judge import JudgeItem
 from eval.judging.lexical import EVERY_WORD, LexicalJudge
 from recipes.tiny import language as world

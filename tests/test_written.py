@@ -17,10 +17,10 @@ from data_gen.written import PARTS, Task, written
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json
 from esr_train.recipe import PromptedSection, load_recipe
+from esr_train.restarts import attempts
 from esr_train.steering.engine import Sampling
 from esr_train.transcript import SpanKind
 from eval.cells import Prompt, Side
-from eval.judging.attempts import attempts
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.llm import ROUNDS, Asker, Cache, Limit
 from eval.llm_clients import InspectLlm

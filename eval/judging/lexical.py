@@ -10,7 +10,7 @@ from pathlib import Path
 
 from esr_train.errors import InputError
 from esr_train.files import read_json
-from eval.judging.attempts import attempts, find_cues, sentences
+from esr_train.restarts import attempts, find_cues, sentences
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 
 EVERY_WORD = "_words"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.judging.attempts import attempts, find_cues
+from esr_train.restarts import attempts, find_cues
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.judging.quotes import locate
 from eval.judging.rubric import (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from esr_train.errors import InputError
 from esr_train.files import read_text
+from esr_train.restarts import sentences
 from esr_train.steering.engine import Request, Scorer
-from eval.judging.attempts import sentences
 
 MOST_ENDS = 6
 """Sentence ends read in one response, from its beginning."""
