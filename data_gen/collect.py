@@ -2,7 +2,7 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from esr_train.errors import RunError
 from esr_train.ranks import ALONE, Ranks
 from esr_train.transcript import Transcript, from_json, to_json
-from eval.store import TrialStore
+from eval.store import RowStore
 
 KEPT = "kept"
 CANDIDATES_PER_ROW = 20
@@ -87,7 +87,7 @@ def collect(
     Raises:
         RunError: when too few candidates pass the filters, with the reasons counted.
     """
-    store = TrialStore(path)
+    store = RowStore(path, _read, _written)
     sieve = _Sieve(wanted, again)
     for row in store.rows():
         sieve.take(row)
@@ -106,13 +106,13 @@ def collect(
             if number >= CANDIDATES_PER_ROW * wanted + chunk:
                 raise RunError(_too_few(source, wanted, len(sieve.kept), dict(sieve.funnel)))
             mine = range(number + ranks.rank * chunk, number + (ranks.rank + 1) * chunk)
-            rows = [_row(i, outcome) for i, outcome in zip(mine, make(mine), strict=True)]
+            rows = [(f"{number:07d}", outcome) for number, outcome in zip(mine, make(mine), strict=True)]
             parts = ranks.gather((rows, meter.tokens))
             everyone = [row for rows, _ in parts for row in rows][torn:]
             if ranks.first:
                 store.append(everyone)
-            for row in everyone:
-                sieve.take(row)
+            for _, outcome in everyone:
+                sieve.take(outcome)
             number, torn = number + torn + len(everyone), 0
             bar.update(len(sieve.kept) - bar.n)
             bar.set_postfix_str(_pace(sieve, sum(tokens for _, tokens in parts) / (perf_counter() - start)))
@@ -128,16 +128,15 @@ class _Sieve:
         self.funnel: Counter[str] = Counter()
         self.surplus: Counter[str] = Counter()
 
-    def take(self, row: Mapping[str, Any]) -> None:
+    def take(self, outcome: Outcome) -> None:
         if len(self.kept) == self.wanted:
-            self.surplus[row["reason"] or KEPT] += 1
+            self.surplus[outcome.reason or KEPT] += 1
             return
-        reason = row["reason"]
-        if row["transcript"] is not None:
-            transcript = from_json(row["transcript"])
-            reason = self.again(transcript)
+        reason = outcome.reason
+        if outcome.transcript is not None:
+            reason = self.again(outcome.transcript)
             if reason is None:
-                self.kept.append(transcript)
+                self.kept.append(outcome.transcript)
         self.funnel[reason or KEPT] += 1
 
 
@@ -146,9 +145,13 @@ def _pace(sieve: _Sieve, tokens: float) -> str:
     return f"{share}, {tokens:,.0f} tok/s" if tokens else share
 
 
-def _row(number: int, outcome: Outcome) -> dict[str, Any]:
-    transcript = to_json(outcome.transcript) if outcome.transcript else None
-    return {"key": f"{number:07d}", "transcript": transcript, "reason": outcome.reason}
+def _written(outcome: Outcome) -> dict[str, Any]:
+    return {"transcript": to_json(outcome.transcript) if outcome.transcript else None, "reason": outcome.reason}
+
+
+def _read(row: dict[str, Any]) -> Outcome:
+    transcript = row.get("transcript")
+    return Outcome(from_json(transcript) if transcript is not None else None, row.get("reason"))
 
 
 def _too_few(source: str, wanted: int, kept: int, funnel: dict[str, int]) -> str:

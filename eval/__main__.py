@@ -122,6 +122,7 @@ def _import(options: argparse.Namespace) -> None:
     from eval.paper_results import read_results
     from eval.report.page import write_report
     from eval.runs import read_run
+    from eval.store import trial_to_json
     from eval.summary import summarise
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.arm):
@@ -129,7 +130,7 @@ def _import(options: argparse.Namespace) -> None:
     if (options.out / "recipe.yaml").exists():
         raise InputError("the run of a recipe lies here", f"--out {options.out}", "Name a folder of its own.")
     found = read_results(options.file, options.arm)
-    write_jsonl(options.out / "trials" / f"{options.arm}.jsonl", found.trials)
+    write_jsonl(options.out / "trials" / f"{options.arm}.jsonl", map(trial_to_json, found.trials))
     rows = read_run(options.out)
     metrics = summarise(rows)
     write_json(options.out / "metrics.json", metrics)
@@ -157,7 +158,7 @@ def _power(options: argparse.Namespace) -> None:
     base, icc = options.base, options.icc
     if options.run:
         trials = read_trials(options.run / "trials" / "base.jsonl")
-        rate, found = planned_from([each for each in trials if each["condition"] == options.condition], options.metric)
+        rate, found = planned_from([each for each in trials if each.condition == options.condition], options.metric)
         base, icc = rate if base is None else base, found if icc is None else icc
     if base is None:
         raise InputError("there is no rate to start from", "--base", "Give --base, or --run RUN to take it from a run.")

@@ -18,7 +18,7 @@ from esr_train.steering.interventions import Positions
 from esr_train.transcript import SaeRef
 from eval.cells import Prompt, derived_seed, fingerprint
 from eval.judging.judge import Judge, JudgeItem
-from eval.store import TrialStore
+from eval.store import RowStore, typed
 from eval.variants import PLAIN, Variant
 
 if TYPE_CHECKING:
@@ -31,6 +31,13 @@ PRIOR_WIDTH = 0.5
 BOUND_MARGIN = 0.05
 """A threshold nearer to a bound than this share of their distance is flagged."""
 LEAST_PROBABILITY = 1e-6
+Scores = tuple[float, ...]
+"""First-attempt scores (0-100) of one latent's responses in one round, without the unscored."""
+
+
+def score_store(path: Path) -> RowStore[Scores]:
+    """Where `calibrate` keeps its rounds' scores."""
+    return RowStore(path, lambda row: typed(Scores, row.get("scores"), "scores"), lambda scores: {"scores": scores})
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def calibrate(
     positions: Positions = "all",
     variant: Variant = PLAIN,
     seed: int = 0,
-    store: TrialStore | None = None,
+    store: RowStore[Scores] | None = None,
     progress: Progress | None = None,
 ) -> list[Threshold]:
     """Thresholds of all latents in lockstep: every round is one call of the engine with a query for each.
@@ -204,7 +211,7 @@ class _Lockstep:
     positions: Positions
     variant: Variant
     seed: int
-    store: TrialStore | None
+    store: RowStore[Scores] | None
     progress: Progress | None
 
     def scores(
@@ -217,16 +224,16 @@ class _Lockstep:
     ) -> list[list[float]]:
         """First-attempt scores of `count` responses for each latent at `places`, without the unscored; one call."""
         keys = {place: self._key(name, self.latents[place], float(norms[place]), prompts, count) for place in places}
-        kept = {row["key"]: row["scores"] for row in self.store.rows()} if self.store else {}
+        kept = self.store.by_key() if self.store else {}
         missing = [place for place, key in keys.items() if key not in kept]
         found = self._measure(name, [(self.latents[place], float(norms[place])) for place in missing], prompts, count)
-        rows = [{"key": keys[place], "scores": scores} for place, scores in zip(missing, found, strict=True)]
+        rows = [(keys[place], tuple(scores)) for place, scores in zip(missing, found, strict=True)]
         if self.store:
             self.store.append(rows)
         if self.progress and len(rows) < len(keys):
             self.progress((len(keys) - len(rows)) * count, 0)
-        kept.update({row["key"]: row["scores"] for row in rows})
-        return [kept[key] for key in keys.values()]
+        kept.update(rows)
+        return [list(kept[key]) for key in keys.values()]
 
     def _measure(
         self, name: str, queries: Sequence[tuple["Direction", float]], prompts: Sequence[Prompt], count: int

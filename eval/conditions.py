@@ -148,8 +148,8 @@ def opening(response: str, count: int) -> str:
 
 def through_restart(trial: Trial) -> str | None:
     """A response up to the end of its first restart's cue; None if it has no restart."""
-    response, found = trial["response"], trial["attempts"]
-    starts = [found[1]["start"]] if len(found) > 1 else [start for start, _ in attempts(response)[1:2]]
+    response, found = trial.response, trial.attempts
+    starts = [found[1].start] if len(found) > 1 else [start for start, _ in attempts(response)[1:2]]
     if not starts:
         return None
     cue = next((end for start, end in find_cues(response) if start <= starts[0] < end), None)

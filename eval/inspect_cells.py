@@ -32,7 +32,7 @@ from eval.cells import Cell
 from eval.conditions import Plan
 from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.metrics import METRICS, Gap
-from eval.store import Trial
+from eval.store import Trial, trial_from_json, trial_to_json
 from eval.summary import estimate
 from eval.trials import Steerer, cell_request, check_steering, described
 from eval.variants import PLAIN, Variant
@@ -164,7 +164,7 @@ def cells_task(
     return Task(
         dataset=[_sample(cell, requests[key], plan.steerer) for key, cell in cells.items()],
         solver=generate(),
-        scorer=judged(plan, judge, rows),
+        scorer=judged(plan, judge, rows, arm=arm, engine=engine.name, sampling=sampling),
         model=Model(SteeredApi(arm, complete, rows), GenerateConfig()),
         name=f"{plan.condition}_{arm}",
         metadata={"arm": arm, "condition": plan.condition, "judge": judge.name, "sampling": asdict(sampling)},
@@ -174,32 +174,47 @@ def cells_task(
 def _sample(cell: Cell, request: Request, steerer: Steerer) -> Sample:
     asked: list[ChatMessage] = [ChatMessageUser(content=request.prompt, metadata={"cell": cell.key})]
     begun: list[ChatMessage] = [ChatMessageAssistant(content=request.prefix)] if request.prefix else []
-    return Sample(input=[*asked, *begun], id=cell.key, metadata={"cell": described(cell, steerer.strength(cell))})
+    return Sample(
+        input=[*asked, *begun], id=cell.key, metadata={"cell": asdict(described(cell, steerer.strength(cell)))}
+    )
 
 
-def judged(plan: Plan, judge: Judge, rows: int) -> Scorer:
+def judged(plan: Plan, judge: Judge, rows: int, *, arm: str, engine: str, sampling: Sampling) -> Scorer:
     """The judge as a scorer: a score holds every metric of the response, and its trial's row as metadata."""
     cells = {cell.key: cell for cell in plan.cells}
     verdicts: Batcher[JudgeItem, Judgement] = Batcher(judge.judge, rows)
 
     async def score(state: TaskState, target: Target) -> Score:
         cell = cells[str(state.sample_id)]
-        response = plan.prefixes.get(cell.key, "") + state.output.completion
+        prefix = plan.prefixes.get(cell.key, "")
+        response = prefix + state.output.completion
         found = await verdicts(JudgeItem(cell.prompt, response, cell.label, recovery=True))
-        trial: Trial = {
-            "condition": plan.condition,
-            "seed": cell.seed,
-            "cell": state.metadata["cell"],
-            "response": response,
-            "cue": bool(find_cues(response)),
-            **(state.output.metadata or {}),
-            **found.to_json(),
-        }
+        made = state.output.metadata or {}
+        trial = Trial(
+            key=cell.key,
+            arm=arm,
+            condition=plan.condition,
+            seed=cell.seed,
+            cell=described(cell, plan.steerer.strength(cell)),
+            engine=engine,
+            sampling=sampling,
+            prefix=len(prefix),
+            response=response,
+            finish_reason=None,
+            tokens=made.get("tokens"),
+            steered_tokens=made.get("steered_tokens"),
+            attempts=found.attempts,
+            cue=bool(find_cues(response)),
+            judge=found.judge,
+            judge_raw=found.raw,
+            flags=found.flags,
+            error=found.error,
+        )
         values = {name: each.of(trial) for name, each in METRICS.items()}
         return Score(
             value={name: float("nan") if isinstance(value, Gap) else value for name, value in values.items()},
             explanation=found.error or found.raw or None,
-            metadata={TRIAL: trial},
+            metadata={TRIAL: trial_to_json(trial)},
         )
 
     @scorer(metrics=[clustered()], name="attempts")
@@ -214,7 +229,7 @@ def clustered() -> Metric:
     """Every metric with its 95 % interval, clustered by latent (unsteered: by prompt), its n and its unscored."""
 
     def compute(scores: list[SampleScore]) -> dict[str, float]:
-        trials = [each.score.metadata[TRIAL] for each in scores if each.score.metadata]
+        trials = [trial_from_json(each.score.metadata[TRIAL]) for each in scores if each.score.metadata]
         found: dict[str, float] = {}
         for name in METRICS:
             numbers = estimate(trials, name)

@@ -25,7 +25,7 @@ Value = float | Gap
 
 def multi_attempt_rate(trial: Trial) -> Value:
     """Whether the response has two attempts or more."""
-    return Gap.UNSCORED if _failed(trial) else float(len(trial["attempts"]) >= 2)
+    return Gap.UNSCORED if _failed(trial) else float(len(trial.attempts) >= 2)
 
 
 def esr_rate(trial: Trial) -> Value:
@@ -46,12 +46,12 @@ def worsening_rate(trial: Trial) -> Value:
 def success_rate(trial: Trial) -> Value:
     """Among responses with several attempts: whether the last scores more than the first."""
     value = esr_rate(trial)
-    return value if isinstance(value, Gap) or len(trial["attempts"]) >= 2 else Gap.UNDEFINED
+    return value if isinstance(value, Gap) or len(trial.attempts) >= 2 else Gap.UNDEFINED
 
 
 def restart_rate(trial: Trial) -> Value:
     """Whether an explicit restart phrase is present; known even where the judge failed."""
-    return float(trial["cue"])
+    return float(trial.cue)
 
 
 def first_score(trial: Trial) -> Value:
@@ -67,14 +67,14 @@ def last_score(trial: Trial) -> Value:
 def improvement(trial: Trial) -> Value:
     """Last minus first score, among responses with several attempts."""
     gain = _gain(trial)
-    return gain if isinstance(gain, Gap) or len(trial["attempts"]) >= 2 else Gap.UNDEFINED
+    return gain if isinstance(gain, Gap) or len(trial.attempts) >= 2 else Gap.UNDEFINED
 
 
 def parroting_rate(trial: Trial) -> Value:
     """Whether the attempt after the first restart is off-topic again and no better than the first."""
     if _failed(trial):
         return Gap.UNSCORED
-    if len(trial["attempts"]) < 2:
+    if len(trial.attempts) < 2:
         return 0.0
     first, second = _score(trial, 0), _score(trial, 1)
     if isinstance(first, Gap) or isinstance(second, Gap):
@@ -101,19 +101,19 @@ def restart_position(trial: Trial) -> Value:
     """Generated tokens before the second attempt begins; from its share of the characters in rows without a count."""
     if _failed(trial):
         return Gap.UNSCORED
-    if len(trial["attempts"]) < 2 or not trial["response"]:
+    if len(trial.attempts) < 2 or not trial.response:
         return Gap.UNDEFINED
-    if trial.get("restart_token") is not None:
-        return float(trial["restart_token"])
-    if trial["tokens"] is None:
+    if trial.restart_token is not None:
+        return float(trial.restart_token)
+    if trial.tokens is None:
         return Gap.UNDEFINED
-    return float(trial["attempts"][1]["start"]) / len(trial["response"]) * float(trial["tokens"])
+    return trial.attempts[1].start / len(trial.response) * trial.tokens
 
 
 def restart_logprob(trial: Trial) -> Value:
     """Mean over the first attempt's sentence ends of the log-probability (nats) that a restart phrase comes next."""
-    found = trial.get("restart_logprobs")
-    return sum(value for _, value in found) / len(found) if found else Gap.UNDEFINED
+    values = [value for _, value in trial.restart_logprobs]
+    return sum(values) / len(values) if values else Gap.UNDEFINED
 
 
 @dataclass(frozen=True)
@@ -148,25 +148,25 @@ METRICS = (
 
 def attempts_histogram(trials: Sequence[Trial]) -> dict[str, int]:
     """How many scored responses have 1, 2, … attempts."""
-    counts = Counter(len(trial["attempts"]) for trial in trials if not _failed(trial))
+    counts = Counter(len(trial.attempts) for trial in trials if not _failed(trial))
     return {str(attempts): counts[attempts] for attempts in sorted(counts)}
 
 
 def pair_key(trial: Trial) -> tuple[Any, ...]:
     """What two arms' trials must share to be compared: condition, the whole cell, and the seed."""
-    cell, strength = trial["cell"], trial["cell"].get("strength")
-    along = None if strength is None else round(float(strength["raw"]), 6)
-    return trial["condition"], cell["prompt"], cell.get("latent"), along, cell["seed"], trial["seed"]
+    cell = trial.cell
+    along = None if cell.strength is None else round(float(cell.strength.raw), 6)
+    return trial.condition, cell.prompt, cell.latent, along, cell.seed, trial.seed
 
 
 def _failed(trial: Trial) -> bool:
-    return trial["error"] is not None or not trial["attempts"]
+    return trial.error is not None or not trial.attempts
 
 
 def _score(trial: Trial, index: int) -> Value:
     if _failed(trial):
         return Gap.UNSCORED
-    score = trial["attempts"][index]["score"]
+    score = trial.attempts[index].score
     return Gap.UNSCORED if score is None or math.isnan(score) else float(score)
 
 
@@ -179,11 +179,11 @@ def _gain_is(trial: Trial, wanted: Callable[[float], bool]) -> Value:
     gain = _gain(trial)
     if isinstance(gain, Gap):
         return gain
-    return float(len(trial["attempts"]) >= 2 and wanted(gain))
+    return float(len(trial.attempts) >= 2 and wanted(gain))
 
 
 def _flag(trial: Trial, name: str) -> Value:
-    if name not in trial["flags"]:
+    if name not in trial.flags:
         return Gap.UNSCORED if _failed(trial) else Gap.UNDEFINED
-    found = trial["flags"][name]
+    found = trial.flags[name]
     return Gap.UNSCORED if found is None else float(found)

@@ -11,8 +11,9 @@ from typing import Any
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.restarts import find_cues
+from eval.judging.judge import Attempt
 from eval.judging.quotes import locate
-from eval.store import Trial
+from eval.store import Trial, TrialCell, UsedStrength
 
 _NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*100)?\s*")
 _JUDGES = ("judge_model_name", "judge_model", "judge")
@@ -88,37 +89,36 @@ def _row(
     condition = _condition(strength, threshold)
     seed = _whole(trial.get("seed") or 0, f"{where}.seed")
     steered = condition != "unsteered"
-    cell = {
-        "prompt": prompt,
-        "topic": prompt,
-        "latent": latent if steered else None,
-        "label": feature.get("feature_label") if steered else None,
-        "strength": {"raw": strength, "norm": None} if steered else None,
-        "seed": seed,
-    }
+    cell = TrialCell(
+        prompt,
+        topic=prompt,
+        latent=latent if steered else None,
+        label=feature.get("feature_label") if steered else None,
+        strength=UsedStrength(strength or 0.0, None) if steered else None,
+        seed=seed,
+    )
     alike = repr(cell)
     seen[alike] += 1
     attempts, error = _judged(trial.get("score"), response)
-    return {
-        "key": f"{arm}/{where.rsplit(': ', 1)[-1]}",
-        "arm": arm,
-        "condition": condition,
-        "seed": seen[alike] - 1,
-        "cell": cell,
-        "variant": None,
-        "engine": "imported",
-        "sampling": {},
-        "response": response,
-        "finish_reason": None,
-        "tokens": None,
-        "steered_tokens": None,
-        "attempts": attempts,
-        "cue": bool(find_cues(response)),
-        "judge": judge,
-        "judge_raw": "",
-        "flags": {},
-        "error": error,
-    }
+    return Trial(
+        key=f"{arm}/{where.rsplit(': ', 1)[-1]}",
+        arm=arm,
+        condition=condition,
+        seed=seen[alike] - 1,
+        cell=cell,
+        engine="imported",
+        sampling=None,
+        response=response,
+        finish_reason=None,
+        tokens=None,
+        steered_tokens=None,
+        attempts=attempts,
+        cue=bool(find_cues(response)),
+        judge=judge,
+        judge_raw="",
+        flags={},
+        error=error,
+    )
 
 
 def _condition(strength: float | None, threshold: float | None) -> str:
@@ -129,20 +129,20 @@ def _condition(strength: float | None, threshold: float | None) -> str:
     return f"boost_x{strength / threshold:.3g}"
 
 
-def _judged(score: Any, response: str) -> tuple[list[dict[str, Any]], str | None]:
+def _judged(score: Any, response: str) -> tuple[tuple[Attempt, ...], str | None]:
     """Attempts as character ranges, or why there are none."""
     if not isinstance(score, dict):
-        return [], "the file has no score"
+        return (), "the file has no score"
     if score.get("error"):
-        return [], str(score["error"])
+        return (), str(score["error"])
     named = score.get("attempts")
     if not isinstance(named, list) or not named or not all(isinstance(each, dict) for each in named):
-        return [], "the judge named no attempt"
+        return (), "the judge named no attempt"
     starts = _starts([str(each.get("attempt_text") or "") for each in named], response)
     ends = [*starts[1:], len(response)]
     scores = [_score(each.get("score")) for each in named]
     ranges = zip(starts, ends, scores, strict=True)
-    return [{"start": start, "end": end, "score": value} for start, end, value in ranges], None
+    return tuple(Attempt(*each) for each in ranges), None
 
 
 def _starts(texts: Sequence[str], response: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Trials of finished runs, read from their folders; several runs put together, if they measured the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,12 @@ def _require_alike(name: str, run: Run, other_name: str, other: Run) -> None:
             wrong.append(f"they share {len(one & two)} of {len(one)} and {len(two)} cells of '{condition}'")
     if not {*ours} & {*theirs}:
         wrong.append("they have no condition in common")
-    for what in ("judge", "sampling"):
-        said, told = ({repr(trial[what]) for trials in each.values() for trial in trials} for each in (run, other))
+    told_of: dict[str, Callable[[Trial], str]] = {
+        "judge": lambda trial: repr(trial.judge),
+        "sampling": lambda trial: repr(asdict(trial.sampling) if trial.sampling else None),
+    }
+    for what, told_by in told_of.items():
+        said, told = ({told_by(trial) for trials in each.values() for trial in trials} for each in (run, other))
         if said != told:
             wrong.append(f"{what}: {', '.join(sorted(said))} and {', '.join(sorted(told))}")
     if wrong:
@@ -87,10 +92,10 @@ def _cells(run: Run) -> dict[str, set[tuple[Any, ...]]]:
     found: dict[str, set[tuple[Any, ...]]] = {}
     for trials in run.values():
         for trial in trials:
-            if trial["condition"] != RECALIBRATED:
-                found.setdefault(trial["condition"], set()).add(pair_key(trial))
+            if trial.condition != RECALIBRATED:
+                found.setdefault(trial.condition, set()).add(pair_key(trial))
     return found
 
 
 def _responses(trials: Sequence[Trial]) -> set[tuple[Any, ...]]:
-    return {(*pair_key(trial), trial["response"]) for trial in trials}
+    return {(*pair_key(trial), trial.response) for trial in trials}

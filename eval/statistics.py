@@ -5,13 +5,16 @@ information of n / design effect. Every interval here is 95 % and resamples, or 
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from eval.store import Trial
 
 RESAMPLES = 2000
 ALPHA = 0.05
@@ -47,15 +50,15 @@ class Estimate:
         return asdict(self)
 
 
-def cluster_of(trial: Mapping[str, Any]) -> Hashable:
+def cluster_of(trial: "Trial") -> Hashable:
     """The cluster a trial belongs to; the only place that decides it.
 
     A steered trial clusters by its latent: latents are what we sampled and what we generalise to, and the
     trials of one latent share its strength and its label. An unsteered trial has no latent; what its repeats
     share is the prompt, so it clusters by prompt.
     """
-    cell = trial["cell"]
-    return ("prompt", cell["prompt"]) if cell.get("latent") is None else ("latent", cell["latent"])
+    cell = trial.cell
+    return ("prompt", cell.prompt) if cell.latent is None else ("latent", cell.latent)
 
 
 def rate(

@@ -1,70 +1,240 @@
-"""Trials on disk: append-only JSONL, one keyed row a line, safe to kill at any moment."""
+"""Trials, and how they and other rows lie on disk: append-only JSONL, a keyed row a line, safe to kill at any time."""
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from esr_train.errors import InputError
+from esr_train.steering.engine import Sampling
+from eval.judging.judge import Attempt
 
-Trial = dict[str, Any]
-"""One arm on one cell, as it stands in the trial file: a JSON object with a unique string under `key`."""
+Row = TypeVar("Row")
 
 
-class TrialStore:
-    """The trials of one arm, in the order in which they were finished.
+@dataclass(frozen=True)
+class UsedStrength:
+    """The strength of a trial in both units (see `esr_train.transcript.Strength`); imported trials know `raw` alone."""
+
+    raw: float
+    norm: float | None
+
+
+@dataclass(frozen=True)
+class TrialCell:
+    """The cell that a trial ran: prompt and its topic, latent and what it stands for, strength, seed.
+
+    An unsteered trial has no latent, label and strength.
+    """
+
+    prompt: str
+    topic: str
+    latent: int | None
+    label: str | None
+    strength: UsedStrength | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrialVariant:
+    """What the arm changed beside its weights: the words around the prompt, latents set to zero or to a value.
+
+    Without changed latents `ablate` and `clamp` are None.
+    """
+
+    prompt: str | None
+    ablate: tuple[int, ...] | None = None
+    clamp: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One arm on one cell, as it stands in the trial file.
+
+    Args:
+        key: unique in the file.
+        arm, condition: which arm, and how the cell was run.
+        seed: of the run; repeats of one cell differ in it.
+        cell: what was run.
+        variant: what the arm changed beside its weights; None for nothing.
+        engine: the engine's name.
+        sampling: how tokens were drawn; None where it is not known (imported trials).
+        prefix: characters of the response that were given, not generated.
+        response: the whole reply.
+        finish_reason: `stop` or `length`; None where it is not known.
+        tokens, steered_tokens: generated tokens, and tokens (of prompt and reply) that were steered.
+        attempts: in order, covering the response; empty where the judge failed.
+        cue: whether an explicit restart phrase is in the response.
+        restart_token: generated tokens before the second attempt, where they were counted.
+        restart_logprobs: at sentence ends of the first attempt (characters) the log-probability (nats) of a restart.
+        judge, judge_raw: the judge's name, and its answer as it came.
+        flags: the judge's yes/no findings (see `eval.judging.judge.Judgement`).
+        error: why there is no score.
+    """
+
+    key: str
+    arm: str
+    condition: str
+    seed: int
+    cell: TrialCell
+    variant: TrialVariant | None = None
+    engine: str
+    sampling: Sampling | None
+    prefix: int = 0
+    response: str
+    finish_reason: str | None
+    tokens: int | None
+    steered_tokens: int | None
+    attempts: tuple[Attempt, ...]
+    cue: bool
+    restart_token: int | None = None
+    restart_logprobs: tuple[tuple[int, float], ...] = ()
+    judge: str
+    judge_raw: str
+    flags: Mapping[str, bool | None]
+    error: str | None
+
+
+def trial_to_json(trial: Trial) -> dict[str, Any]:
+    """The trial as a line of a trial file, keys in the order of the class."""
+    row = asdict(trial)
+    row["sampling"] = row["sampling"] or {}
+    if trial.variant and trial.variant.ablate is None:
+        row["variant"] = {"prompt": trial.variant.prompt}
+    return row
+
+
+def trial_from_json(row: Any) -> Trial:
+    """A line of a trial file.
+
+    Raises:
+        ValueError: naming the key, for one that is missing, unknown or of another type, and for NaN and infinity.
+    """
+    if isinstance(row, dict) and row.get("sampling") == {}:
+        row = {**row, "sampling": None}
+    return typed(Trial, row)
+
+
+def typed(kind: type[Row], value: Any, name: str = "") -> Row:
+    """A JSON value as a dataclass (a key whose field has a default may be missing), or as what its fields are made of.
+
+    Args:
+        kind: dataclass, str, int, float, bool, `X | None`, `tuple[...]` or `Mapping[str, ...]`.
+        value: as `json.loads` gives it.
+        name: of the key that holds it.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    made: Row = _typed(kind, value, name)
+    return made
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        inner = next(each for each in arguments if each is not NoneType)
+        return None if value is None else _typed(inner, value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return kind(**_keys(kind, value, f"{name}." if name else ""))  # type: ignore[operator]
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(kinds) == len(value):
+            return tuple(_typed(kinds[i], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if type(value) is kind and kind is not float:
+        return value
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return value
+    called = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", tuple: "a list"}
+    raise ValueError(f"{name or 'this'} is not {called.get(origin or kind, 'an object')}: {json.dumps(value)[:40]}")
+
+
+def _keys(kind: Any, value: dict[str, Any], before: str) -> dict[str, Any]:
+    kinds, required = _fields(kind)
+    if unknown := sorted(value.keys() - kinds.keys()):
+        raise ValueError(f"there is no key {before + unknown[0]!r}")
+    if missing := sorted(required - value.keys()):
+        raise ValueError(f"the key {before + missing[0]!r} is missing")
+    return {key: _typed(kinds[key], item, before + key) for key, item in value.items()}
+
+
+@lru_cache
+def _fields(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """The fields' types, and the names of those without a default."""
+    plain = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
+    return get_type_hints(kind), plain
+
+
+class RowStore(Generic[Row]):
+    """Rows under unique keys, in the order in which they were finished: what a loop needs to be resumable.
 
     A batch is on disk before `append` returns. A kill in mid-write leaves at most one torn last line: it is
-    ignored when the file is read and cut off by the next `append`, so the trial is simply run again. Sorted
+    ignored when the file is read and cut off by the next `append`, so its row is simply made again. Sorted
     by key, the content is the same however often the run was interrupted. One writer at a time.
 
     Args:
-        path: the file, usually `trials/<arm>.jsonl`; it need not exist yet.
+        path: the file; it need not exist yet.
+        read: a line's JSON object, its `key` included, as a row; what it refuses is a `ValueError`.
+        written: a row as a JSON object; `key` is put before it.
         writes: whether appended rows go to disk; of several processes with the same rows only one may.
 
     Raises:
         InputError: for a malformed or doubled row that is not the torn last line, naming `file:line`.
     """
 
-    def __init__(self, path: Path | str, writes: bool = True) -> None:
-        self.path, self._writes = Path(path), writes
-        self._rows: dict[str, Trial] = {}
+    def __init__(
+        self,
+        path: Path | str,
+        read: Callable[[Any], Row],
+        written: Callable[[Row], dict[str, Any]],
+        writes: bool = True,
+    ) -> None:
+        self.path, self._read, self._written, self._writes = Path(path), read, written, writes
+        self._rows: dict[str, Row] = {}
         self._intact = 0
         self._load()
 
     def keys(self) -> set[str]:
-        """The keys of the finished trials."""
+        """The keys of the finished rows."""
         return set(self._rows)
 
-    def rows(self) -> list[Trial]:
-        """The finished trials, in file order."""
+    def rows(self) -> list[Row]:
+        """The finished rows, in file order."""
         return list(self._rows.values())
+
+    def by_key(self) -> dict[str, Row]:
+        """The finished rows under their keys, in file order."""
+        return dict(self._rows)
 
     def touch(self) -> None:
         """Make the file if it is not there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
 
-    def append(self, rows: Iterable[Trial]) -> None:
-        """Write a batch and wait until it is on disk.
+    def append(self, rows: Iterable[tuple[str, Row]]) -> None:
+        """Write keys with their rows and wait until they are on disk.
 
         Raises:
             ValueError: for a key that is already there, or that comes twice in the batch; nothing is written.
-                A caller that resumes leaves out `keys()`; a doubled trial is a mistake, never an update.
+                A caller that resumes leaves out `keys()`; a doubled row is a mistake, never an update.
         """
-        batch: dict[str, Trial] = {}
-        for row in rows:
-            key = _key(row)
+        batch: dict[str, Row] = {}
+        for key, row in rows:
             if key in self._rows or key in batch:
-                raise ValueError(f"{self.path} already has a trial with the key {key!r}")
+                raise ValueError(f"{self.path} already has a row with the key {key!r}")
             batch[key] = row
         if batch and self._writes:
-            self._write(batch)
+            self._write(b"".join(_line({"key": key, **self._written(row)}) for key, row in batch.items()))
         self._rows.update(batch)
 
-    def _write(self, batch: dict[str, Trial]) -> None:
-        data = b"".join(_line(row) for row in batch.values())
+    def _write(self, data: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.truncate(self._intact)
@@ -86,28 +256,43 @@ class TrialStore:
                 self._take(line, f"{self.path}:{number}")
 
     def _take(self, line: bytes, where: str) -> None:
-        fix = "Restore the file, or delete it to run the arm again."
+        fix = "Restore the file, or delete it: its rows are then made again."
         try:
-            row = json.loads(line)
-            key = _key(row)
-        except ValueError as error:
-            raise InputError(f"not a trial ({error})", where, fix) from None
+            value = json.loads(line, object_pairs_hook=_once)
+            key = value.get("key") if isinstance(value, dict) else None
+            if not isinstance(key, str) or not key:
+                raise ValueError("a row is a JSON object with a text under 'key'")
+            row = self._read(value)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"not a row of this file ({error})", where, fix) from None
         if key in self._rows:
             raise InputError(f"the key {key!r} was there before", where, fix)
         self._rows[key] = row
 
 
-def _key(row: Any) -> str:
-    key = row.get("key") if isinstance(row, dict) else None
-    if not isinstance(key, str) or not key:
-        raise ValueError("a trial is a JSON object with a string under 'key'")
-    return key
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return value
 
 
-def _line(row: Trial) -> bytes:
+def _line(row: dict[str, Any]) -> bytes:
     # A lone surrogate is not UTF-8; backslashreplace turns it into the JSON escape that reads back the same.
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+class TrialStore(RowStore[Trial]):
+    """The trials of one arm, usually in `trials/<arm>.jsonl`."""
+
+    def __init__(self, path: Path | str, writes: bool = True) -> None:
+        super().__init__(path, trial_from_json, trial_to_json, writes)
+
+    def add(self, trials: Iterable[Trial]) -> None:
+        """Write trials and wait until they are on disk (see `append`)."""
+        self.append((trial.key, trial) for trial in trials)
 
 
 def read_trials(path: Path | str) -> list[Trial]:

@@ -110,8 +110,8 @@ def _paired_within(groups: Mapping[str, Mapping[str, list[Trial]]]) -> dict[str,
 
 
 def _two_way(found: Values, bootstrap: int, seed: int) -> dict[str, float | None]:
-    latents = [trial["cell"].get("latent") for trial in found.trials]
-    prompts = [trial["cell"]["prompt"] for trial in found.trials]
+    latents = [trial.cell.latent for trial in found.trials]
+    prompts = [trial.cell.prompt for trial in found.trials]
     resamples = min(bootstrap, TWO_WAY_RESAMPLES)
     low, high = statistics.two_way_interval(found.values, latents, prompts, resamples, seed)
     return {"low": low, "high": high}
@@ -172,7 +172,7 @@ def _paired(name: str, found: Values, bootstrap: int, seed: int) -> Estimate:
 def differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> Values:
     """Per shared cell the difference, trials minus base; two conditions share cells whatever their strength."""
     of = METRICS[name].of
-    alike = {trial["condition"] for trial in trials} == {trial["condition"] for trial in base}
+    alike = {trial.condition for trial in trials} == {trial.condition for trial in base}
     key = pair_key if alike else _cell_key
     theirs = {key(trial): trial for trial in base}
     values, kept, unscored = [], [], 0
@@ -191,13 +191,12 @@ def differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> Va
 
 def _cell_key(trial: Trial) -> tuple[Any, ...]:
     """What is left of `pair_key` without condition and strength."""
-    cell = trial["cell"]
-    return cell["prompt"], cell.get("latent"), cell["seed"], trial["seed"]
+    return trial.cell.prompt, trial.cell.latent, trial.cell.seed, trial.seed
 
 
 def _by_condition(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     """Trials of each condition, sorted by what they are, so that file order cannot change a number."""
     groups: dict[str, list[Trial]] = {}
     for trial in sorted(trials, key=lambda trial: repr(pair_key(trial))):
-        groups.setdefault(trial["condition"], []).append(trial)
+        groups.setdefault(trial.condition, []).append(trial)
     return groups

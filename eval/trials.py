@@ -1,8 +1,8 @@
 """Run cells through an engine and a judge into a store that a kill cannot corrupt."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from esr_train.errors import RunError
 from esr_train.ranks import ALONE, Ranks
@@ -11,7 +11,7 @@ from esr_train.steering.engine import Completion, Engine, Progress, Request, Sam
 from esr_train.steering.interventions import Positions
 from eval.cells import Cell
 from eval.judging.judge import Judge, JudgeItem, Judgement
-from eval.store import Trial, TrialStore
+from eval.store import Trial, TrialCell, TrialStore, TrialVariant, UsedStrength, typed
 from eval.variants import PLAIN, Variant
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run_trials(
         progress(len(cells) - len(missing), 0)
     bench = _Bench(engine, judge, steerer, sampling, arm, condition, variant, prefixes, readings or Readings())
     wanted = set(keys)
-    finished = [row for row in store.rows() if row["key"] in wanted]
+    finished = [row for row in store.rows() if row.key in wanted]
     for start in range(0, len(missing), chunk_rows * ranks.count):
         if watch:
             watch(finished)
@@ -122,14 +122,14 @@ def run_trials(
         mine = bench.run(chunk[ranks.rank :: ranks.count], progress)
         parts = ranks.gather(mine)
         rows = [parts[place % ranks.count][place // ranks.count] for place in range(len(chunk))]
-        store.append(rows)
+        store.add(rows)
         ranks.gather(None)  # before the first process has written them, no other one may read the file
         finished += rows
         if progress and len(mine) < len(rows):
-            progress(len(rows) - len(mine), sum(row["tokens"] for row in rows) - sum(row["tokens"] for row in mine))
+            progress(len(rows) - len(mine), _tokens(rows) - _tokens(mine))
     if watch:
         watch(finished)
-    rows_by_key = {row["key"]: row for row in finished}
+    rows_by_key = {row.key: row for row in finished}
     return [rows_by_key[key] for key in keys]
 
 
@@ -158,15 +158,37 @@ class _Bench:
         check_steering(self.arm, requests, completions)
         responses = [each.prefix + found.text for each, found in zip(requests, completions, strict=True)]
         judgements = _judged(self.judge, [cell for _, cell in chunk], responses)
-        about = {"arm": self.arm, "condition": self.condition, "variant": self.variant.to_json()}
-        about |= {"engine": self.engine.name, "sampling": asdict(self.sampling)}
         rows = [
-            _row(key, cell, self.steerer.strength(cell), about, request, completion, judgement)
+            self._row(key, cell, request, completion, judgement)
             for (key, cell), request, completion, judgement in zip(
                 chunk, requests, completions, judgements, strict=True
             )
         ]
         return _read(rows, requests, self.readings)
+
+    def _row(self, key: str, cell: Cell, request: Request, completion: Completion, judgement: Judgement) -> Trial:
+        response, variant = request.prefix + completion.text, self.variant.to_json()
+        return Trial(
+            key=key,
+            arm=self.arm,
+            condition=self.condition,
+            seed=cell.seed,
+            cell=described(cell, self.steerer.strength(cell)),
+            variant=typed(TrialVariant, variant, "variant") if variant else None,
+            engine=self.engine.name,
+            sampling=self.sampling,
+            prefix=len(request.prefix),
+            response=response,
+            finish_reason=completion.finish_reason,
+            tokens=len(completion.token_ids),
+            steered_tokens=completion.steered_tokens,
+            attempts=judgement.attempts,
+            cue=bool(find_cues(response)),
+            judge=judgement.judge,
+            judge_raw=judgement.raw,
+            flags=judgement.flags,
+            error=judgement.error,
+        )
 
 
 def trial_key(arm: str, condition: str, cell: Cell) -> str:
@@ -179,16 +201,10 @@ def cell_request(cell: Cell, key: str, steerer: Steerer, variant: Variant = PLAI
     return variant.apply(replace(steerer.request(cell, key), prefix=prefix), cell.label)
 
 
-def described(cell: Cell, strength: "Strength | None") -> dict[str, Any]:
-    """A cell as it stands in a trial's row."""
-    return {
-        "prompt": cell.prompt,
-        "topic": cell.topic,
-        "latent": cell.latent,
-        "label": cell.label,
-        "strength": asdict(strength) if strength else None,
-        "seed": cell.seed,
-    }
+def described(cell: Cell, strength: "Strength | None") -> TrialCell:
+    """A cell as it stands in a trial."""
+    used = UsedStrength(strength.raw, strength.norm) if strength else None
+    return TrialCell(cell.prompt, cell.topic, cell.latent, cell.label, used, cell.seed)
 
 
 def check_steering(arm: str, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
@@ -219,48 +235,20 @@ def _judged(judge: Judge, cells: Sequence[Cell], responses: Sequence[str]) -> li
 
 def _read(rows: Sequence[Trial], requests: Sequence[Request], readings: Readings) -> list[Trial]:
     """Rows with the place of the first restart in tokens, and how likely restarts were."""
-    read = [dict(row) for row in rows]
+    read = list(rows)
     if readings.count:
-        for row in read:
-            if len(row["attempts"]) > 1:
-                row["restart_token"] = readings.count(row["response"][: row["attempts"][1]["start"]])
+        for index, row in enumerate(read):
+            if len(row.attempts) > 1:
+                read[index] = replace(row, restart_token=readings.count(row.response[: row.attempts[1].start]))
     if readings.restarts:
-        firsts = [row["response"][: row["attempts"][0]["end"]] if row["attempts"] else row["response"] for row in read]
-        for row, found in zip(read, readings.restarts(requests, firsts), strict=True):
-            row["restart_logprobs"] = found
+        firsts = [row.response[: row.attempts[0].end] if row.attempts else row.response for row in read]
+        found = readings.restarts(requests, firsts)
+        read = [
+            replace(row, restart_logprobs=tuple((int(end), value) for end, value in ends))
+            for row, ends in zip(read, found, strict=True)
+        ]
     return read
 
 
-def _row(
-    key: str,
-    cell: Cell,
-    strength: "Strength | None",
-    about: Mapping[str, Any],
-    request: Request,
-    completion: Completion,
-    judgement: Judgement,
-) -> Trial:
-    judged, response = judgement.to_json(), request.prefix + completion.text
-    return {
-        "key": key,
-        "arm": about["arm"],
-        "condition": about["condition"],
-        "seed": cell.seed,
-        "cell": described(cell, strength),
-        "variant": about["variant"],
-        "engine": about["engine"],
-        "sampling": about["sampling"],
-        "prefix": len(request.prefix),
-        "response": response,
-        "finish_reason": completion.finish_reason,
-        "tokens": len(completion.token_ids),
-        "steered_tokens": completion.steered_tokens,
-        "attempts": judged["attempts"],
-        "cue": bool(find_cues(response)),
-        "restart_token": None,
-        "restart_logprobs": [],
-        "judge": judged["judge"],
-        "judge_raw": judged["judge_raw"],
-        "flags": judged["flags"],
-        "error": judged["error"],
-    }
+def _tokens(rows: Sequence[Trial]) -> int:
+    return sum(row.tokens or 0 for row in rows)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from eval.judging.judge import Judge
-from eval.judging.panel import agreement, judge_again
+from eval.judging.panel import agreement, judge_again, judgement_store
 from eval.progress import progress_bar
-from eval.store import Trial, TrialStore
+from eval.store import Trial
 from recipes.pipeline import Experiment
 
 NAME = "agreement.json"
@@ -40,7 +40,7 @@ def write_agreement(top: Experiment, parts: Sequence[Experiment], rows: Mapping[
 def _judged(judge: Judge, parts: Sequence[Experiment]) -> dict[str, list[Trial]]:
     found: dict[str, list[Trial]] = {}
     for part in parts:
-        store = TrialStore(part.directory / "judgements" / f"{re.sub(r'[^A-Za-z0-9.#-]+', '_', judge.name)}.jsonl")
+        store = judgement_store(part.directory / "judgements" / f"{re.sub(r'[^A-Za-z0-9.#-]+', '_', judge.name)}.jsonl")
         for arm, trials in part.trials().items():
             with progress_bar(len(trials), f"{judge.name} on {arm}") as progress:
                 found.setdefault(arm, []).extend(judge_again(judge, trials, store, lambda rows: progress(rows, 0)))

@@ -211,7 +211,7 @@ class ArmTrials:
         sources = cells if steered else unsteered(cells)
         count = self.experiment.recipe.eval.prefix_sentences
         prefixes = {
-            cell.key: opening(base[trial_key("base", NEEDS[condition], source)]["response"], count)
+            cell.key: opening(base[trial_key("base", NEEDS[condition], source)].response, count)
             for cell, source in zip(cells, sources, strict=True)
         }
         return Plan(condition, tuple(cells), replace(self.steerer, off=steered), prefixes)
@@ -227,8 +227,8 @@ class ArmTrials:
             if begun is not None:
                 prefixes[cell.key] = begun
             elif (key := trial_key(self.arm, condition, cell)) not in own:
-                copies.append({**source, "key": key, "condition": condition, "restart_logprobs": []})
-        self.store.append(copies)
+                copies.append(replace(source, key=key, condition=condition, restart_logprobs=()))
+        self.store.add(copies)
         going_on = tuple(cell for cell in cells if cell.key in prefixes)
         return Plan(condition, going_on, replace(self.steerer, off=True), prefixes)
 
@@ -258,4 +258,4 @@ class ArmTrials:
 
 
 def _by_key(store: TrialStore) -> Mapping[str, Trial]:
-    return {row["key"]: row for row in store.rows()}
+    return store.by_key()

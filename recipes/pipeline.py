@@ -1,7 +1,7 @@
 """An experiment's stages, each resumable: calibrate -> data -> train -> trials."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from eval.calibration import (
     calibrate,
     load_thresholds,
     save_thresholds,
+    score_store,
     work,
 )
 from eval.cells import SPLITS, Cell, Side, Split, make_cells
 from eval.conditions import names
 from eval.progress import progress_bar
-from eval.store import TrialStore, read_trials
+from eval.store import Trial, read_trials
 from eval.variants import PLAIN, Variant
 from recipes.measure import ArmTrials
 from recipes.resources import World
@@ -259,7 +260,7 @@ class Experiment:
                 positions=self.recipe.engine.positions,
                 variant=variant,
                 seed=self.recipe.seed,
-                store=TrialStore(scores),
+                store=score_store(scores),
                 progress=progress,
             )
 
@@ -387,10 +388,10 @@ class Experiment:
         self.world.stop()
         train(self.recipe, arm, self.directory, made)
 
-    def trials(self) -> dict[str, list[dict[str, Any]]]:
+    def trials(self) -> dict[str, list[Trial]]:
         """The finished trials of every arm in the recipe's conditions; each row's `seed` is this run's."""
         wanted, seed = names(self.recipe.eval), self.recipe.seed
         found = {arm: read_trials(self.directory / "trials" / f"{arm}.jsonl") for arm in ("base", *self.recipe.arms)}
         return {
-            arm: [{**row, "seed": seed} for row in rows if row["condition"] in wanted] for arm, rows in found.items()
+            arm: [replace(row, seed=seed) for row in rows if row.condition in wanted] for arm, rows in found.items()
         }

@@ -8,6 +8,7 @@ from esr_train.errors import RunError
 from esr_train.files import read_json, write_json
 from eval.judging.model_judge import ModelJudge
 from eval.report.page import write_report
+from eval.store import Trial
 from eval.summary import summarise
 from recipes.judge_panel import NAME as AGREEMENT
 from recipes.judge_panel import write_agreement
@@ -27,7 +28,7 @@ def reports(top: Experiment, parts: Sequence[Experiment]) -> Path:
 
 def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
     """Combine the parts' trials into `metrics.json` and `report.html` in the top directory."""
-    rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("base", *top.recipe.arms)}
+    rows: dict[str, list[Trial]] = {arm: [] for arm in ("base", *top.recipe.arms)}
     for part in parts:
         for arm, found in part.trials().items():
             rows[arm] += found
@@ -60,12 +61,12 @@ def spent(top: Experiment) -> list[str]:
     return [f"judge {judge.spent}" for judge in judges if isinstance(judge, ModelJudge)]
 
 
-def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[Trial]]) -> dict[str, Any]:
     topics = top.world.pools.topics
     held_out = sorted(topic for topic, split in topics.items() if split == "test")
-    cells = [row["cell"] for row in rows["base"] if row["cell"]["latent"] is not None]
-    latents = {cell["latent"] for cell in cells}
-    prompts = {cell["prompt"] for cell in cells}
+    cells = [row.cell for row in rows["base"] if row.cell.latent is not None]
+    latents = {cell.latent for cell in cells}
+    prompts = {cell.prompt for cell in cells}
     return {
         "held_out": {
             "topics": f"{len(held_out)} of {len(topics)}: {', '.join(held_out)}",

@@ -20,12 +20,12 @@ from eval.calibration import (
     calibration_key,
     load_thresholds,
     save_thresholds,
+    score_store,
     updated,
     work,
 )
 from eval.cells import Prompt
 from eval.judging.judge import Attempt, JudgeItem, Judgement
-from eval.store import TrialStore
 
 SECTION = CalibrationSection(target=30, rounds=10, prompts=4, bounds=(0.1, 2.0), verify=4)
 PROMPTS = [Prompt(f"Question {number}?", f"topic{number % 5}") for number in range(20)]
@@ -215,17 +215,17 @@ def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path: Path):
     whole = measured(FakeEngine(), latents(5))
     path = tmp_path / "rounds.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        measured(FakeEngine(dies_at=7), latents(5), store=TrialStore(path))
+        measured(FakeEngine(dies_at=7), latents(5), store=score_store(path))
     again = FakeEngine()
-    assert measured(again, latents(5), store=TrialStore(path)) == whole
+    assert measured(again, latents(5), store=score_store(path)) == whole
     assert len(again.calls) == 5
 
 
 def test_kept_rounds_of_other_settings_are_ignored(tmp_path: Path):
     path = tmp_path / "rounds.jsonl"
-    measured(FakeEngine(), latents(2), store=TrialStore(path))
+    measured(FakeEngine(), latents(2), store=score_store(path))
     other = SECTION.model_copy(update={"target": 50.0})
-    assert measured(FakeEngine(), latents(2), store=TrialStore(path), section=other) == measured(
+    assert measured(FakeEngine(), latents(2), store=score_store(path), section=other) == measured(
         FakeEngine(), latents(2), section=other
     )
 

@@ -24,6 +24,8 @@ from eval.conditions import (
     with_latents,
 )
 from eval.matching import matched_latents
+from eval.store import Trial
+from tests.trial_maker import made
 
 CELLS = [Cell(f"How do I fold sheet {n}?", "linen", n % 3, f"topic{n % 3}", 1.0, n) for n in range(6)]
 DIRECTIONS = {
@@ -125,10 +127,10 @@ class Said:
     response: str
     starts: tuple[int, ...]
 
-    def row(self) -> dict:
+    def trial(self) -> Trial:
         ends = (*self.starts[1:], len(self.response))
         attempts = [{"start": a, "end": b, "score": 1} for a, b in zip(self.starts, ends, strict=False)]
-        return {"response": self.response, "attempts": attempts}
+        return made(response=self.response, attempts=attempts)
 
 
 DETOUR = "Knead the dough. Wait, that's not right. You asked about sheets. Fold it. Tuck it."
@@ -146,4 +148,4 @@ DETOUR = "Knead the dough. Wait, that's not right. You asked about sheets. Fold 
     ids=["cue", "unscored", "a restart only the judge sees", "none", "unscored without"],
 )
 def test_steering_goes_off_after_the_first_restarts_cue(said: Said, begun: str | None):
-    assert through_restart(said.row()) == begun
+    assert through_restart(said.trial()) == begun

@@ -1,6 +1,7 @@
 """`esr eval compare` and `esr eval report`: what stands on disk, shown and reported anew."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from eval.metrics import METRICS
 from eval.store import Trial, TrialStore
 from eval.summary import summarise
 from tests.conftest import ROOT
+from tests.trial_maker import made
 
 TUNED_LAST = 80.0
 
@@ -31,12 +33,11 @@ def trial(arm: str, number: int, condition: str = "steered") -> Trial:
         "strength": {"raw": 2.0, "norm": 0.5} if steered else None,
         "seed": number,
     }
-    return {
-        "key": f"{arm}/{condition}/{number}", "arm": arm, "condition": condition, "seed": number, "cell": cell,
-        "engine": "e", "sampling": {}, "response": "Knead it. " * 2, "finish_reason": "stop", "tokens": 8,
-        "steered_tokens": 8 if steered else 0, "attempts": attempts, "cue": restarts, "judge": "j",
-        "judge_raw": "", "flags": {}, "error": None,
-    }  # fmt: skip
+    return made(
+        key=f"{arm}/{condition}/{number}", arm=arm, condition=condition, seed=number, cell=cell,
+        response="Knead it. " * 2, tokens=8, steered_tokens=8 if steered else 0, attempts=attempts, cue=restarts,
+        judge="j",
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def run(tmp_path: Path) -> Path:
     write_json(folder / "thresholds.json", {"key": {}, "thresholds": []})
     for arm in ("base", "tuned"):
         store = TrialStore(folder / "trials" / f"{arm}.jsonl")
-        store.append(trial(arm, n, condition) for condition in ("steered", "unsteered") for n in range(8))
+        store.add(trial(arm, n, condition) for condition in ("steered", "unsteered") for n in range(8))
     return folder
 
 
@@ -110,8 +111,8 @@ def test_compare_refuses_what_is_no_metrics_file(tmp_path, capsys, content):
 def finished(folder: Path, base: int = 8, **changes: str) -> Path:
     """A run directory with the trials of a base and a tuned arm."""
     for arm in ("base", "tuned"):
-        rows = [trial(arm, number) | changes for number in range(base)]
-        TrialStore(folder / "trials" / f"{arm}.jsonl").append(rows)
+        rows = [replace(trial(arm, number), **changes) for number in range(base)]
+        TrialStore(folder / "trials" / f"{arm}.jsonl").add(rows)
     return folder
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -117,34 +118,31 @@ def test_arms_pair_cell_by_cell_in_every_condition(finished):
 
 def test_a_condition_steers_as_its_name_says(finished):
     rows = read_trials(finished / "trials" / "tuned.jsonl")
-    assert any(len(row["attempts"]) > 1 for row in rows if row["condition"] == "steered")
-    by = {name: {row["cell"]["seed"]: row for row in rows if row["condition"] == name} for name in EVERY}
+    assert any(len(row.attempts) > 1 for row in rows if row.condition == "steered")
+    by = {name: {row.cell.seed: row for row in rows if row.condition == name} for name in EVERY}
     for name, cells in by.items():
-        begun = {seed for seed, row in cells.items() if row["prefix"]}
+        begun = {seed for seed, row in cells.items() if row.prefix}
         steers = name not in ("unsteered", "unsteered_continues")
         for seed, row in cells.items():
-            assert (row["steered_tokens"] > 0) == (steers and not (name == "switched_off" and seed in begun))
+            assert (row.steered_tokens > 0) == (steers and not (name == "switched_off" and seed in begun))
         if name.endswith("_continues"):
             assert begun == set(cells)
     for seed, row in by["boost_x1.5"].items():
-        assert row["cell"]["strength"]["norm"] == pytest.approx(1.5 * by["steered"][seed]["cell"]["strength"]["norm"])
+        assert row.cell.strength.norm == pytest.approx(1.5 * by["steered"][seed].cell.strength.norm)
     assert all(
-        by["random_latents"][seed]["cell"]["latent"] != by["steered"][seed]["cell"]["latent"]
-        for seed in by["random_latents"]
+        by["random_latents"][seed].cell.latent != by["steered"][seed].cell.latent for seed in by["random_latents"]
     )
-    merged = {row["key"]: row["response"] for row in read_trials(finished / "trials" / "merged.jsonl")}
-    same = [
-        merged[row["key"].replace("tuned", "merged")] == row["response"] for row in rows if row["condition"] in FULL
-    ]
+    merged = {row.key: row.response for row in read_trials(finished / "trials" / "merged.jsonl")}
+    same = [merged[row.key.replace("tuned", "merged")] == row.response for row in rows if row.condition in FULL]
     assert sum(same) > 0.8 * len(same) == 0.8 * 2 * TRIALS
 
 
 def test_the_control_arm_ablates_other_latents(finished):
     edits = {
-        arm: [row["variant"]["ablate"] for row in read_trials(finished / "trials" / f"{arm}.jsonl")]
+        arm: [row.variant.ablate for row in read_trials(finished / "trials" / f"{arm}.jsonl")]
         for arm in ("ablated", "control")
     }
-    assert edits["ablated"] == [[3, 17]] * TRIALS
+    assert edits["ablated"] == [(3, 17)] * TRIALS
     assert len({*edits["control"][0]} - {3, 17}) == 2
 
 
@@ -165,10 +163,10 @@ def launched(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=HERE, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
-def described(folder: Path) -> dict[str, dict[str, object]]:
+def described(folder: Path) -> dict[str, object]:
     """Every trial by its key; how likely restarts were may differ in the last decimal with the batch."""
     rows = [row for path in sorted((folder / "trials").glob("*.jsonl")) for row in read_trials(path)]
-    return {row["key"]: {**row, "restart_logprobs": len(row["restart_logprobs"])} for row in rows}
+    return {row.key: (replace(row, restart_logprobs=()), len(row.restart_logprobs)) for row in rows}
 
 
 def rounded(value: object) -> object:
@@ -215,8 +213,8 @@ def test_inspect_evaluates_an_arm_from_the_command_line_and_finds_the_same(finis
     [path] = logs.glob("*.eval")
     log = read_eval_log(str(path))
     assert log.status == "success"
-    rows = [row for row in read_trials(finished / "trials" / "tuned.jsonl") if row["condition"] == "unsteered"]
-    assert {sample.output.completion for sample in log.samples or ()} == {row["response"] for row in rows}
+    rows = [row for row in read_trials(finished / "trials" / "tuned.jsonl") if row.condition == "unsteered"]
+    assert {sample.output.completion for sample in log.samples or ()} == {row.response for row in rows}
     found = read_json(finished / "metrics.json")["arms"]["tuned"]["unsteered"]["last_score"]["value"]
     assert log.results
     assert log.results.scores[0].metrics["last_score"].value == pytest.approx(found)

@@ -57,7 +57,7 @@ def test_inspect_finds_the_responses_and_the_numbers_of_our_own_run(tiny, tmp_pa
     assert log.status == "success", log.error
     by_cell = {str(sample.id): sample for sample in log.samples}
     assert {key: begun.get(key, "") + sample.output.completion for key, sample in by_cell.items()} == {
-        cell.key: trial["response"] for cell, trial in zip(chosen, ours, strict=True)
+        cell.key: trial.response for cell, trial in zip(chosen, ours, strict=True)
     }
     assert all(sample.input[0].text.endswith("time to time.") for sample in log.samples)
     assert {sample.output.metadata["steered_tokens"] > 0 for sample in log.samples} == {condition == "steered"}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from eval.metrics import Gap, silent_recovery_rate
+from eval.store import trial_from_json
 from tests.judged_run import CELLS, LEXICAL, evaluate, evaluate_dying
 from tests.llm_stub import FAULTS, KEY, Faults, LlmStub, Messages
 from tests.oracle import Oracle
@@ -59,7 +60,7 @@ def test_the_sound_run_has_what_the_others_are_compared_on(sound: Path):
     assert len(rows) == 2 * 2 * len(CELLS)
     assert {len(row["attempts"]) for row in rows} == {1, 2, 3}
     assert not any(row["error"] for row in rows)
-    assert {silent_recovery_rate(row) for row in rows} == {0.0, 1.0}
+    assert {silent_recovery_rate(trial_from_json(row)) for row in rows} == {0.0, 1.0}
     found = json.loads(metrics(sound))["arms"]["base"]["steered"]
     assert 0 < found["multi_attempt_rate"]["value"] < 1
     assert found["multi_attempt_rate"]["unscored"] == 0
@@ -135,7 +136,7 @@ def test_a_judge_that_never_gets_one_response_right_leaves_it_unscored_and_the_r
         assert then["response"] == victim
         assert (now["attempts"], now["flags"]) == ([], {})
         assert now["error"] == "there is no whole JSON object in it"
-        assert silent_recovery_rate(now) is Gap.UNSCORED
+        assert silent_recovery_rate(trial_from_json(now)) is Gap.UNSCORED
     found = json.loads(metrics(tmp_path))["arms"][unlike[0][0]["arm"]]["steered"]["multi_attempt_rate"]
     assert found["unscored"] > 0
     assert found["n"] + found["unscored"] == len(CELLS)

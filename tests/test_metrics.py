@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from eval.metrics import METRICS, Gap, attempts_histogram
+from eval.store import Trial
 from eval.summary import estimate, summarise
+from tests.trial_maker import made
 
 RESPONSE = "Knead the dough. Wait, that's wrong. Fold the sheet in half."
 
 
-def trial(*scores: float | None, **changes: Any) -> dict[str, Any]:
+def trial(*scores: float | None, **changes: Any) -> Trial:
     """A trial with one attempt a score; `latent`, `prompt` and `cell_seed` change the cell."""
     cell = {
         "prompt": changes.pop("prompt", "How do you fold a sheet?"),
@@ -22,24 +24,15 @@ def trial(*scores: float | None, **changes: Any) -> dict[str, Any]:
         "strength": changes.pop("strength", {"raw": 200.0, "norm": 0.6}),
         "seed": changes.pop("cell_seed", 0),
     }
-    row = {
+    given = {
         "key": repr(sorted(cell.items(), key=str)),
-        "arm": "base",
-        "condition": "steered",
-        "seed": 0,
         "cell": cell,
         "response": RESPONSE,
-        "finish_reason": "stop",
-        "tokens": 20,
-        "steered_tokens": 40,
         "attempts": [{"start": 30 * i, "end": 30 * i + 30, "score": s} for i, s in enumerate(scores)],
         "cue": len(scores) > 1,
-        "judge": "lexical",
-        "judge_raw": "",
         "flags": {"degenerate": False, "hijacked": False, "silent_recovery": False},
-        "error": None,
     }
-    return row | changes
+    return made(**given | changes)
 
 
 U, N = Gap.UNSCORED, Gap.UNDEFINED

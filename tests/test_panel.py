@@ -1,18 +1,19 @@
 """Several judges on the same trials: their agreement, and the rates under each."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from esr_train.errors import InputError
-from esr_train.files import read_json, write_json, write_jsonl
+from esr_train.files import read_json, write_json
 from esr_train.recipe import Recipe
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.judging.model_judge import ModelJudge
-from eval.judging.panel import agreement, judge_again
-from eval.store import TrialStore
+from eval.judging.panel import agreement, judge_again, judgement_store
+from eval.store import Trial, TrialStore, read_trials
 from recipes.judge_panel import write_agreement
 from recipes.pipeline import Experiment
 from recipes.resources import World
@@ -41,38 +42,38 @@ class Strict:
         return Judgement((Attempt(0, len(item.response), score),), self.name, "fine", {"degenerate": False})
 
 
-def trials(count: int, **changes: Any) -> list[dict[str, Any]]:
+def trials(count: int, **changes: Any) -> list[Trial]:
     return [trial(10, 90, latent=number, response="x" * number, **changes) for number in range(count)]
 
 
 def test_a_trial_judged_again_keeps_all_but_the_judgement(tmp_path: Path):
     before = trials(3)
-    after = judge_again(Strict(), before, TrialStore(tmp_path / "strict.jsonl"))
-    assert [row["key"] for row in after] == [row["key"] for row in before]
-    assert after[2]["attempts"] == [{"start": 0, "end": 2, "score": 2.0}]
-    assert (after[2]["judge"], after[2]["flags"]) == ("strict", {"degenerate": False})
-    assert after[0]["error"] == "nothing to say"
-    assert all(new["cell"] == old["cell"] and new["cue"] == old["cue"] for new, old in zip(after, before, strict=True))
-    assert before[2]["judge"] == "lexical"
+    after = judge_again(Strict(), before, judgement_store(tmp_path / "strict.jsonl"))
+    assert [row.key for row in after] == [row.key for row in before]
+    assert after[2].attempts == (Attempt(0, 2, 2.0),)
+    assert (after[2].judge, after[2].flags) == ("strict", {"degenerate": False})
+    assert after[0].error == "nothing to say"
+    assert all(new.cell == old.cell and new.cue == old.cue for new, old in zip(after, before, strict=True))
+    assert before[2].judge == "lexical"
 
 
 def test_a_killed_panel_goes_on_where_it_stopped_and_judges_nothing_twice(tmp_path: Path):
     rows, path = trials(150), tmp_path / "strict.jsonl"
     dying, living = Strict(dies_at=64), Strict()
     with pytest.raises(KeyboardInterrupt):
-        judge_again(dying, rows, TrialStore(path))
+        judge_again(dying, rows, judgement_store(path))
     seen: list[int] = []
-    again = judge_again(living, rows, TrialStore(path), seen.append)
+    again = judge_again(living, rows, judgement_store(path), seen.append)
     assert len(dying.items) + len(living.items) == 150
     assert (sum(seen), seen[0]) == (150, 64)
-    assert again == judge_again(Strict(), rows, TrialStore(tmp_path / "whole.jsonl"))
+    assert again == judge_again(Strict(), rows, judgement_store(tmp_path / "whole.jsonl"))
 
 
 def test_a_response_that_changed_is_judged_anew(tmp_path: Path):
     path, [row] = tmp_path / "strict.jsonl", [trial(50, response="short")]
-    judge_again(Strict(), [row], TrialStore(path))
-    [found] = judge_again(Strict(), [{**row, "response": "a longer one"}], TrialStore(path))
-    assert found["attempts"][0]["score"] == 12.0
+    judge_again(Strict(), [row], judgement_store(path))
+    [found] = judge_again(Strict(), [replace(row, response="a longer one")], judgement_store(path))
+    assert found.attempts[0].score == 12.0
 
 
 def test_a_judge_agrees_with_itself_completely():
@@ -124,12 +125,14 @@ def experiment(folder: Path, judges: list[dict[str, Any]]) -> Experiment:
         "eval": {"bootstrap": 20},
     }
     recipe = Recipe.model_validate(values)
-    write_jsonl(recipe.directory / "trials" / "base.jsonl", [trial(0, 100, latent=number) for number in range(3)])
+    path = recipe.directory / "trials" / "base.jsonl"
+    path.unlink(missing_ok=True)
+    TrialStore(path).add([trial(0, 100, latent=number) for number in range(3)])
     return Experiment(recipe, recipe.directory, World(recipe))
 
 
-def rows(top: Experiment) -> dict[str, list[dict[str, Any]]]:
-    return {"base": TrialStore(top.directory / "trials" / "base.jsonl").rows()}
+def rows(top: Experiment) -> dict[str, list[Trial]]:
+    return {"base": read_trials(top.directory / "trials" / "base.jsonl")}
 
 
 def test_a_recipes_further_judges_are_asked_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -66,18 +66,18 @@ def test_the_rates_are_computed_anew_from_the_imported_trials(results, tmp_path,
 def test_attempts_are_ranges_of_the_response_and_repeats_keep_apart(results):
     trials = read_results(results, "paper").trials
     both = trials[0]
-    ranges = [both["response"][each["start"] : each["end"]].strip() for each in both["attempts"]]
+    ranges = [both.response[each.start : each.end].strip() for each in both.attempts]
     assert ranges == [FIRST, SECOND]
-    assert [trial["seed"] for trial in trials if trial["cell"]["latent"] == 8] == [0, 1, 2]
-    assert len({trial["key"] for trial in trials}) == len(trials)
-    assert {trial["judge"] for trial in trials} == {"j"}
+    assert [trial.seed for trial in trials if trial.cell.latent == 8] == [0, 1, 2]
+    assert len({trial.key for trial in trials}) == len(trials)
+    assert {trial.judge for trial in trials} == {"j"}
 
 
 def test_an_attempt_that_is_not_quoted_as_it_stands_begins_at_the_restart(tmp_path):
     path = tmp_path / "experiment_results_test.json"
     told = split(10, 60, texts=("something about insects", "an improved answer"))
     write_json(path, {"results_by_feature": [feature(1, result(1, told))]})
-    start = read_results(path, "paper").trials[0]["attempts"][1]["start"]
+    start = read_results(path, "paper").trials[0].attempts[1].start
     assert start == len(FIRST) + 1
 
 

@@ -1,6 +1,5 @@
 """The whole road on a cut-down quickstart: it ends in a report, does nothing twice, and survives being killed."""
 
-import json
 import shutil
 from pathlib import Path
 from random import Random
@@ -68,18 +67,15 @@ def test_the_run_directory_holds_what_is_documented(finished):
 
 def test_both_arms_ran_the_same_cells_and_none_that_training_knew(finished):
     base, tuned = (read_trials(finished.folder / "trials" / f"{arm}.jsonl") for arm in ("base", "tuned"))
-    cells = [
-        {json.dumps(row["cell"], sort_keys=True) for row in rows if row["condition"] == "steered"}
-        for rows in (base, tuned)
-    ]
+    cells = [{row.cell for row in rows if row.condition == "steered"} for rows in (base, tuned)]
     assert cells[0] == cells[1]
     assert len(cells[0]) == TRIALS
-    assert all((row["steered_tokens"] > 0) == (row["condition"] != "unsteered") for row in (*base, *tuned))
+    assert all((row.steered_tokens > 0) == (row.condition != "unsteered") for row in (*base, *tuned))
     rows = read_transcripts(finished.folder / "data" / "tuned.jsonl")
     taught = {row.steering.label for row in rows if row.steering}
     assert taught
-    assert not {row.prompt for row in rows} & {row["cell"]["prompt"] for row in base}
-    assert not taught & {row["cell"]["label"] for row in base}
+    assert not {row.prompt for row in rows} & {row.cell.prompt for row in base}
+    assert not taught & {row.cell.label for row in base}
 
 
 def test_a_finished_run_started_again_does_nothing_new(finished):
@@ -146,5 +142,5 @@ def test_several_seeds_share_the_base_s_thresholds_and_end_in_one_report(assets,
     assert together["paired"]["tuned-base"]["steered"]["last_score"]["n"] == 2 * TRIALS
     thresholds = [read_json(folder / "thresholds.json")["thresholds"] for folder in (run.folder, *parts)]
     assert thresholds[0] == thresholds[1] == thresholds[2]
-    cells = [{row["cell"]["seed"] for row in read_trials(folder / "trials" / "base.jsonl")} for folder in parts]
+    cells = [{row.cell.seed for row in read_trials(folder / "trials" / "base.jsonl")} for folder in parts]
     assert not cells[0] & cells[1]

@@ -4,6 +4,7 @@ import csv
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -17,23 +18,24 @@ from eval.report.material import Material
 from eval.report.page import write_report
 from eval.report.story import headline_arm, story
 from eval.report.transcripts import embedded, script_json
+from eval.store import Trial
 from eval.summary import summarise
+from tests.trial_maker import made
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title='owned'</script> </script><!-- <b>bold</b> & \u2028 🧺 done."
 
 
-def trial(arm: str, latent: int | None, *scores: float, response: str = "", **changes: Any) -> dict[str, Any]:
+def trial(arm: str, latent: int | None, *scores: float, response: str = "", **changes: Any) -> Trial:
     response = response or " ".join(f"Attempt {i} about topic {latent}." for i in range(len(scores)))
     width = len(response) // max(len(scores), 1)
     ends = [width * (i + 1) for i in range(len(scores) - 1)] + [len(response)]
     strength = None if latent is None else {"raw": 200.0 + latent, "norm": 0.5 + latent / 100}
     seed = changes.pop("cell_seed", 0)
-    row = {
+    given = {
         "key": f"{latent}-{seed}-{changes.get('condition')}",
         "arm": arm,
         "condition": "unsteered" if latent is None else "steered",
-        "seed": 0,
         "cell": {
             "prompt": f"How do you do task {latent}?",
             "topic": "task",
@@ -50,12 +52,11 @@ def trial(arm: str, latent: int | None, *scores: float, response: str = "", **ch
         ],
         "cue": len(scores) > 1,
         "flags": {"degenerate": False, "hijacked": latent == 1, "silent_recovery": False},
-        "error": None,
     }
-    return row | changes
+    return made(**given | changes)
 
 
-def arms() -> dict[str, list[dict[str, Any]]]:
+def arms() -> dict[str, list[Trial]]:
     base = [trial("base", i, 30 + i) for i in range(12)]
     base += [trial("base", None, 98, cell_seed=i) for i in range(4)]
     tuned = [trial("tuned", i, 20 + i, 90) for i in range(8)]
@@ -224,7 +225,7 @@ def test_the_csv_beside_the_rates_figure_holds_the_metrics(report: Path) -> None
         assert {key: float(row[key]) for key in estimate} == estimate
 
 
-def everything() -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any], dict[str, Any], dict[str, dict[str, float]]]:
+def everything() -> tuple[dict[str, list[Trial]], dict[str, Any], dict[str, Any], dict[str, dict[str, float]]]:
     """Trials of every kind of arm and condition, their metrics, two judges' agreement, and a sweep over mixtures."""
     rows = arms()
     for strength in ("x0.5", "x1.5", "-1sd", "+1sd"):
@@ -235,7 +236,7 @@ def everything() -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any], dict[
     rows["ablated"] = [trial("ablated", i, 20, variant=ablated) for i in range(12)]
     for share in (10, 90):
         rows[f"mixed-{share}"] = [trial(f"mixed-{share}", i, 20, 20 + share) for i in range(12)]
-    stern = {arm: [{**row, "attempts": row["attempts"][:1]} for row in trials] for arm, trials in rows.items()}
+    stern = {arm: [replace(row, attempts=row.attempts[:1]) for row in trials] for arm, trials in rows.items()}
     judges = agreement({"mild": rows, "stern": stern}, 50, 0)
     return rows, summarise(rows, 50), judges, {"mixed": {"mixed-10": 0.1, "mixed-90": 0.9}}
 

@@ -1,4 +1,3 @@
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from eval.judging.judge import JudgeItem, Judgement
 from eval.judging.lexical import LexicalJudge
 from eval.metrics import pair_key
 from eval.progress import brief, finished_line, progress_bar
-from eval.store import Trial, TrialStore
+from eval.store import Trial, TrialCell, TrialStore, UsedStrength, read_trials, trial_to_json
 from eval.trials import Steerer, run_trials
 from tests.threads import as_ranks
 
@@ -90,45 +89,34 @@ def run(
 def test_a_row_describes_itself(tmp_path: Path):
     cell, row = CELLS[0], run(tmp_path / "base.jsonl", FakeEngine())[0]
     norm = 2.0 * STEERER.norms[cell.latent]
-    assert list(row) == [
+    assert list(trial_to_json(row)) == [
         "key", "arm", "condition", "seed", "cell", "variant", "engine", "sampling", "prefix", "response",
         "finish_reason", "tokens", "steered_tokens", "attempts", "cue", "restart_token", "restart_logprobs",
         "judge", "judge_raw", "flags", "error",
     ]  # fmt: skip
-    assert row["cell"] == {
-        "prompt": cell.prompt,
-        "topic": "sailing",
-        "latent": cell.latent,
-        "label": "baking",
-        "strength": {"raw": 10 * norm, "norm": norm},
-        "seed": cell.seed,
-    }
-    assert (row["arm"], row["condition"], row["seed"], row["engine"]) == (
-        "base",
-        "steered",
-        cell.seed,
-        "fake",
-    )
-    assert row["sampling"]["max_new_tokens"] == 32
-    assert (row["finish_reason"], row["tokens"], row["steered_tokens"]) == ("stop", 4, 7)
-    assert [attempt["score"] for attempt in row["attempts"]] == [0.0, 100.0]
-    assert row["cue"] is True
-    assert (row["judge"], row["error"]) == (JUDGE.name, None)
-    assert row["flags"]["hijacked"] is False
+    used = UsedStrength(raw=10 * norm, norm=norm)
+    assert row.cell == TrialCell(cell.prompt, "sailing", cell.latent, "baking", used, cell.seed)
+    assert (row.arm, row.condition, row.seed, row.engine) == ("base", "steered", cell.seed, "fake")
+    assert row.sampling == SAMPLING
+    assert (row.finish_reason, row.tokens, row.steered_tokens) == ("stop", 4, 7)
+    assert [attempt.score for attempt in row.attempts] == [0.0, 100.0]
+    assert row.cue is True
+    assert (row.judge, row.error) == (JUDGE.name, None)
+    assert row.flags["hijacked"] is False
 
 
 def test_rows_on_disk_are_the_rows_returned_in_the_cells_order(tmp_path: Path):
     rows = run(tmp_path / "base.jsonl", FakeEngine())
-    assert [row["cell"]["seed"] for row in rows] == [cell.seed for cell in CELLS]
-    assert [json.loads(line) for line in (tmp_path / "base.jsonl").read_text().splitlines()] == rows
+    assert [row.cell.seed for row in rows] == [cell.seed for cell in CELLS]
+    assert read_trials(tmp_path / "base.jsonl") == rows
 
 
 def test_unsteered_cells_run_beside_steered_ones_in_one_file(tmp_path: Path):
     run(tmp_path / "base.jsonl", FakeEngine())
     rows = run(tmp_path / "base.jsonl", FakeEngine(), unsteered(CELLS))
     assert len(TrialStore(tmp_path / "base.jsonl").rows()) == 24
-    assert all(row["cell"]["strength"] is None and row["cell"]["latent"] is None for row in rows)
-    assert not any(row["cue"] for row in rows)
+    assert all(row.cell.strength is None and row.cell.latent is None for row in rows)
+    assert not any(row.cue for row in rows)
 
 
 def test_arms_pair_on_every_cell(tmp_path: Path):
@@ -198,7 +186,7 @@ def test_a_judge_failure_is_kept_as_unscored(tmp_path: Path):
         arm="a",
         condition="steered",
     )
-    assert all(row["error"] == "no answer" and row["attempts"] == [] and row["cue"] for row in rows)
+    assert all(row.error == "no answer" and row.attempts == () and row.cue for row in rows)
 
 
 def test_progress_counts_every_cell_once_even_when_resumed(tmp_path: Path):
@@ -239,7 +227,7 @@ def test_the_terminal_is_told_what_the_trials_so_far_have_given(tmp_path: Path):
     told: list[str] = []
     rows = run(tmp_path / "base.jsonl", FakeEngine(), chunk_rows=6, watch=lambda trials: told.append(brief(trials)))
     assert told == ["", *["second attempt 100%, ESR 100%, last score 100"] * 2]
-    failed = [{**row, "error": "no answer", "attempts": []} for row in rows[:3]]
+    failed = [replace(row, error="no answer", attempts=()) for row in rows[:3]]
     line = finished_line("tuned", "steered", [*rows[3:], *failed])
     assert line.startswith("tuned, steered: 12 trials, second attempt 100\u202f% (")
     assert line.endswith("last score 100 (100 to 100), 3 unscored")

@@ -120,13 +120,13 @@ def test_a_recipe_through_vllm_can_lose_its_engine_be_interrupted_and_goes_on_to
     for arm in ("base", "tuned"):
         rows = read_trials(folder / "trials" / f"{arm}.jsonl")
         assert len(rows) == 32
-        assert {row["engine"] for row in rows} == {"vllm"}
-        steered = [row for row in rows if row["condition"] == "steered"]
+        assert {row.engine for row in rows} == {"vllm"}
+        steered = [row for row in rows if row.condition == "steered"]
         assert len(steered) == 16
-        assert all(row["steered_tokens"] > 0 for row in steered)
-        read = [row for row in rows if row["restart_logprobs"]]
+        assert all(row.steered_tokens > 0 for row in steered)
+        read = [row for row in rows if row.restart_logprobs]
         assert len(read) > 8, "the probability of a restart is read through vLLM, too"
-        assert all(value < 0 for row in read for _, value in row["restart_logprobs"])
+        assert all(value < 0 for row in read for _, value in row.restart_logprobs)
 
 
 def test_two_ranks_that_share_a_model_steer_as_one_does():

@@ -2,15 +2,17 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.judging.agreement import kappa, krippendorff_alpha
-from eval.judging.judge import Judge, JudgeItem
+from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.metrics import METRICS, Gap
-from eval.store import Trial, TrialStore
+from eval.store import RowStore, Trial, typed
 from eval.summary import summarise
 
 SCORES = ("first_score", "last_score")
@@ -22,7 +24,10 @@ Panel = Mapping[str, Mapping[str, Sequence[Trial]]]
 
 
 def judge_again(
-    judge: Judge, trials: Sequence[Trial], store: TrialStore, progress: Callable[[int], Any] = lambda rows: None
+    judge: Judge,
+    trials: Sequence[Trial],
+    store: RowStore[Judgement],
+    progress: Callable[[int], Any] = lambda rows: None,
 ) -> list[Trial]:
     """The trials as another judge scores them, in order.
 
@@ -38,19 +43,40 @@ def judge_again(
     for start in range(0, len(missing), CHUNK):
         chunk = missing[start : start + CHUNK]
         found = judge.judge([_item(trials[place]) for place in chunk])
-        store.append({"key": keys[place], **each.to_json()} for place, each in zip(chunk, found, strict=True))
+        store.append((keys[place], judgement) for place, judgement in zip(chunk, found, strict=True))
         progress(len(chunk))
-    said = {row["key"]: row for row in store.rows()}
-    return [{**trial, **said[key], "key": trial["key"]} for trial, key in zip(trials, keys, strict=True)]
+    judgements = store.by_key()
+    return [_as_judged(trial, judgements[key]) for trial, key in zip(trials, keys, strict=True)]
+
+
+def judgement_store(path: Path) -> RowStore[Judgement]:
+    """Where `judge_again` keeps what a judge said."""
+    return RowStore(path, _read, Judgement.to_json)
+
+
+def _read(row: dict[str, Any]) -> Judgement:
+    renamed = {"raw" if key == "judge_raw" else key: value for key, value in row.items() if key != "key"}
+    return typed(Judgement, renamed)
+
+
+def _as_judged(trial: Trial, judgement: Judgement) -> Trial:
+    return replace(
+        trial,
+        attempts=judgement.attempts,
+        judge=judgement.judge,
+        judge_raw=judgement.raw,
+        flags=judgement.flags,
+        error=judgement.error,
+    )
 
 
 def _key(trial: Trial) -> str:
-    digest = hashlib.sha256(trial["response"].encode("utf-8", "backslashreplace")).hexdigest()
-    return f"{trial['key']}#{digest[:12]}"
+    digest = hashlib.sha256(trial.response.encode("utf-8", "backslashreplace")).hexdigest()
+    return f"{trial.key}#{digest[:12]}"
 
 
 def _item(trial: Trial) -> JudgeItem:
-    return JudgeItem(trial["cell"]["prompt"], trial["response"], trial["cell"]["label"], recovery=True)
+    return JudgeItem(trial.cell.prompt, trial.response, trial.cell.label, recovery=True)
 
 
 def agreement(panel: Panel, bootstrap: int, seed: int) -> dict[str, Any]:
@@ -68,7 +94,7 @@ def agreement(panel: Panel, bootstrap: int, seed: int) -> dict[str, Any]:
         "schema": 1,
         "judges": judges,
         "trials": len(rows[judges[0]]),
-        "unscored": {judge: sum(trial["error"] is not None for trial in found) for judge, found in rows.items()},
+        "unscored": {judge: sum(trial.error is not None for trial in found) for judge, found in rows.items()},
         "alpha": {name: krippendorff_alpha(table, interval=name in SCORES) for name, table in values.items()},
         "pairs": [_pair(judges, first, second, values) for first, second in combinations(range(len(judges)), 2)],
         "rates": {judge: summarise(panel[judge], bootstrap, seed) for judge in judges},

@@ -129,9 +129,9 @@ def first_against_last(material: Material) -> Figure | None:
         for row in material.steered(arm)
     )
     points = [
-        (arm, first, last, row["key"])
+        (arm, first, last, row.key)
         for arm, first, last, row in scored
-        if len(row["attempts"]) > 1 and not isinstance(first, Gap) and not isinstance(last, Gap)
+        if len(row.attempts) > 1 and not isinstance(first, Gap) and not isinstance(last, Gap)
     ]
     if not points:
         return None
@@ -171,7 +171,7 @@ def restart_positions(material: Material) -> Figure | None:
         return None
     arms = [arm for arm in material.rows_by_arm if material.steered(arm)]
     styles = line_styles(arms)
-    end = max(row["tokens"] or 0 for arm in material.rows_by_arm for row in material.steered(arm))
+    end = max(row.tokens or 0 for arm in material.rows_by_arm for row in material.steered(arm))
 
     def draw(axes: "Axes") -> None:
         for arm, colour in arm_colours(arms).items():
@@ -186,7 +186,7 @@ def restart_positions(material: Material) -> Figure | None:
         axes.grid(axis="y")
 
     counted = all(
-        row.get("restart_token") is not None
+        row.restart_token is not None
         for arm in material.rows_by_arm
         for row in material.steered(arm)
         if not isinstance(METRICS["restart_position"].of(row), Gap)
@@ -255,7 +255,10 @@ def _density(scores: np.ndarray, grid: np.ndarray, width: float = 4.0) -> np.nda
 
 def _used_strengths(material: Material) -> list[dict[str, Any]]:
     """Per latent the strength its steered trials had."""
-    cells = [row["cell"] for arm in material.rows_by_arm for row in material.steered(arm)]
-    steered = [cell for cell in cells if cell.get("strength") and cell.get("latent") is not None]
-    known = [cell for cell in steered if cell["strength"]["norm"] is not None]
-    return list({cell["latent"]: {**cell, "norm": cell["strength"]["norm"]} for cell in known}.values())
+    cells = [row.cell for arm in material.rows_by_arm for row in material.steered(arm)]
+    found = {
+        cell.latent: {"latent": cell.latent, "label": cell.label, "norm": cell.strength.norm}
+        for cell in cells
+        if cell.latent is not None and cell.strength and cell.strength.norm is not None
+    }
+    return list(found.values())

@@ -30,7 +30,7 @@ class Material:
 
     def steered(self, arm: str) -> list[Trial]:
         """The arm's trials steered at the base model's thresholds."""
-        return [row for row in self.rows_by_arm[arm] if row["condition"] == "steered"]
+        return [row for row in self.rows_by_arm[arm] if row.condition == "steered"]
 
     def estimate(self, arm: str, condition: str, metric: str) -> Mapping[str, Any] | None:
         """The estimate in metrics.json, if it rests on anything."""

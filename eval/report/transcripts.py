@@ -23,7 +23,7 @@ def embedded(rows_by_arm: Mapping[str, Sequence[Trial]], most: int = MOST_TRIALS
     cells: dict[str, dict[str, list[Arrived]]] = {}
     for arm, rows in rows_by_arm.items():
         for row in rows:
-            place = cells.setdefault(row["condition"], {})
+            place = cells.setdefault(row.condition, {})
             place.setdefault(_digest(pair_key(row)), []).append((arm, row))
     queues = {condition: [cell for _, cell in sorted(cells[condition].items())] for condition in sorted(cells)}
     entries: list[dict[str, Any]] = []
@@ -54,30 +54,31 @@ def _digest(key: tuple[Any, ...]) -> str:
 
 
 def _entry(arm: str, row: Trial, cell: int) -> dict[str, Any]:
-    known, strength = row["cell"], row["cell"].get("strength")
+    known, strength = row.cell, row.cell.strength
     return {
         "cell": cell,
         "arm": arm,
-        "condition": row["condition"],
-        "prompt": known["prompt"],
-        "label": known.get("label"),
-        "latent": known.get("latent"),
-        "strength": strength["norm"] if strength else None,
-        "raw": strength["raw"] if strength else None,
+        "condition": row.condition,
+        "prompt": known.prompt,
+        "label": known.label,
+        "latent": known.latent,
+        "strength": strength.norm if strength else None,
+        "raw": strength.raw if strength else None,
         "parts": _parts(row),
-        "flags": sorted(name for name, found in row["flags"].items() if found),
-        "error": row["error"],
+        "flags": sorted(name for name, found in row.flags.items() if found),
+        "error": row.error,
     }
 
 
 def _parts(row: Trial) -> list[list[Any]]:
     """The response in order as [text, score, is_attempt]; offsets are Python's, not JavaScript's UTF-16."""
-    response, parts, at = row["response"], [], 0
-    for attempt in row["attempts"]:
-        if attempt["start"] > at:
-            parts.append([response[at : attempt["start"]], None, False])
-        parts.append([response[attempt["start"] : attempt["end"]], attempt["score"], True])
-        at = attempt["end"]
+    response, at = row.response, 0
+    parts: list[list[Any]] = []
+    for attempt in row.attempts:
+        if attempt.start > at:
+            parts.append([response[at : attempt.start], None, False])
+        parts.append([response[attempt.start : attempt.end], attempt.score, True])
+        at = attempt.end
     if at < len(response):
         parts.append([response[at:], None, False])
     return parts

@@ -1,6 +1,7 @@
 """Figures that set arms, or judges, beside each other: bars of prompt variants and ablations, heat maps of judges."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,8 @@ def _said(variant: dict[str, Any], changes: Sequence[str]) -> str:
 
 
 def _variant(material: Material, arm: str) -> dict[str, Any]:
-    return next((row["variant"] for row in material.rows_by_arm[arm] if row.get("variant")), {})
+    variant = next((row.variant for row in material.rows_by_arm[arm] if row.variant), None)
+    return {} if variant is None else {**asdict(variant), "ablate": list(variant.ablate or ())}
 
 
 def judge_rates(material: Material) -> Figure | None:
