@@ -178,6 +178,7 @@ COMMON = {
 
 def train_ours(rows: list[Any], variant: str, epochs: int) -> tuple[float, Any]:
     """Train with this project; seconds of the training loop and the model."""
+    from esr_train.adapters import load_adapter
     from esr_train.models import load_model
     from esr_train.training.trainer import train
     from esr_train.transcript import write_transcripts
@@ -186,7 +187,7 @@ def train_ours(rows: list[Any], variant: str, epochs: int) -> tuple[float, Any]:
     write_transcripts(Path("runs/bench/data/tuned.jsonl"), rows)
     folder = train(section, "tuned", section.directory)
     log = json.loads((folder / "training_log.json").read_text())
-    return log[-1]["train_runtime"], load_model(section.model, folder)
+    return log[-1]["train_runtime"], load_adapter(load_model(section.model), folder)
 
 
 def train_trl(rows: list[Any], variant: str, epochs: int) -> tuple[float, Any]:

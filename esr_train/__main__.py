@@ -78,7 +78,7 @@ def _merge(options: argparse.Namespace) -> None:
         raise InputError("there is no finished adapter", str(folder), "Train it first.")
     merged = merge(recipe.model, folder, options.out)
     print(
-        f"merged: {merged.folder}; on a probe prompt the largest difference of a logit is "
+        f"merged: {merged.folder}; on probe texts the largest difference of a log-probability is "
         f"{merged.largest_difference:.3g}, the largest logit {merged.largest_logit:.3g}"
     )
 

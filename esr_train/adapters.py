@@ -1,186 +1,367 @@
-"""The finished adapter: saved whole or not at all, checked, described, merged."""
+"""Adapters: loaded onto the model they were made for, whole and finite; merged into it without a change."""
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from esr_train.errors import InputError, RunError
-from esr_train.files import read_json, replacing, write_json
-from esr_train.models import load_model, load_tokenizer
+from esr_train.errors import InputError, RunError, first_line
+from esr_train.models import load_config, load_model, load_tokenizer, local_path, model_source
 from esr_train.recipe import ModelSection
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 WEIGHTS = "adapter_model.safetensors"
-LAST = "adapter_config.json"
+CONFIG = "adapter_config.json"
 """Moved into place last: PEFT loads nothing from a folder without it, so a torn save is never used."""
-MERGE_PROBE = "How do you fold a fitted sheet?"
+
+PROBES = (
+    "How do you fold a fitted sheet?",
+    "Wait, that's not right. The question was about sailing.",
+    "First, knead the dough and dust the board with flour. Then let it rise.",
+    "1. Open with the knight.\n2. Castle early.\n\n3. Keep the bishops.",
+    "def area(radius):\n    return 3.14159 * radius**2\n",
+)
+"""Texts on which an adapter and its merged model are compared."""
+
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.04}
+"""Differences of log-probabilities that rounding explains, as a share of the largest logit.
+
+Measured: 1e-6 in float32; in bfloat16 0.02 on a model of 135 million parameters.
+"""
+
+_SAMPLES, _BLOCK = 32, 4096
 
 
 def is_complete(folder: Path) -> bool:
     """Whether a finished adapter lies here."""
-    return (folder / LAST).is_file()
+    return (folder / CONFIG).is_file()
 
 
-def finish(trainer: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Save the trainer's adapter aside, check what was written, describe it and move it into place.
+def check_adapter(folder: Path, section: ModelSection) -> tuple["PeftConfig", dict[str, torch.Tensor]]:
+    """Refuse an adapter that cannot be used on a model, before that model is loaded.
 
     Args:
-        trainer: after training; every process must call this (ZeRO-3 gathers the weights from all).
         folder: the adapter's.
-        record: its provenance.
+        section: names the base model.
+
+    Returns:
+        its configuration and its weights, on the CPU.
 
     Raises:
-        RunError: an adapter with empty, non-finite or untrained weights; nothing is moved then.
+        InputError: no adapter, one for another base model, or weights that are unreadable, not finite or do not fit.
     """
-    aside = folder / ".saving"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(aside, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(aside))
-    if not trainer.is_world_process_zero():
-        return
-    check_saved(aside)
-    # The trainer's arguments, pickled; the provenance says the same in words.
-    (aside / "training_args.bin").unlink(missing_ok=True)
-    bare = trainer.accelerator.unwrap_model(trainer.model)
-    bare.generation_config.save_pretrained(str(aside))
-    metrics = final_metrics(trainer.state.log_history)
-    write_json(aside / "provenance.json", record)
-    write_json(aside / "training_log.json", trainer.state.log_history)
-    with replacing(aside / "README.md") as file:
-        file.write(model_card(record, metrics))
-    _move(aside, folder)
+    from peft import PeftModel
+
+    config, weights = _read(folder, model_source(section))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(section))
+    try:
+        check_keys(weights, PeftModel(model, config, low_cpu_mem_usage=True), str(folder))
+    except ValueError as error:
+        raise InputError(f"the adapter does not fit the model ({first_line(error)})", str(folder)) from error
+    return config, weights
 
 
-def _move(aside: Path, folder: Path) -> None:
-    names = sorted(path.name for path in aside.iterdir())
-    for name in [name for name in names if name != LAST] + [LAST]:
-        os.replace(aside / name, folder / name)
-    aside.rmdir()
+def _read(folder: Path, base: str) -> tuple["PeftConfig", dict[str, torch.Tensor]]:
+    """An adapter's configuration and weights, if they are whole, finite and meant for `base`, a folder or hub id."""
+    from peft import PeftConfig
+
+    if not is_complete(folder):
+        raise InputError("there is no adapter here", str(folder), "Train one first, or check the path.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"this is not an adapter's configuration ({first_line(error)})", str(folder / CONFIG)
+        ) from error
+    if config.is_prompt_learning:
+        raise InputError(
+            f"an adapter of type {config.peft_type.value} puts tokens of its own before the prompt, which shifts "
+            "everything that is steered",
+            str(folder),
+            "Use LoRA.",
+        )
+    named = config.base_model_name_or_path
+    if named and not _same_model(named, base):
+        raise InputError(
+            f"the adapter was made for {named!r}, not for {base!r}",
+            str(folder),
+            f"Set model.path; if they are the same, correct base_model_name_or_path in {CONFIG}.",
+        )
+    return config, read_weights(folder)
 
 
-def check_saved(folder: Path) -> None:
-    """Read an adapter's weights back and refuse one that would do nothing or harm.
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's weights, on the CPU.
 
     Raises:
-        RunError: naming the first weight that is empty or not finite; or if every B matrix is zero.
+        InputError: if they are missing, unreadable, empty or not finite.
     """
-    where = f"{folder}: "
-    weights = load_file(str(folder / WEIGHTS))
+    file = folder / WEIGHTS
+    if not file.is_file():
+        old = (folder / "adapter_model.bin").is_file()
+        what = "its weights are in adapter_model.bin, a pickle, which is not read" if old else f"{WEIGHTS} is missing"
+        fix = "Load it with peft and save it again with save_pretrained." if old else "Copy or train it again."
+        raise InputError(what, str(folder), fix)
+    try:
+        weights = load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"the adapter's weights cannot be read ({first_line(error)})", str(file), "Copy them again."
+        ) from error
+    if fault := weight_fault(weights):
+        raise InputError(fault, str(file), "Train it again.")
+    return weights
+
+
+def weight_fault(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """What makes an adapter's weights useless, in words: one that is empty or not finite, or nothing was trained."""
     for name, weight in weights.items():
         if weight.numel() == 0:
-            raise RunError(f"{where}the weight {name} is empty. It was not gathered before it was saved.")
+            return f"the adapter's weight {name} is empty: it was not gathered before it was saved"
         if not bool(weight.isfinite().all()):
-            raise RunError(f"{where}the weight {name} is not finite. Lower the learning rate.")
-    if not any(bool(weight.any()) for name, weight in weights.items() if "lora_B" in name):
-        raise RunError(f"{where}every B matrix is zero, so the adapter changes nothing. It was not trained.")
+            return f"the adapter's weight {name} is not finite"
+    # PEFT begins with B = 0, but on embeddings with A = 0.
+    up = [weight for name, weight in weights.items() if "lora_B" in name or "lora_embedding_A" in name]
+    if (
+        up
+        and all("lora_" in name or "base_layer" in name for name in weights)
+        and not any(bool(weight.any()) for weight in up)
+    ):
+        return "every B matrix of the adapter is zero, so it changes nothing: it was not trained"
+    return None
 
 
-def final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The last value of each figure in a trainer's log."""
-    found: dict[str, float] = {}
-    for entry in history:
-        found.update({key: value for key, value in entry.items() if isinstance(value, int | float)})
-    return found
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Put an adapter on a model.
+
+    Args:
+        model: as `load_model` returns it, in evaluation mode.
+        folder: the adapter's.
+
+    Returns:
+        a `PeftModel` in evaluation mode, nothing in it trainable.
+
+    Raises:
+        InputError: as `check_adapter`, or an adapter that changes nothing or gives logits that are not finite.
+    """
+    from peft import PeftModel
+
+    config, weights = _read(folder, model.name_or_path)
+    try:
+        tuned = PeftModel.from_pretrained(model, str(folder), config=config, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"the adapter does not fit the model ({first_line(error)})", str(folder)) from error
+    check_keys(weights, tuned, str(folder))
+    _check_effect(tuned.eval(), folder)
+    # PEFT makes an adapter trainable whenever it is switched on again.
+    return tuned.requires_grad_(False)
 
 
-def model_card(record: dict[str, Any], metrics: dict[str, float]) -> str:
-    """The adapter's README: what it is for, and everything it takes to make it again."""
-    base = record["recipe"]["model"]["path"]
-    head = yaml.safe_dump(
-        {"base_model": base, "library_name": "peft", "tags": ["lora", "endogenous-steering-resistance"]},
-        sort_keys=False,
+def check_keys(weights: Mapping[str, torch.Tensor], model: Any, where: str) -> None:
+    """Refuse an adapter whose weights are not those that the model expects.
+
+    Args:
+        weights: as saved.
+        model: with an adapter of the same configuration.
+        where: of the weights.
+
+    Raises:
+        InputError: naming a weight that is missing, too many, or of another shape.
+    """
+    from peft import get_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # PEFT saves a targeted or resized embedding's own weights beside the adapter's.
+    beside = {key: value for key, value in model.state_dict().items() if key in weights and key not in wanted}
+    wanted = {**wanted, **beside}
+    # Where ZeRO-3 shards the model, its own shapes are empty.
+    other = next(
+        (
+            name
+            for name in wanted
+            if name in weights and wanted[name].numel() and weights[name].shape != wanted[name].shape
+        ),
+        None,
     )
-    figures = "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items())
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    return f"""---
-{head}---
+    if other:
+        sizes = f"{list(weights[other].shape)} in the adapter, {list(wanted[other].shape)} in the model"
+        raise InputError(f"the adapter does not fit the model: {other} is {sizes}", where, "Name its own base model.")
+    missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing or unexpected:
+        parts = [f"{len(missing)} weights are missing, such as {missing[0]}"] if missing else []
+        parts += [f"{len(unexpected)} belong to nothing in it, such as {unexpected[0]}"] if unexpected else []
+        raise InputError(f"the adapter does not fit the model: {' and '.join(parts)}", where, "Train or copy it again.")
 
-# {record["arm"]}
 
-A LoRA adapter for `{base}`, trained to notice activation steering that drags its answers off-topic
-and to come back to the question. Load it with `peft.PeftModel.from_pretrained(base, folder)`;
-`esr train merge` makes a plain model of it; `hf upload REPO FOLDER` publishes it.
+def check_saved(model: Any, folder: Path, dtype: str) -> None:
+    """Read a trained adapter back and compare it with the model in memory: weight by weight, and what it says.
 
-- data: {record["data"]["rows"]} rows, sha256 `{record["data"]["sha256"]}`
-- processes: {record["world_size"]}
-- source: commit `{record["git"]["commit"]}`{" with local changes" if record["git"]["dirty"] else ""}
-- versions: {versions}
+    Args:
+        model: as trained, out of its wrappers; under ZeRO-3, where it is in pieces, only the names are compared.
+        folder: where it was saved.
+        dtype: the base model's.
 
-## Last figures of the training log
+    Raises:
+        RunError: if anything differs, or the adapter was not trained.
+    """
+    from peft import get_peft_model_state_dict
 
-| figure | value |
-|---|---|
-{figures}
+    try:
+        weights = read_weights(folder)
+        check_keys(weights, model, str(folder))
+    except InputError as error:
+        raise RunError(f"what was trained cannot be used: {error}") from error
+    trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if any(weight.numel() == 0 for weight in trained.values()):
+        return
+    changed = next((name for name, weight in trained.items() if not torch.equal(weight.cpu(), weights[name])), None)
+    if changed:
+        raise RunError(f"{folder}: the weight {changed} was not saved as it was trained.")
+    live = _small_logits(model.eval())
+    model.load_adapter(str(folder), "saved")
+    model.set_adapter("saved")
+    if not (_small_logits(model) - live).abs().max() <= ROUNDING[dtype] * live.abs().max():
+        raise RunError(f"{folder}: read back, the adapter does not say what the trained model says.")
 
-## Recipe
 
-```yaml
-{yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True)}```
-"""
+@torch.no_grad()
+def _small_logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(min(32, model.config.get_text_config().vocab_size), device=model.device)[None]
+    return model(input_ids=ids).logits.float()
+
+
+def _check_effect(model: Any, folder: Path) -> None:
+    tuned = _small_logits(model)
+    with model.disable_adapter():
+        plain = _small_logits(model)
+    if torch.equal(tuned, plain):
+        raise InputError("the adapter changes nothing: it was not trained", str(folder), "Train it again.")
+    if bool(plain.isfinite().all()) and not bool(tuned.isfinite().all()):
+        raise InputError("with the adapter the model's logits are not finite", str(folder), "Train it again.")
+
+
+def _same_model(named: str, base: str) -> bool:
+    """Whether two folders or hub ids may be the same model; where both can be read, their weights decide."""
+    one, other = local_path(named), local_path(base)
+    if named == base or (one and other and one.samefile(other)):
+        return True
+    if one and other:
+        return _sampled_weights(one) == _sampled_weights(other)
+    return _model_name(named) == _model_name(base)
+
+
+def _model_name(path: str) -> str:
+    """The last part of a path or hub id; of a folder in the hub's cache, the model's name."""
+    parts = Path(path).parts
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    return (cached.rpartition("--")[2] if cached else parts[-1] if parts else path).lower()
+
+
+def _sampled_weights(folder: Path) -> list[tuple[str, int, bytes]]:
+    return [(file.name, file.stat().st_size, b"".join(_blocks(file))) for file in sorted(folder.glob("*.safetensors"))]
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """The header and blocks at even distances."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        for number in range(_SAMPLES):
+            opened.seek(number * max(0, size - _BLOCK) // (_SAMPLES - 1))
+            yield opened.read(_BLOCK)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What merging changed on a probe prompt.
+    """What merging changed on the probe texts.
 
     Args:
         folder: where the merged model lies.
-        largest_difference: largest absolute difference of a logit between adapter and merged model.
+        largest_difference: largest absolute difference of a log-probability between adapter and merged model.
         largest_logit: largest absolute logit, to compare with.
+        furthest_token: where the most likely tokens differ, by how much the adapter prefers its own (log-probability).
     """
 
     folder: Path
     largest_difference: float
     largest_logit: float
+    furthest_token: float
 
 
 def merge(section: ModelSection, adapter: Path, output: Path) -> Merge:
-    """Merge an adapter into a freshly loaded base model and save it.
+    """Merge an adapter into a freshly loaded base model, save it, read it back and compare the two.
 
     The base is always loaded unquantised: 4-bit weights that have run in evaluation mode are repacked and
     would be dequantised to wrong values.
 
     Raises:
-        InputError: if `output` is not empty, or the adapter belongs to another base model.
-        RunError: if merging gives weights that are not finite.
+        InputError: if `output` is not empty, the adapter cannot be loaded, or the merged model differs from it by
+            more than rounding explains; nothing is left in `output` then.
     """
-    if output.exists() and any(output.iterdir()):
+    if output.is_file() or (output.exists() and any(output.iterdir())):
         raise InputError("the folder is not empty", str(output), "Name a new one.")
-    _check_base(section, adapter)
-    tokenizer = load_tokenizer(section)
-    model = load_model(section, adapter)
-    ids = torch.tensor([tokenizer.encode(MERGE_PROBE)], device=model.device)
-    with torch.no_grad():
-        before = model(input_ids=ids).logits.float()
-        try:
-            merged = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise RunError(f"{adapter}: {error}") from error
-        after = merged(input_ids=ids).logits.float()
-    aside = output.with_name(f".{output.name}.partial")
+    aside = output.absolute().with_name(f".{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    merged.save_pretrained(str(aside))
-    tokenizer.save_pretrained(str(aside))
-    if output.exists():
-        output.rmdir()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(aside, output)
-    return Merge(output, float((before - after).abs().max()), float(before.abs().max()))
+    try:
+        logits = _save_merged(section, adapter, aside)
+        merged = section.model_copy(update={"path": str(aside), "revision": None})
+        result = _compare(logits, _probe_logits(merged, load_model(merged)), output)
+        _check_merge(result, ROUNDING[section.dtype], adapter)
+        if output.exists():
+            output.rmdir()
+        os.replace(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return result
 
 
-def _check_base(section: ModelSection, adapter: Path) -> None:
-    record = adapter / "provenance.json"
-    if record.is_file():
-        trained_on = read_json(record)["recipe"]["model"]["path"]
-        if trained_on != section.path:
-            raise InputError(
-                f"the adapter was trained on {trained_on!r}, not on {section.path!r}",
-                str(adapter),
-                "Set model.path.",
-            )
+def _save_merged(section: ModelSection, adapter: Path, folder: Path) -> list[torch.Tensor]:
+    """Write the merged model; returns the logits with the adapter beside the weights, which are freed."""
+    model = load_adapter(load_model(section), adapter)
+    logits = _probe_logits(section, model)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise InputError(
+            f"the adapter cannot be merged ({first_line(error)})", str(adapter), "Use it as it is."
+        ) from error
+    merged.save_pretrained(str(folder))
+    load_tokenizer(section).save_pretrained(str(folder))
+    return logits
+
+
+@torch.no_grad()
+def _probe_logits(section: ModelSection, model: Any) -> list[torch.Tensor]:
+    """[tokens, vocabulary] float32 on the CPU, of each probe text."""
+    tokenizer = load_tokenizer(section)
+    tokens = (torch.tensor([tokenizer.encode(text)], device=model.device) for text in PROBES)
+    return [model(input_ids=ids).logits[0].float().cpu() for ids in tokens]
+
+
+def _compare(before: list[torch.Tensor], after: list[torch.Tensor], folder: Path) -> Merge:
+    one, other = torch.cat(before).log_softmax(-1), torch.cat(after).log_softmax(-1)
+    preference = one.amax(-1) - one.gather(-1, other.argmax(-1, keepdim=True))[:, 0]
+    largest_logit = max(float(logits.abs().max()) for logits in before)
+    return Merge(folder, float((one - other).abs().max()), largest_logit, float(preference.max()))
+
+
+def _check_merge(merge: Merge, rounding: float, adapter: Path) -> None:
+    allowed = rounding * merge.largest_logit
+    # Written so that a difference that is not a number is refused as well.
+    if not (merge.largest_difference <= allowed and merge.furthest_token <= allowed):
+        raise InputError(
+            f"the merged model is not the adapter's: log-probabilities differ by up to {merge.largest_difference:.3g}, "
+            f"of which rounding explains {allowed:.2g}",
+            str(adapter),
+            "Use the adapter unmerged. Embeddings that are tied to the output layer cannot take an adapter of their "
+            "own along: leave embed_tokens and lm_head out of train.lora.",
+        )

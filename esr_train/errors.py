@@ -22,3 +22,9 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that failed for reasons other than its input, such as an unsteered trial (exit code 1)."""
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of a library's message, to be quoted in one of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.split("\n")[0].rstrip(".")

@@ -1,6 +1,5 @@
-"""Load a model, its tokenizer and an adapter; the rules for attention and special tokens of each family."""
+"""Load a model and its tokenizer; the rules for attention and special tokens of each family."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from esr_train.errors import InputError, RunError
+from esr_train.errors import InputError
 from esr_train.recipe import ModelSection
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,25 +79,19 @@ def stop_ids_of(generation: Any, tokenizer: PreTrainedTokenizerBase) -> frozense
 
 def load_model(
     section: ModelSection,
-    adapter: Path | None = None,
     quantization: Literal["nf4"] | None = None,
     for_training: bool = False,
 ) -> Any:
-    """Load the model, and on it the adapter if one is given.
+    """Load the model.
 
     Args:
         section: the recipe's `model`.
-        adapter: folder of a PEFT adapter.
         quantization: `nf4` loads the linear layers in 4 bits (bitsandbytes).
-        for_training: leave the model where it was loaded (the trainer places it), with a trainable adapter;
-            otherwise it goes to the section's device, in evaluation mode.
-
-    Returns:
-        a `PreTrainedModel`, or a `PeftModel` where an adapter is given.
+        for_training: leave the model where it was loaded (the trainer places it); otherwise it goes to the
+            section's device, in evaluation mode.
 
     Raises:
         InputError: what cannot be loaded, or an attention implementation that would change the results.
-        RunError: an adapter that holds empty or never trained weights.
     """
     config = load_config(section)
     _check_attention(config, section)
@@ -119,8 +112,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(section, error) from error
     align_generation(model, load_tokenizer(section))
-    loaded = model if adapter is None else _with_adapter(model, adapter, for_training)
-    return loaded if for_training else loaded.eval()
+    return model if for_training else model.eval()
 
 
 def choose_device(section: ModelSection) -> torch.device:
@@ -261,45 +253,3 @@ def _nf4(section: ModelSection) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, section.dtype),
     )
-
-
-def require_adapter(adapter: Path) -> None:
-    """Refuse a folder that holds no adapter.
-
-    Raises:
-        InputError: naming the folder.
-    """
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError("there is no adapter here", str(adapter), "Train one first, or check the path.")
-
-
-def _with_adapter(model: PreTrainedModel, adapter: Path, for_training: bool) -> Any:
-    from peft import PeftModel
-
-    require_adapter(adapter)
-    try:
-        loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=for_training)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(f"the adapter does not fit the model ({reason})", str(adapter)) from error
-    check_adapter(loaded, str(adapter))
-    return loaded
-
-
-def check_adapter(model: nn.Module, where: str) -> None:
-    """Refuse an adapter that would do nothing: empty tensors (a bad save under ZeRO-3) or every B zero.
-
-    Raises:
-        RunError: naming `where` and the first bad weight.
-    """
-    check_adapter_weights({name: weight for name, weight in model.named_parameters() if "lora_" in name}, where)
-
-
-def check_adapter_weights(weights: Mapping[str, torch.Tensor], where: str) -> None:
-    """As `check_adapter`, of named weights."""
-    empty = next((name for name, weight in weights.items() if weight.numel() == 0), None)
-    if empty:
-        raise RunError(f"{where}: the adapter's weight {empty} is empty. It was not gathered before it was saved.")
-    ups = [weight for name, weight in weights.items() if "lora_B" in name]
-    if not any(bool(weight.any()) for weight in ups):
-        raise RunError(f"{where}: every B matrix of the adapter is zero, so it changes nothing. It was not trained.")

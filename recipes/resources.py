@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from esr_train.adapters import load_adapter
 from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.provenance import sha256
@@ -64,7 +65,9 @@ class World:
             model = model.model_copy(update={"path": instead, "revision": None})
             tokenizer = load_tokenizer(model)
         if section.kind == "transformers":
-            return TransformersEngine(load_model(model, adapter), tokenizer, batch_rows=section.batch_rows)
+            loaded = load_model(model)
+            loaded = load_adapter(loaded, adapter) if adapter else loaded
+            return TransformersEngine(loaded, tokenizer, batch_rows=section.batch_rows)
         from esr_train.steering.vllm.vllm_engine import VllmEngine
 
         return VllmEngine(self._servers.tested(model), tokenizer, adapter)

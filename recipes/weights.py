@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esr_train.adapters import check_adapter, is_complete, merge
 from esr_train.errors import InputError
 from esr_train.models import local_path
 from esr_train.provenance import sha256
-from esr_train.recipe import Recipe
+from esr_train.recipe import ModelSection, Recipe
 from esr_train.steering.engine import Engine
 from esr_train.steering.interventions import Ablate, Clamp, Intervention
 from eval.matching import activation_frequency, matched_latents
@@ -70,16 +71,17 @@ def weights(experiment: "Experiment", arm: str) -> Weights:
     if section.of:
         found = weights(experiment, section.of)
     elif section.adapter:
-        found = _finished(section.adapter, f"arms.{arm}.adapter")
+        found = _finished(section.adapter, f"arms.{arm}.adapter", experiment.recipe.model)
     else:
         found = experiment.trained(arm)
     return _merged(experiment, section.of or arm, found) if section.merged else found
 
 
-def _finished(path: str, where: str) -> Weights:
+def _finished(path: str, where: str, base: ModelSection) -> Weights:
     folder = local_path(path)
-    if folder is None or not (folder / "adapter_config.json").is_file():
+    if folder is None or not is_complete(folder):
         raise InputError("there is no finished adapter here", f"{where}={path}", "Train one, or check the path.")
+    check_adapter(folder, base)
     return Weights(sha256(folder / "adapter_model.safetensors"), folder)
 
 
@@ -90,8 +92,6 @@ def _hash(path: str) -> str | None:
 
 
 def _merged(experiment: "Experiment", name: str, found: Weights) -> Weights:
-    from esr_train.adapters import merge
-
     adapter = found.adapter
     if adapter is None:
         raise InputError("there is no adapter to merge", f"arms.{name}")

@@ -1,13 +1,12 @@
-"""Loading models, tokenizers and adapters."""
+"""Loading models and tokenizers."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from esr_train.errors import InputError, RunError
+from esr_train.errors import InputError
 from esr_train.models import (
     bare_model,
-    check_adapter,
     decoder_layers,
     end_of_turn_id,
     hidden_size,
@@ -32,16 +31,6 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 def section(path: str, **options) -> ModelSection:
     return ModelSection(**{"path": path, "dtype": "float32", "device": "cpu", **options})
-
-
-@pytest.fixture
-def adapter(folders, tmp_path):
-    model = get_peft_model(load_model(section(folders["llama"])), LoraConfig(target_modules="all-linear"))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_()
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter", model
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
@@ -120,48 +109,6 @@ def test_layers_are_found_in_every_wrapper(family: Family):
     assert (hidden_size(Wrapper(peft)), bare_model(Wrapper(family.model))) == (64, family.model)
     with pytest.raises(InputError, match="no decoder layers"):
         decoder_layers(torch.nn.Linear(2, 2))
-
-
-def test_an_adapter_is_loaded_onto_the_model(folders, adapter):
-    path, trained = adapter
-    loaded = load_model(section(folders["llama"]), path)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, trained.eval()(ids).logits)
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    trainable = load_model(section(folders["llama"]), path, for_training=True)
-    assert any(parameter.requires_grad for parameter in trainable.parameters())
-
-
-def test_an_adapter_that_does_nothing_or_is_empty_is_an_error(folders, adapter):
-    path, model = adapter
-    ups = [weight for name, weight in model.named_parameters() if "lora_B" in name]
-    for weight in ups:
-        weight.data.zero_()
-    model.save_pretrained(path)
-    with pytest.raises(RunError, match="every B matrix of the adapter is zero"):
-        load_model(section(folders["llama"]), path)
-    ups[0].data = torch.empty(0)
-    with pytest.raises(RunError, match=r"lora_B.* is empty"):
-        check_adapter(model, "here")
-
-
-def test_an_adapter_for_another_model_or_none_at_all_is_bad_input(folders, adapter, tmp_path):
-    other = section(str(narrow(tmp_path)))
-    with pytest.raises(InputError, match="does not fit the model"):
-        load_model(other, adapter[0])
-    with pytest.raises(InputError, match="there is no adapter here"):
-        load_model(section(folders["llama"]), tmp_path / "none")
-
-
-def narrow(folder):
-    """A Llama of another width."""
-    from recipes.tiny.architecture import build_model
-
-    tokenizer = make_family("llama").tokenizer
-    build_model("llama", tokenizer, width=32, layers=4).save_pretrained(folder / "narrow")
-    tokenizer.save_pretrained(folder / "narrow")
-    return folder / "narrow"
 
 
 def test_nf4_quantises_the_linear_layers(folders):

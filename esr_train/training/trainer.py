@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from esr_train.adapters import finish, is_complete
+from esr_train.adapters import is_complete
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, write_json
 from esr_train.masking import IGNORED
@@ -27,9 +27,9 @@ from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress,
 from esr_train.training.checkpoints import last_checkpoint, remove_checkpoints
 from esr_train.training.checks import Watch, check_flow, check_packing, verified
 from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows, singly, table, to_dataset
-from esr_train.training.hub import repository
 from esr_train.training.injection import COLUMNS, LiveInjection, load_vectors
 from esr_train.training.loggers import end_runs, keep_events
+from esr_train.training.saving import create_repository, repository, save_adapter, upload
 from esr_train.training.settings import lora_config, packs, sft_config, trains_on_cpu
 
 ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
@@ -169,18 +169,18 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
     plugin = args.deepspeed_plugin
     record = provenance(section, arm, data, len(rows), args.world_size, plugin and plugin.zero_stage)
     _begin(folder, record, args)
-    speaks = args.process_index == 0
-    if hub and speaks:
-        hub.create()
+    is_main_process = args.process_index == 0
+    if hub and is_main_process:
+        create_repository(hub, section.train.args.get("hub_private_repo"))
     if not is_complete(folder):
         live = live_injection(section, rows)
         model = load_model(section.model, quantization=section.train.quantization, for_training=True)
         trainer = build_trainer(section, args, model, tokenizer, rows, live, probe)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints", args.world_size))
-        finish(trainer, folder, record)
+        save_adapter(trainer, folder, record)
         _close(trainer, folder, keep="save_total_limit" in section.train.args)
-    if hub and speaks:
-        hub.upload(folder)
+    if hub and is_main_process:
+        upload(folder, hub)
     return folder
 
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from esr_train.adapters import check_adapter
 from esr_train.errors import InputError, RunError
-from esr_train.models import check_adapter_weights, model_source, require_adapter, stop_ids_of
+from esr_train.models import model_source, stop_ids_of
 from esr_train.steering.directions import LoadedSae
 from esr_train.steering.engine import (
     Completion,
@@ -80,8 +81,8 @@ class VllmEngine:
         adapter: folder of a PEFT adapter that all requests use, or None.
 
     Raises:
-        InputError: an adapter that is not there, has a higher rank than the server allows, or changes other modules.
-        RunError: an adapter with empty or never trained weights.
+        InputError: an adapter that does not fit the model, has a higher rank than the server allows, changes modules
+            that are not served, or nothing.
     """
 
     name = "vllm"
@@ -89,7 +90,7 @@ class VllmEngine:
     def __init__(self, server: VllmServer, tokenizer: PreTrainedTokenizerBase, adapter: Path | None = None) -> None:
         self.server, self.tokenizer, self.adapter = server, tokenizer, adapter
         if adapter is not None:
-            _check_adapter(adapter, server.lora_rank)
+            _check_adapter(adapter, server)
         self._calls = itertools.count()
 
     @cached_property
@@ -311,17 +312,12 @@ def _unshared(requests: Sequence[Request]) -> list[torch.Tensor]:
     return [add.vector for add in adds if add.along is None]
 
 
-def _check_adapter(adapter: Path, highest: int) -> None:
-    from peft import PeftConfig
-    from safetensors.torch import load_file
-
-    require_adapter(adapter)
-    rank = int(getattr(PeftConfig.from_pretrained(str(adapter)), "r", 0))
-    if rank > highest:
-        raise InputError(f"the adapter has rank {rank}; vLLM was started for at most {highest}", str(adapter))
-    weights = load_file(adapter / "adapter_model.safetensors")
-    changed = {name.split(".lora_")[0].rpartition(".")[2] for name in weights if ".lora_" in name}
+def _check_adapter(adapter: Path, server: VllmServer) -> None:
+    config, weights = check_adapter(adapter, server.section)
+    rank = int(getattr(config, "r", 0))
+    if rank > server.lora_rank:
+        raise InputError(f"the adapter has rank {rank}; vLLM was started for at most {server.lora_rank}", str(adapter))
+    changed = {name.partition(".lora_")[0].rpartition(".")[2] for name in weights}
     if not changed <= set(LORA_MODULES):
         others = ", ".join(sorted(changed - set(LORA_MODULES)))
         raise InputError(f"the adapter changes {others}, which vLLM is not set up to serve", str(adapter), NOT_SERVED)
-    check_adapter_weights({name: weight for name, weight in weights.items() if "lora_" in name}, str(adapter))
