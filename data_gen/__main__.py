@@ -189,15 +189,9 @@ def _import_file(options: argparse.Namespace) -> None:
         raise InputError("there is no row in the file", str(options.file), "Name a file with rows.")
     write_transcripts(options.out, rows)
     print(f"{report.rows} rows: {report.with_detour} with a detour, {report.normal} normal: {options.out}")
-    if report.cut_mid_word:
-        found = ", ".join(map(str, report.cut_mid_word))
-        print(f"loss begins or ends in the middle of a word in line {found}")
-    oddities: dict[str, list[str]] = {}
-    for line, _, what in (problem.partition(": ") for problem in report.problems):
-        oddities.setdefault(what, []).append(line.removeprefix("line "))
-    for what, lines in oddities.items():
+    for what, lines in report.problems.items():
         more = f" and {len(lines) - MOST_LINES} more" if len(lines) > MOST_LINES else ""
-        print(f"{what}: line {', '.join(lines[:MOST_LINES])}{more}")
+        print(f"{what}: line {', '.join(map(str, lines[:MOST_LINES]))}{more}")
 
 
 def _export_file(options: argparse.Namespace) -> None:

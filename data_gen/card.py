@@ -63,7 +63,7 @@ def write_card(
         saes=_listed(
             f"`{steering.sae.release}`, `{steering.sae.id}`, layer {steering.layer}"
             for row in rows
-            if (steering := row.steering)
+            if (steering := row.steering) and steering.sae
         ),
         files=[{"name": file.name, "lines": lines(inventory)} for file, (_, inventory) in files.items()],
         made=[*_sources(rows, recipe), *(_made(recipe, facts) if recipe else [NO_RECIPE])],

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from esr_train.errors import InputError
-from esr_train.files import read_text
+from esr_train.files import read_lines
 from esr_train.models import local_path
 
 CUES = Path(__file__).parent / "cues.txt"
@@ -62,12 +62,11 @@ def read_cues(path: str | None, registers: Sequence[str] | None = None) -> Cues:
     found: dict[str, list[str]] = {}
     seen: dict[str, int] = {}
     register = "cues"
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        cue = line.strip()
+    for number, cue in read_lines(file):
         heading = _HEADING.fullmatch(cue)
         if heading:
             register = heading[1]
-        elif cue:
+        else:
             _check(cue, f"{file}:{number}", seen.setdefault(cue.casefold(), number), number)
             found.setdefault(register, []).append(cue)
     if not found:

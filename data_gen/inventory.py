@@ -214,7 +214,10 @@ def _latents(rows: Sequence[Transcript]) -> dict[str, int]:
     saes = {each.sae for each in steered}
     named = {}
     for (sae, latent), count in counts.most_common():
-        parts = [f"{latent} {labels[sae, latent] or ''}".strip(), *([f"({sae.id})"] if len(saes) > 1 else [])]
+        parts = [
+            f"{latent} {labels[sae, latent] or ''}".strip(),
+            *([f"({sae.id if sae else 'a vector'})"] if len(saes) > 1 else []),
+        ]
         named[" ".join(parts)] = count
     return named
 

@@ -9,37 +9,27 @@ Formats:
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from esr_train.errors import InputError
-from esr_train.files import read_json, read_jsonl, read_text, replacing, write_jsonl
-from esr_train.segments import Style, from_segments, to_segments
+from esr_train.files import json_lines, read_json, replacing, write_jsonl
+from esr_train.segments import ImportReport, Style, control_tokens, from_segments, to_segments
 from esr_train.transcript import SpanKind, Transcript, from_json, to_json
+from esr_train.values import errors_at, only_keys, shown, typed
 
 Format = Literal["segments", "axolotl", "normal", "messages"]
 
-
-@dataclass
-class ImportReport:
-    """What an import found.
-
-    Args:
-        rows: transcripts read.
-        with_detour: rows with an off-topic span.
-        normal: rows without one.
-        cut_mid_word: lines of rows whose loss begins or ends in the middle of a word.
-        problems: one sentence for each further oddity, with its line.
-    """
-
-    rows: int = 0
-    with_detour: int = 0
-    normal: int = 0
-    cut_mid_word: list[int] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+_ROW_KEYS = ("messages", "spans", "id", "steering", "source", "meta", "metadata")
+_TRAINED = ("weight", "train", "training", "trainable")
+"""Keys by which files of chats say whether a message carries loss."""
+_MEANINGFUL = re.compile(r"weight|train|mask|loss|tool|function|reason|think|image|audio|refus", re.IGNORECASE)
+"""Keys that change what is said or learned; others are remarks."""
 
 
 @dataclass
@@ -61,27 +51,32 @@ def import_file(path: Path | str, format: Format) -> tuple[list[Transcript], Imp
     Raises:
         InputError: naming file and line, for a row that cannot become a transcript.
     """
-    report = ImportReport()
-    name = Path(path).stem
-    if format == "normal":
-        transcripts = _read_normal(path, name)
-    elif format == "messages":
-        numbers = _line_numbers(path)
-        transcripts = read_jsonl(path, lambda row: _from_messages(row, f"{name}-{next(numbers)}"))
-    elif format in get_args(Format):
-        numbers = _line_numbers(path)
-        transcripts = read_jsonl(path, lambda row: from_segments(row, name, next(numbers), report))
-    else:
-        raise InputError(f"{format!r} is not a format", fix=f"Formats: {', '.join(get_args(Format))}.")
+    _check_format(format)
+    report, transcripts = ImportReport(), []
+    parse = from_segments if format in ("segments", "axolotl") else _from_messages
+    for where, number, row in _list_rows(path) if format == "normal" else _line_rows(path):
+        with errors_at(where):
+            transcripts.append(parse(row, f"{Path(path).stem}-{number}", number, report))
     report.rows = len(transcripts)
     report.with_detour = sum(_has_detour(transcript) for transcript in transcripts)
     report.normal = report.rows - report.with_detour
     return transcripts, report
 
 
-def read_segments(path: Path | str) -> list[Transcript]:
-    """Read a segments file; see `import_file`, which also reports what is odd in it."""
-    return import_file(path, "segments")[0]
+def read_training_file(path: Path | str) -> list[Transcript]:
+    """Read a file to train on: rows with `segments` are the paper's (see `import_file`), others transcripts.
+
+    Raises:
+        InputError: naming file and line, for a row that is neither.
+    """
+    transcripts, report = [], ImportReport()
+    for where, number, row in _line_rows(path):
+        with errors_at(where):
+            if isinstance(row, dict) and "segments" in row:
+                transcripts.append(from_segments(row, f"{Path(path).stem}-{number}", number, report))
+            else:
+                transcripts.append(from_json(row))
+    return transcripts
 
 
 def export_file(
@@ -98,16 +93,31 @@ def export_file(
     Raises:
         InputError: for a row that the style cannot hold.
     """
+    _check_format(format)
     if format == "normal":
         return _write_normal(path, transcripts)
     if format == "messages":
         return ExportReport(write_jsonl(path, map(_to_messages, transcripts)))
-    if format not in get_args(Format):
-        raise InputError(f"{format!r} is not a format", fix=f"Formats: {', '.join(get_args(Format))}.")
     rows = [to_segments(transcript, style) for transcript in transcripts]
     with replacing(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return ExportReport(len(rows), _lost_in_segments(transcripts, rows))
+
+
+def _check_format(format: str) -> None:
+    if format not in get_args(Format):
+        raise InputError(f"{format!r} is not a format", fix=f"Formats: {', '.join(get_args(Format))}.")
+
+
+def _line_rows(path: Path | str) -> Iterator[tuple[str, int, Any]]:
+    return ((f"{path}:{number}", number, row) for number, row in json_lines(path))
+
+
+def _list_rows(path: Path | str) -> Iterator[tuple[str, int, Any]]:
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise InputError("not a list of {messages, metadata}", str(path))
+    return ((f"{path}, row {number} of the list", number, row) for number, row in enumerate(rows, start=1))
 
 
 def _lost_in_segments(transcripts: Sequence[Transcript], rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -130,23 +140,11 @@ def _lost_in_row(transcript: Transcript, row: dict[str, Any]) -> str | None:
         return "control tokens in prompt or reply, for which an import refuses the row"
     if transcript.corrects and not back.corrects:
         return "a cue without restart language, which an import takes for an answer"
+    if transcript.content != back.content:
+        return "control tokens or white space at the end of the reply"
     if transcript.spans != back.spans:
         return "the border between cue and answer, which an import puts elsewhere"
     return None if transcript.prompt == back.prompt else "white space at the ends of the prompt"
-
-
-def _read_normal(path: Path | str, name: str) -> list[Transcript]:
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise InputError("not a list of {messages, metadata}", str(path))
-    transcripts = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            transcripts.append(_from_messages(row, f"{name}-{number}"))
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
-            raise InputError(what, f"{path}, row {number} of the list") from error
-    return transcripts
 
 
 def _write_normal(path: Path | str, transcripts: Sequence[Transcript]) -> ExportReport:
@@ -178,32 +176,26 @@ def _to_messages(transcript: Transcript) -> dict[str, Any]:
     return {"messages": [*system, user, assistant], "spans": spans, **kept}
 
 
-def _from_messages(row: Any, name: str) -> Transcript:
+def _from_messages(row: Any, name: str, line: int, report: ImportReport) -> Transcript:
     if not isinstance(row, dict):
         raise TypeError(f"a row is a JSON object, not {type(row).__name__}")
-    said = [_message(message) for message in _list(row, "messages")]
-    roles = [role for role, _ in said]
+    messages = typed(row, "messages", list)
+    if not all(isinstance(message, dict) for message in messages):
+        raise TypeError("a message is a JSON object with `role` and `content`")
+    roles = [message["role"] for message in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(f"one prompt and one reply are needed, after at most one system message; roles: {roles}")
-    reply = said[-1][1]
-    ranges: list[Any] = _list(row, "spans") if row.get("spans") else [{"kind": "answer", "start": 0, "end": len(reply)}]
-    if not all(isinstance(span, dict) for span in ranges):
-        raise TypeError("a span is a JSON object with `kind`, `start` and `end`")
-    borders = [0, *(span["end"] for span in ranges)]
-    if [span["start"] for span in ranges] != borders[:-1] or borders[-1] != len(reply) or borders != sorted(borders):
-        raise ValueError("the spans do not cover the reply from end to end")
-    meta = row.get("meta") or {}
-    if not isinstance(meta, dict):
-        raise TypeError(f"meta must be a JSON object, not {type(meta).__name__}")
-    meta = dict(meta)
+    texts = [_content(message, line, report) for message in messages]
+    _check_others(row, _ROW_KEYS, "a row", line, report)
+    meta = {} if row.get("meta") is None else dict(typed(row, "meta", dict))
     if "metadata" in row:
         meta["metadata"] = row["metadata"]
     return from_json(
         {
-            "id": row.get("id", name),
-            "prompt": said[-2][1],
-            "system": said[0][1] if len(said) == 3 else None,
-            "spans": [{"kind": span["kind"], "text": reply[span["start"] : span["end"]]} for span in ranges],
+            "id": name if row.get("id") is None else row["id"],
+            "prompt": texts[-2],
+            "system": texts[0] if len(texts) == 3 else None,
+            "spans": _cut_reply(row, texts[-1]),
             "steering": row.get("steering"),
             "source": row.get("source", "imported"),
             "meta": meta,
@@ -211,25 +203,48 @@ def _from_messages(row: Any, name: str) -> Transcript:
     )
 
 
-def _list(row: dict[str, Any], key: str) -> list[Any]:
-    if not isinstance(row[key], list):
-        raise TypeError(f"`{key}` must be a list, not {type(row[key]).__name__}")
-    return list(row[key])
-
-
-def _message(value: Any) -> tuple[str, str]:
-    if not isinstance(value, dict):
-        raise TypeError(f"a message is a JSON object with `role` and `content`, not {type(value).__name__}")
-    role, content = value["role"], value["content"]
+def _content(message: dict[str, Any], line: int, report: ImportReport) -> str:
+    role, content = message["role"], message["content"]
     if not isinstance(content, str):
-        raise TypeError(f"the content of the {role} must be text, not {type(content).__name__}")
-    return role, content
+        raise TypeError(f"the content of the {role} must be text, not {shown(content)}")
+    if control_tokens(content):
+        report.note(line, "control tokens in a message; they are taken for text, and trained as text")
+    for key in _TRAINED:
+        if message.get(key) is not None and message[key] != (role == "assistant"):
+            raise ValueError(
+                f"{key} of the {role} is {shown(message[key])}: all of a reply is trained and nothing else; mark what "
+                "is not to be trained as an off_topic span"
+            )
+    _check_others(message, ("role", "content", *_TRAINED), f"the {role}'s message", line, report)
+    return content
+
+
+def _check_others(row: dict[str, Any], keys: Sequence[str], what: str, line: int, report: ImportReport) -> None:
+    """Refuse keys that a transcript cannot honour; note those that are only remarks."""
+    for key in (key for key in row if key not in keys):
+        if _MEANINGFUL.search(key) and row[key] not in (None, [], {}, ""):
+            raise ValueError(f"{what} has {key!r}, which a transcript cannot hold: remove the key, or the row")
+        if not _MEANINGFUL.search(key):
+            report.note(line, f"{key!r} of {what} is left out")
+
+
+def _cut_reply(row: dict[str, Any], reply: str) -> list[dict[str, Any]]:
+    if row.get("spans") is None:
+        return [{"kind": "answer", "text": reply}]
+    spans = typed(row, "spans", list)
+    if not all(isinstance(span, dict) for span in spans):
+        raise TypeError("a span is a JSON object with `kind`, `start` and `end`")
+    for span in spans:
+        only_keys(span, ("kind", "start", "end"), "a span")
+    borders = [0, *(typed(span, "end", int) for span in spans)]
+    starts = [typed(span, "start", int) for span in spans]
+    if starts != borders[:-1] or borders[-1] != len(reply) or borders != sorted(borders):
+        raise ValueError("the spans do not cover the reply from end to end")
+    return [
+        {"kind": span["kind"], "text": reply[start:end]}
+        for span, (start, end) in zip(spans, pairwise(borders), strict=True)
+    ]
 
 
 def _has_detour(transcript: Transcript) -> bool:
     return any(span.kind is SpanKind.OFF_TOPIC for span in transcript.spans)
-
-
-def _line_numbers(path: Path | str) -> Iterator[int]:
-    """The numbers of the lines that are not blank, as `read_jsonl` parses them."""
-    return (n for n, line in enumerate(read_text(path).split("\n"), start=1) if line.strip())

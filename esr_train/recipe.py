@@ -1,8 +1,8 @@
 """One experiment from model to report, as a YAML file: every command reads the same recipe."""
 
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -13,12 +13,15 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from esr_train.errors import InputError
-from esr_train.files import read_text
+from esr_train.files import read_yaml
 from esr_train.sweeps import swept
+from esr_train.values import parse_yaml
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,10 +30,26 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Range = Annotated[tuple[float, float], Field(description="low and high end, both included")]
 
 
-class Section(BaseModel):
-    """A part of a recipe; unknown keys are refused."""
+def _types(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are refused, and numbers are finite ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(part, bool) for part in parts):
+            annotation = cls.model_fields[str(info.field_name)].annotation
+            if not {bool, Any} & set(_types(annotation)):
+                raise ValueError("true and false are no numbers and no text")
+        return value
 
 
 class Normal(Section):
@@ -313,8 +332,7 @@ class ProbeSection(Section):
 class TrainSection(Section):
     """SFT with LoRA. `args` takes any trl.SFTConfig field, `lora` any peft.LoraConfig field."""
 
-    data: str | None = Field(None, description="transcript or segments file; None: what `data` generated")
-    format: Literal["transcripts", "segments"] = "transcripts"
+    data: str | None = Field(None, description="file of transcripts or segments; None: what `data` generated")
     loss: Literal["masked", "unmasked", "answer_only"] = "masked"
     max_length: AtLeastOne = 4096
     quantization: Literal["nf4"] | None = None
@@ -510,22 +528,15 @@ class Recipe(Section):
         return Recipe.model_validate({**values, "arms": {}})
 
 
-class Loader(yaml.SafeLoader):
-    """Safe YAML in which `2e-4` is a number; YAML 1.1 takes it for text unless it has a dot."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
-)
-
-
 def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
         InputError: naming every mistake at once, each with its key.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise InputError("a recipe is a mapping of keys to values", str(path), "See `esr recipes show`.")
     for override in overrides:
         _apply(values, override)
     try:
@@ -542,18 +553,6 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path | str) -> dict[str, Any]:
-    try:
-        values = yaml.load(read_text(path), Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"not valid YAML ({getattr(error, 'problem', error)})", where) from error
-    if not isinstance(values, dict):
-        raise InputError("a recipe is a mapping of keys to values", str(path), "See `esr recipes show`.")
-    return values
-
-
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -568,7 +567,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise InputError(f"the override {override!r} goes through {parent!r}, which is not a section")
         here = found
     try:
-        here[last] = yaml.load(text, Loader)
+        here[last] = parse_yaml(text)
+    except yaml.constructor.ConstructorError as error:
+        raise InputError(f"the override {override!r} has no sound value ({error.problem})") from None
     except yaml.YAMLError:
         here[last] = text
 

@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from esr_train.errors import InputError
 from esr_train.restarts import split_cue
 from esr_train.transcript import Span, SpanKind, Transcript
-
-if TYPE_CHECKING:
-    from esr_train.interchange import ImportReport
+from esr_train.values import typed
 
 Style = Literal["llama3", "gemma"]
 Piece = tuple[bool, str]
@@ -26,62 +26,121 @@ _HEADERS = (
     ),
     re.compile(r"(?:<bos>)?<start_of_turn>user\n(?P<prompt>.*?)<end_of_turn>\n<start_of_turn>model\n", re.DOTALL),
 )
-_TURN = re.compile(r"<\|start_header_id\|>|<start_of_turn>")
-_END = re.compile(r"(?:<\|eot_id\|>|<end_of_turn>\n?)?\Z")
+_TURNS = ("<|start_header_id|>", "<start_of_turn>", "<|im_start|>")
+_DATE_HEADER = re.compile(r"\ACutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n*")
+_CONTROL = re.compile(
+    r"<\|[A-Za-z][A-Za-z0-9_]{2,}\|>|<｜[^\s<>｜]{3,}｜>|\[/?INST\]|</s>"
+    r"|<(?:bos|eos|pad|unk|(?:start|end)_of_(?:turn|image)|unused\d+)>"
+)
+
+
+@dataclass
+class ImportReport:
+    """What an import has read.
+
+    Args:
+        rows: transcripts.
+        with_detour: rows with an off-topic span.
+        normal: rows without one.
+        problems: each oddity, as half a sentence, with the numbers of the lines (of a list: the rows) that have it.
+    """
+
+    rows: int = 0
+    with_detour: int = 0
+    normal: int = 0
+    problems: dict[str, list[int]] = field(default_factory=dict)
+
+    def note(self, line: int, what: str) -> None:
+        """Add a line to those that have an oddity."""
+        self.problems.setdefault(what, []).append(line)
+
+
+def control_tokens(text: str, start: int = 0) -> list[re.Match[str]]:
+    """Where control tokens of the usual chat templates stand in a text, in order.
+
+    Known are Llama 3's, ChatML's and their kin (`<|name|>`: a word without spaces between bars, so that the operators
+    of `f <| x |> g` are none), DeepSeek's, Gemma's and Mistral's by name; `</s>` unless the text has a `<s>`, which
+    makes it HTML.
+    """
+    is_html = "<s>" in text
+    return [match for match in _CONTROL.finditer(text, start) if not (is_html and match[0] == "</s>")]
 
 
 def to_segments(transcript: Transcript, style: Style = "llama3") -> dict[str, Any]:
-    """The transcript as a row of paper segments; one that was imported from segments comes back as it was.
+    """The transcript as a row of paper segments; one imported from segments, and not changed since, as it was.
 
     Raises:
         InputError: if the transcript has a system message and the style has none.
     """
-    kept = transcript.meta.get("segments") or {}
-    header, end = kept.get("header"), kept.get("end")
-    if header is None or end is None:
-        header, end = _template(transcript, style)
-    pieces = _reply_pieces(transcript)
-    if kept.get("layout"):
-        pieces = _cut("".join([header, transcript.content, end]), kept["layout"])
-    else:
-        pieces = _join(header, pieces, end)
-    return {**kept.get("keys", {}), "segments": [{"label": label, "text": text} for label, text in pieces]}
+    kept: Any = transcript.meta.get("segments")
+    with suppress(KeyError, TypeError, ValueError):
+        back = from_segments(kept, "", 0, ImportReport())
+        if _said(back) == _said(transcript):
+            return dict(kept)
+    header, end = _template(transcript, style)
+    pieces = _merged([(False, header), *_reply_pieces(transcript), (True, end)])
+    return {"segments": [{"label": label, "text": text} for label, text in pieces]}
 
 
-def from_segments(row: Any, name: str, line: int, report: "ImportReport") -> Transcript:
+def from_segments(row: Any, name: str, line: int, report: ImportReport) -> Transcript:
     """A transcript from a row of segments; template text becomes prompt and system.
+
+    Control tokens and white space at the end of the reply belong to the template; so does Llama's date header.
 
     Args:
         row: the JSON value.
-        name: begins the transcript's id, its line ends it.
+        name: the transcript's id.
         line: the row's line number.
         report: is told what is odd about the row.
 
     Raises:
-        ValueError, KeyError, TypeError: for a row that is no conversation of one prompt and one reply.
+        ValueError, KeyError, TypeError: for a row that is no conversation of one prompt and one reply, or one with
+            control tokens inside a message.
     """
     pieces = _read_pieces(row)
     text = "".join(piece for _, piece in pieces)
     header = next((match for pattern in _HEADERS if (match := pattern.match(text))), None)
     if header is None:
         raise ValueError("the template text is neither Llama 3's nor Gemma's, or the first turn is not a user's")
-    end = _END.search(text, header.end())
-    assert end is not None
-    reply = _between(pieces, header.end(), end.start())
-    if _TURN.search(header["prompt"]) or any(_TURN.search(piece) for _, piece in reply):
-        raise ValueError("the conversation has more than one prompt and one reply")
-    if not any(piece.strip() for _, piece in reply):
+    tokens = control_tokens(text, header.end())
+    end = _reply_end(text, header.end(), tokens)
+    system = _without_date(header.groupdict().get("system"))
+    inside = [match for match in tokens if match.start() < end]
+    _refuse_control_tokens([*control_tokens(f"{system} {header['prompt']}"), *inside])
+    reply = _between(pieces, header.end(), end)
+    if not reply:
         raise ValueError("the reply is empty")
-    kept = _kept(row, pieces, header.group(), reply, end.group())
-    _report_oddities(line, pieces, header.end(), reply, end.group(), report)
+    _report_oddities(line, pieces, (header.end(), end), len(inside) < len(tokens), report)
     return Transcript(
-        id=f"{name}-{line}",
+        id=name,
         prompt=header["prompt"],
-        system=(header.groupdict().get("system") or "").strip() or None,
+        system=system,
         spans=tuple(_spans(reply, line, report)),
         source="imported",
-        meta={"segments": kept},
+        meta={"segments": row},
     )
+
+
+def _without_date(system: str | None) -> str | None:
+    """Segments hold rendered text; the date that Llama's template writes by itself must not be said twice."""
+    return _DATE_HEADER.sub("", system or "").strip() or None
+
+
+def _reply_end(text: str, start: int, tokens: Sequence[re.Match[str]]) -> int:
+    """Where the run of control tokens and white space at the end of `text` begins."""
+    end = len(text)
+    for match in reversed(tokens):
+        if text[match.end() : end].strip():
+            break
+        end = match.start()
+    return start + len(text[start:end].rstrip())
+
+
+def _refuse_control_tokens(tokens: Sequence[re.Match[str]]) -> None:
+    if any(token[0] in _TURNS for token in tokens):
+        raise ValueError("the conversation has more than one prompt and one reply")
+    if tokens:
+        raise ValueError(f"the control token {tokens[0][0]} stands inside a message, where it would become text")
 
 
 def _read_pieces(row: Any) -> list[Piece]:
@@ -90,19 +149,16 @@ def _read_pieces(row: Any) -> list[Piece]:
     segments = row["segments"]
     if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
         raise TypeError("`segments` is a list of objects with `label` and `text`")
-    pieces = [(segment["label"], segment["text"]) for segment in segments]
-    if not all(isinstance(label, bool) and isinstance(text, str) for label, text in pieces):
-        raise TypeError("a segment is an object with a true or false `label` and a `text`")
-    return pieces
+    return [(typed(segment, "label", bool), typed(segment, "text", str)) for segment in segments]
 
 
 def _between(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
     """The part of `pieces` at characters [start, end); neighbours of one label joined."""
-    found, position = [], 0
+    parts, position = [], 0
     for label, text in pieces:
-        found.append((label, text[max(start - position, 0) : max(end - position, 0)]))
+        parts.append((label, text[max(start - position, 0) : max(end - position, 0)]))
         position += len(text)
-    return _merged(found)
+    return _merged(parts)
 
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
@@ -111,57 +167,42 @@ def _merged(pieces: Iterable[Piece]) -> list[Piece]:
     return [(label, "".join(text for _, text in group)) for label, group in groups]
 
 
-def _spans(reply: Sequence[Piece], line: int, report: "ImportReport") -> Iterator[Span]:
-    for i, (trained, text) in enumerate(reply):
+def _spans(reply: Sequence[Piece], line: int, report: ImportReport) -> Iterator[Span]:
+    for number, (trained, text) in enumerate(reply):
         if not trained:
             yield Span(SpanKind.OFF_TOPIC, text)
             continue
-        cut = split_cue(text) if i else 0
+        cut = split_cue(text) if number else 0
         if cut is None:
-            report.problems.append(f"line {line}: no restart language after the detour")
+            report.note(line, "no restart language after the detour")
             cut = 0
         parts = ((SpanKind.CUE, text[:cut]), (SpanKind.ANSWER, text[cut:]))
         yield from (Span(kind, part) for kind, part in parts if part)
 
 
-def _kept(row: dict[str, Any], pieces: list[Piece], header: str, reply: list[Piece], end: str) -> dict[str, Any]:
-    """What a transcript has no place for and an export needs."""
-    kept: dict[str, Any] = {"header": header, "end": end}
-    if _join(header, reply, end) != pieces:
-        kept["layout"] = [[label, len(text)] for label, text in pieces]
-    others = {key: value for key, value in row.items() if key != "segments"}
-    return {**kept, "keys": others} if others else kept
-
-
 def _report_oddities(
-    line: int, pieces: list[Piece], start: int, reply: list[Piece], end: str, report: "ImportReport"
+    line: int, pieces: list[Piece], borders: tuple[int, int], has_end: bool, report: ImportReport
 ) -> None:
-    if any(before[-1].isalnum() and after[0].isalnum() for (_, before), (_, after) in pairwise(reply)):
-        report.cut_mid_word.append(line)
+    start, end = borders
+    after = _between(pieces, end, sum(len(text) for _, text in pieces))
+    if any(one[-1].isalnum() and other[0].isalnum() for (_, one), (_, other) in pairwise(_between(pieces, *borders))):
+        report.note(line, "loss begins or ends in the middle of a word")
     if any(label for label, _ in _between(pieces, 0, start)):
-        report.problems.append(f"line {line}: the prompt is labelled for training; transcripts never train it")
-    if not end:
-        report.problems.append(f"line {line}: no end-of-turn token; training adds one")
-    elif not pieces[-1][0]:
-        report.problems.append(f"line {line}: the end of turn is not labelled; training labels it")
+        report.note(line, "the prompt is labelled for training; transcripts never train it")
+    if after and after[0][1][0].isspace():
+        report.note(line, "white space at the end of the reply is left out")
+    if not has_end:
+        report.note(line, "no end-of-turn token; training adds one")
+    elif not any(label for label, _ in after):
+        report.note(line, "the end of turn is not labelled; training labels it")
+
+
+def _said(transcript: Transcript) -> tuple[str, str | None, list[Piece]]:
+    return transcript.prompt, _without_date(transcript.system), _reply_pieces(transcript)
 
 
 def _reply_pieces(transcript: Transcript) -> list[Piece]:
     return _merged((span.kind is not SpanKind.OFF_TOPIC, span.text) for span in transcript.spans)
-
-
-def _join(header: str, reply: Sequence[Piece], end: str) -> list[Piece]:
-    """The paper's layout: a detour at the start shares the header's segment, the end is always trained."""
-    pieces = _merged([(False, header), *reply, (True, end)])
-    return pieces if pieces[0][0] is False else [(False, ""), *pieces]
-
-
-def _cut(text: str, layout: Sequence[Sequence[Any]]) -> list[Piece]:
-    pieces, position = [], 0
-    for label, length in layout:
-        pieces.append((bool(label), text[position : position + length]))
-        position += length
-    return pieces
 
 
 def _template(transcript: Transcript, style: Style) -> tuple[str, str]:

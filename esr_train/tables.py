@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esr_train.errors import InputError
-from esr_train.files import read_jsonl, read_text
+from esr_train.files import json_lines, read_lines, read_text
 
 KINDS = (".txt", ".jsonl", ".csv")
 Row = tuple[str, Mapping[str, Any]]
@@ -28,13 +28,12 @@ def read_rows(path: Path | str, column: str, split: str = "train") -> Iterator[R
             cannot be loaded.
     """
     kind = Path(path).suffix.lower()
-    if kind == ".txt":
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
-            if line.strip():
-                yield f"{path}:{number}", {column: line.strip()}
-        return
-    read = {".jsonl": _jsonl, ".csv": _csv}.get(kind)
-    for where, values in read(path) if read else _dataset(str(path), split):
+    if kind in (".txt", ".jsonl"):
+        read = read_lines if kind == ".txt" else json_lines
+        rows: Iterator[tuple[str, Any]] = ((f"{path}:{number}", values) for number, values in read(path))
+    else:
+        rows = read_csv(path) if kind == ".csv" else _dataset(str(path), split)
+    for where, values in rows:
         row = {column: values} if isinstance(values, str) else values
         if not isinstance(row, Mapping):
             raise InputError(f"a row is a JSON object or a string, not {type(row).__name__}", where)
@@ -44,20 +43,24 @@ def read_rows(path: Path | str, column: str, split: str = "train") -> Iterator[R
         yield where, row
 
 
-def _jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
-    lines = iter([n for n, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()])
-    for values in read_jsonl(path, lambda value: value):
-        yield f"{path}:{next(lines)}", values
+def read_csv(path: Path | str) -> Iterator[Row]:
+    """The rows of a CSV file with a header, in order.
 
-
-def _csv(path: Path | str) -> Iterator[Row]:
+    Raises:
+        InputError: naming `file:line`, for broken CSV, a column that comes twice, or a row of another length.
+    """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
+        columns = reader.fieldnames or []
+        twice = next((name for name in columns if list(columns).count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"the column {twice!r} comes twice", f"{path}:1", "Rename or remove one.")
         for values in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in values:
-                raise InputError("the row has more fields than the header", where, "Put text with commas in quotes.")
-            yield where, values
+            if None in values or None in values.values():
+                more = "more" if None in values else "fewer"
+                what = f"the row has {more} fields than the header"
+                raise InputError(what, f"{path}:{reader.line_num}", "Put text with commas in quotes.")
+            yield f"{path}:{reader.line_num}", values
     except csv.Error as error:
         raise InputError(f"not valid CSV ({error})", f"{path}:{reader.line_num}") from error
 
@@ -68,10 +71,10 @@ def _dataset(path: str, split: str) -> Iterator[Row]:
     folder = Path(path)
     try:
         if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-            found: Any = load_from_disk(path)
-            found = found[split] if isinstance(found, DatasetDict) else found
+            loaded: Any = load_from_disk(path)
+            loaded = loaded[split] if isinstance(loaded, DatasetDict) else loaded
         else:
-            found = load_dataset(path, split=split)
+            loaded = load_dataset(path, split=split)
     except Exception as error:  # `datasets` raises whatever its many loaders raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
@@ -79,6 +82,6 @@ def _dataset(path: str, split: str) -> Iterator[Row]:
             path,
             f"Check the path and the split ({split}).",
         ) from error
-    assert isinstance(found, Dataset)
-    for number, values in enumerate(found):
+    assert isinstance(loaded, Dataset)
+    for number, values in enumerate(loaded):
         yield f"{path}:row {number}", values

@@ -16,7 +16,7 @@ from data_gen.inventory import require_diversity
 from data_gen.mixture import mix, one
 from esr_train.errors import InputError
 from esr_train.files import hold, read_json, replacing, write_json
-from esr_train.interchange import read_segments
+from esr_train.interchange import read_training_file
 from esr_train.masking import trained_tokens
 from esr_train.provenance import git_state, hardware, relevant, sha256, versions
 from esr_train.ranks import ALONE, Ranks
@@ -286,8 +286,7 @@ class Experiment:
         train = self.recipe.for_arm(arm).train
         by_tokens = section.mix_by == "trained_tokens"
         if train.data:
-            read = read_transcripts if train.format == "transcripts" else read_segments
-            check_held_out(read(train.data), self.held_out, train.data)
+            check_held_out(read_training_file(train.data), self.held_out, train.data)
             return sha256(train.data)
         sources = (self.shared or self).sources(section)
         path = self.directory / "data" / f"{arm}.jsonl"

@@ -54,7 +54,7 @@ def test_the_paper_s_file_is_imported_labelled_and_given_back(paper, recipe_file
     assert data(words("import", source, "--format", "segments", "--out", rows)) == 0
     said = capsys.readouterr().out
     assert "918 rows: 459 with a detour, 459 normal" in said
-    assert "middle of a word in line 429" in said
+    assert "middle of a word: line 429" in said
 
     assert train(words(recipe_file, f"train.data={rows}", "--dump-tokens", tokens)) == 0
     assert "918 rows" in capsys.readouterr().out

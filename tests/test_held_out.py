@@ -22,9 +22,9 @@ def row(prompt: str = "How do I bake?", latent: int = 1, label: str = "kites") -
     return Transcript("s1", prompt, SPANS, "steered", steering=steering)
 
 
-def trained_on(file: Path, tmp_path: Path, **train: str) -> str:
+def trained_on(file: Path, tmp_path: Path) -> str:
     """The fingerprint of an experiment's training file, whose evaluation uses `EVALUATION`."""
-    values = {"name": "t", "runs": str(tmp_path), "model": {"path": "none"}, "train": {"data": str(file), **train}}
+    values = {"name": "t", "runs": str(tmp_path), "model": {"path": "none"}, "train": {"data": str(file)}}
     recipe = Recipe.model_validate(values)
     experiment = Experiment(recipe, recipe.directory, World(recipe))
     experiment.__dict__["held_out"] = EVALUATION
@@ -62,4 +62,4 @@ def test_so_is_every_format_that_can_be_imported(tmp_path: Path, format: str) ->
         trained_on(ours, tmp_path)
     if format == "segments":
         with pytest.raises(InputError, match="theirs-segments: training and evaluation share 1 prompt"):
-            trained_on(theirs, tmp_path, format="segments")
+            trained_on(theirs, tmp_path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from esr_train.errors import InputError
-from esr_train.interchange import export_file, import_file, read_segments
+from esr_train.interchange import export_file, import_file, read_training_file
 from esr_train.masking import IGNORED, label
 from esr_train.restarts import split_cue
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript
@@ -46,19 +46,17 @@ def steered() -> Transcript:
 def test_the_paper_s_file_has_its_rows_and_one_cut_in_mid_word(paper: Path) -> None:
     transcripts, report = import_file(paper / SEGMENTS_FILE, "segments")
     assert (report.rows, report.with_detour, report.normal) == (918, 459, 459)
-    assert (report.cut_mid_word, report.problems) == ([429], [])
+    assert report.problems == {"loss begins or ends in the middle of a word": [429]}
     assert len({transcript.id for transcript in transcripts}) == 918
     kinds = [tuple(kind for kind, _ in spans(transcript)) for transcript in transcripts]
     assert kinds.count((OFF, CUE, ANSWER)) == kinds.count((ANSWER,)) == 459
-    assert {transcript.system for transcript in transcripts} == {
-        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024"
-    }
+    assert {transcript.system for transcript in transcripts} == {None}  # but for a date, which templates write
     assert transcripts[1].prompt == "Explain how to write a research paper."
 
 
 def test_labels_of_the_paper_s_rows_decode_to_what_their_segments_train(paper: Path, llama: Family) -> None:
     lines = (paper / SEGMENTS_FILE).read_text().splitlines()
-    transcripts = read_segments(paper / SEGMENTS_FILE)
+    transcripts = read_training_file(paper / SEGMENTS_FILE)
     straddling = []
     for number, (line, transcript) in enumerate(zip(lines, transcripts, strict=True), start=1):
         labelled = label(llama.tokenizer, transcript)
@@ -92,7 +90,7 @@ def test_template_text_of_both_families_is_stripped(tmp_path: Path, head: str, e
     (transcript,), report = import_file(path, "segments")
     assert (transcript.id, transcript.prompt, transcript.system) == ("x-1", "How?", None)
     assert spans(transcript) == [(OFF, "The jib.\n\n"), (CUE, "Wait, no."), (ANSWER, "\n\nSmooth it.")]
-    assert (transcript.source, report.with_detour, report.problems) == ("imported", 1, [])
+    assert (transcript.source, report.with_detour, report.problems) == ("imported", 1, {})
 
 
 LAYOUTS = {
@@ -127,7 +125,7 @@ def test_every_layout_of_segments_comes_back(tmp_path: Path, name: str) -> None:
 
 def test_detours_after_an_answer_and_second_detours_become_spans(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", LAYOUTS["an answer first"], LAYOUTS["two detours"])
-    first, second = read_segments(path)
+    first, second = read_training_file(path)
     assert [kind for kind, _ in spans(first)] == [ANSWER, OFF, CUE, ANSWER]
     assert [kind for kind, _ in spans(second)] == [OFF, CUE, OFF, CUE, ANSWER]
 
@@ -143,13 +141,13 @@ def test_oddities_are_reported_with_their_lines(tmp_path: Path) -> None:
     )
     path.write_text("\n" + path.read_text())
     _, report = import_file(path, "segments")
-    assert report.cut_mid_word == [2]
-    assert [problem.split(";")[0] for problem in report.problems] == [
-        "line 3: no restart language after the detour",
-        "line 4: no end-of-turn token",
-        "line 5: the end of turn is not labelled",
-        "line 6: the prompt is labelled for training",
-    ]
+    assert {what.split(";")[0]: lines for what, lines in report.problems.items()} == {
+        "loss begins or ends in the middle of a word": [2],
+        "no restart language after the detour": [3],
+        "no end-of-turn token": [4],
+        "the end of turn is not labelled": [5],
+        "the prompt is labelled for training": [6],
+    }
 
 
 @pytest.mark.parametrize(
@@ -197,7 +195,7 @@ def test_own_rows_go_out_under_template_text_and_the_report_says_what_is_lost(tm
 def test_own_rows_under_template_text_read_back(tmp_path: Path, style: Any) -> None:
     own = replace(steered(), system=None)
     export_file(tmp_path / "x.jsonl", [own], "segments", style)
-    (back,) = read_segments(tmp_path / "x.jsonl")
+    (back,) = read_training_file(tmp_path / "x.jsonl")
     assert (back.prompt, spans(back)) == (own.prompt, [(OFF, "Trim the jib."), *spans(own)[1:]])
 
 
@@ -273,8 +271,8 @@ OFFSETS = {"kind": "answer", "start": 0}
         (b'"text"', "a row is a JSON object, not str"),
         (b"[1]", "a row is a JSON object, not list"),
         (b"{}", "the key '(segments|messages)' is missing"),
-        (b'{"segments": "no", "messages": "no"}', "is a list of objects|must be a list, not str"),
-        (b'{"segments": ["no"], "messages": ["no"]}', "is a list of objects|a message is a JSON object .*, not str"),
+        (b'{"segments": "no", "messages": "no"}', 'is a list of objects|must be a list, not "no"'),
+        (b'{"segments": ["no"], "messages": ["no"]}', "is a list of objects|a message is a JSON object"),
         (b'{"segments": [], "messages": []}', "neither Llama|one prompt and one reply"),
         (b'{"a": "caf\xe9"}', r"not UTF-8 text \(invalid continuation byte: byte 0xe9\)\. Save the file as UTF-8"),
         (b'{"a": "\\ud83d"}', r"\\ud83d is half of a pair"),
@@ -290,18 +288,18 @@ def test_a_broken_line_is_named(tmp_path: Path, format: Any, broken: bytes, mess
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"role": "user"}]}, "the key 'content' is missing"),
+        ({"messages": [{"role": "user"}, SAID[1]]}, "the key 'content' is missing"),
         (
             {"messages": [SAID[0], {"role": "assistant", "content": None}]},
-            "of the assistant must be text, not NoneType",
+            "of the assistant must be text, not null",
         ),
-        ({"messages": SAID, "spans": "no"}, "`spans` must be a list, not str"),
+        ({"messages": SAID, "spans": "no"}, 'spans must be a list, not "no"'),
         ({"messages": SAID, "spans": ["no"]}, "a span is a JSON object"),
         ({"messages": SAID, "spans": [{**OFFSETS, "end": 3, "kind": "joke"}]}, "span kind 'joke' is none of"),
         ({"messages": SAID, "spans": [{**OFFSETS, "end": 9}]}, "do not cover"),
         ({"messages": SAID, "spans": [{**OFFSETS, "end": 5}, {**OFFSETS, "start": 5, "end": 3}]}, "do not cover"),
-        ({"messages": SAID, "meta": "no"}, "meta must be a JSON object, not str"),
-        ({"messages": SAID, "id": 7}, "id must be of type str"),
+        ({"messages": SAID, "meta": "no"}, 'meta must be an object, not "no"'),
+        ({"messages": SAID, "id": 7}, "id must be a text, not 7"),
     ],
 )
 def test_rows_of_messages_that_make_no_sense_are_refused_in_both_layouts(

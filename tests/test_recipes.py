@@ -70,7 +70,7 @@ def test_the_four_recipes_of_a_model_are_what_their_names_say(folder):
     paper, onpolicy, live, qlora = (
         load_recipe(FOLDER / folder / f"{kind}.yaml") for kind in ("paper", "onpolicy", "live", "qlora")
     )
-    assert (paper.train.format, paper.train.args["num_train_epochs"], paper.train.max_length) == ("segments", 4, 4096)
+    assert (paper.train.args["num_train_epochs"], paper.train.max_length) == (4, 4096)
     assert paper.train.args["optim"] == "adamw_bnb_8bit"
     assert [each.train.live is not None for each in (paper, onpolicy, live, qlora)] == [False, False, True, True]
     assert [each.train.quantization for each in (paper, onpolicy, live, qlora)] == [None, None, None, "nf4"]

@@ -116,9 +116,8 @@ def test_batches_hold_rows_of_like_length_in_an_order_of_seed_and_epoch_alone():
 def test_the_templates_own_date_header_in_the_papers_rows_is_not_said_twice(tmp_path, family, paper):
     file = paper / "dataset_masked_ratio_50pct_train.jsonl"
     (tmp_path / "paper.jsonl").write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
-    rows = read_rows(
-        recipe(family.name, live=False, format="segments", max_length=4096), tmp_path / "paper.jsonl", family.tokenizer
-    )
+    section = recipe(family.name, live=False, max_length=4096)
+    rows = read_rows(section, tmp_path / "paper.jsonl", family.tokenizer)
     assert len(rows) == 3
     assert not any("Cutting Knowledge" in row.labelled.text for row in rows)
     segments = json.loads((tmp_path / "paper.jsonl").read_text().splitlines()[0])["segments"]

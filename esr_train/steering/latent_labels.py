@@ -1,46 +1,54 @@
 """What an SAE's latents stand for: label files, as Neuronpedia, the paper and other people write them."""
 
-import csv
-import gzip
-import io
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from esr_train.errors import InputError
-from esr_train.files import read_json, read_text
+from esr_train.files import json_lines, read_json
 from esr_train.models import local_path
+from esr_train.tables import read_csv
+from esr_train.values import errors_at, shown
 
 BATCHES = (".jsonl", ".jsonl.gz")
 Row = tuple[str, Any]
-"""Where a row stands (`file:line`), and its values."""
+"""Where a row stands (`file:line`), and its values: an object with index and label, or a pair of them."""
+
+_INDEX = ("index", "index_in_sae", "feature_index_in_sae", "latent", "feature", "feature_index")
+_LABEL = ("description", "label", "explanation", "explanations", "feature_label", "text")
+_WHOLE = ("labels", "explanations", "features", "latents", "data")
+"""Keys under which an export may hold its labels beside facts about itself."""
+_SAE = ("modelId", "layer", "model_id", "sae_id")
+"""Keys by which rows of Neuronpedia name the model and SAE that they belong to."""
 
 
 def read_labels(path: Path | str) -> dict[int, str]:
     """Labels of latents, by index, in the order of the file; a latent's first label is the one that counts.
 
-    Forms: a folder of Neuronpedia's batches, or one of them as jsonl or jsonl.gz
-    (`{"index": "12", "description": "..."}`); csv with columns `index_in_sae` and `label`; json `{"12": "label"}` or
-    a list.
+    Forms: a folder of Neuronpedia's batches, or one of them as jsonl (`{"index": "12", "description": "..."}`); csv
+    with columns such as `index_in_sae` and `label`; json: a list of labels, of such rows or of pairs, or an object
+    from index to label. Each of them may be packed (`.gz`). A label is a text, or a list or an object that holds one;
+    latents without any are left out.
 
     Raises:
         InputError: naming file and line.
     """
     path = local_path(str(path)) or Path(path)
-    if path.is_dir() or path.name.endswith(BATCHES):
-        rows = (row for file in label_files(path) for row in _jsonl(file) if not _nameless(row))
-        return _labels(path, rows, "index", "description")
-    if path.suffix == ".csv":
-        return _labels(path, _csv(path), "index_in_sae", "label")
-    if path.suffix == ".json":
-        return _json_labels(path)
-    raise InputError(
-        "labels are read from .json, .jsonl, .jsonl.gz or .csv, or from a folder of .jsonl(.gz) batches",
-        str(path),
-        "Rename or convert it.",
-    )
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if path.is_dir() or kind == "jsonl":
+        rows: Iterable[Row] = (row for file in label_files(path) for row in _lines(file))
+    elif kind == "csv":
+        rows = read_csv(path)
+    elif kind == "json":
+        rows = _entries(path, read_json(path))
+    else:
+        raise InputError(
+            "labels are read from .json, .jsonl or .csv (or these packed as .gz), or from a folder of .jsonl batches",
+            str(path),
+            "Rename or convert it.",
+        )
+    return _labels(path, rows)
 
 
 def label_files(path: Path) -> list[Path]:
@@ -51,70 +59,68 @@ def label_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = [file for file in path.iterdir() if file.name.endswith(BATCHES) and file.is_file()]
-    if not found:
+    files = [file for file in path.iterdir() if file.name.endswith(BATCHES) and file.is_file()]
+    if not files:
         raise InputError("there is no .jsonl or .jsonl.gz file in the folder", str(path), "Name the folder of batches.")
-    return sorted(found, key=lambda file: [int(part) if part.isdigit() else part for part in _parts(file.name)])
-
-
-def _parts(name: str) -> list[str]:
     # Text and numbers take turns, beginning with text, so that batch-2 comes before batch-10.
-    return re.split(r"(\d+)", name)
+    parts = {file: re.split(r"([0-9]+)", file.name) for file in files}
+    return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in parts[file]])
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    try:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else read_text(path)
-    except FileNotFoundError:
-        raise InputError("the file does not exist", str(path), "Check the path.") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read ({error})", str(path)) from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"not valid JSON ({error.msg})", f"{path}:{number}") from None
+def _lines(path: Path) -> Iterator[Row]:
+    return ((f"{path}:{number}", row) for number, row in json_lines(path))
 
 
-def _csv(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    for row in reader:
-        yield f"{path}:{reader.line_num}", row
+def _entries(path: Path, value: Any) -> Iterator[Row]:
+    """The rows of a JSON file, whichever its form."""
+    if isinstance(value, dict) and (inner := [value[key] for key in _WHOLE if isinstance(value.get(key), list | dict)]):
+        value = inner[0]
+    if isinstance(value, dict):
+        return ((f"{path}: key {index!r}", (index, label)) for index, label in value.items())
+    if not isinstance(value, list):
+        raise InputError("labels are a list, or an object from whole numbers to texts", f"{path}:1")
+    places = ((f"{path}, item {number} of the list", row) for number, row in enumerate(value, start=1))
+    if any(isinstance(row, list | dict) for row in value):
+        return places
+    return ((where, (index, row)) for index, (where, row) in enumerate(places))
 
 
-def _labels(path: Path, rows: Iterable[Row], index: str, label: str) -> dict[int, str]:
-    found: dict[int, str] = {}
+def _labels(path: Path, rows: Iterable[Row]) -> dict[int, str]:
+    labels: dict[int, str] = {}
+    sae: dict[str, Any] = {}
     for where, row in rows:
-        try:
-            # Neuronpedia holds several explanations of a latent; the first is the one its page shows.
-            found.setdefault(int(row[index]), _text(row[label]))
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"a label needs {index!r} (a whole number) and {label!r} (a text)", where) from None
-    if not found:
+        with errors_at(where):
+            index, label = _read(row)
+        if isinstance(row, dict) and any(sae.setdefault(key, row[key]) != row[key] for key in _SAE if key in row):
+            raise InputError("the labels are of more than one model or SAE", where, "Keep those of the recipe's SAE.")
+        if label:
+            labels.setdefault(index, label)
+    if not labels:
         raise InputError("there are no labels", str(path))
-    return found
+    return labels
 
 
-def _nameless(row: Row) -> bool:
-    """Whether an export says by null that nobody has explained the latent."""
-    return isinstance(row[1], dict) and row[1].get("description", "") is None
+def _read(row: Any) -> tuple[int, str]:
+    if isinstance(row, dict):
+        row = [row[next((key for key in names if key in row), names[0])] for names in (_INDEX, _LABEL)]
+    if not isinstance(row, list | tuple) or len(row) != 2:
+        raise TypeError(f"a label is an object with 'index' and 'description', or a pair of them, not {shown(row)}")
+    index, label = row
+    if isinstance(index, str) and re.fullmatch(r"[0-9]{1,18}", index.strip()):
+        index = int(index)
+    if isinstance(index, float) and index.is_integer():  # As pandas writes a column that has a gap.
+        index = int(index)
+    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        raise TypeError(f"a latent's index is a whole number from 0 on, not {shown(index)}")
+    return index, _text(label)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value.strip()
-
-
-def _json_labels(path: Path) -> dict[int, str]:
-    value = read_json(path)
-    try:
-        items = enumerate(value) if isinstance(value, list) else value.items()
-        return {int(index): str(label) for index, label in items if label is not None}
-    except (AttributeError, ValueError):
-        raise InputError(
-            "labels are a list or an object from whole numbers to texts",
-            f"{path}:1",
-            'Such as {"12": "baking"}.',
-        ) from None
+def _text(label: Any) -> str:
+    """The first text of a label; empty where nobody has explained the latent."""
+    while isinstance(label, list | dict) and label:
+        label = label[0] if isinstance(label, list) else label[next((k for k in _LABEL if k in label), _LABEL[0])]
+    if label is None or label == []:
+        return ""
+    if not isinstance(label, str):
+        raise TypeError(f"a label is a text, not {shown(label)}")
+    return label.strip()

@@ -1,10 +1,9 @@
 """Transcripts become rows of token ids, labels and steering; figures and tokens for a person to check."""
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from esr_train.errors import InputError
 from esr_train.files import write_jsonl
+from esr_train.interchange import read_training_file
 from esr_train.masking import Labelled, label
 from esr_train.recipe import Recipe
 from esr_train.template import render
 from esr_train.training.batches import best_fit
-from esr_train.transcript import SaeRef, Steering, Transcript, read_transcripts
-
-_DATE_HEADER = re.compile(r"\ACutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n*")
+from esr_train.transcript import SaeRef, Steering, Transcript
 
 HELD_OUT = 0.05
 """Share of the rows whose loss is watched where `train.args.eval_strategy` asks for it (the paper's)."""
@@ -65,7 +63,7 @@ def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) ->
         InputError: an empty file, two rows of one id, rows steered at different layers under live injection,
             or a row that cannot be labelled (see `masking.label`).
     """
-    transcripts = _read(recipe, data)
+    transcripts = read_training_file(data)
     if not transcripts:
         raise InputError("there are no training rows", str(data), "Generate data first.")
     repeated = [key for key, count in Counter(transcript.id for transcript in transcripts).items() if count > 1]
@@ -77,24 +75,12 @@ def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) ->
     return rows
 
 
-def _read(recipe: Recipe, data: Path) -> list[Transcript]:
-    if recipe.train.format == "transcripts":
-        return read_transcripts(data)
-    from esr_train.interchange import read_segments
-
-    return [_without_header(transcript) for transcript in read_segments(data)]
-
-
-def _without_header(transcript: Transcript) -> Transcript:
-    """Segments hold rendered text; what Llama's template writes by itself must not be said twice."""
-    said = _DATE_HEADER.sub("", transcript.system or "").strip()
-    return replace(transcript, system=said or None)
-
-
 def _row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> TrainingRow:
     labelled = label(tokenizer, transcript, recipe.train.loss, recipe.train.max_length)
     steering = transcript.steering
-    if steering is None:
+    if steering is None or steering.sae is None or steering.latent is None:
+        if steering and recipe.train.live:
+            raise InputError("a vector of one's own cannot be injected", f"row {transcript.id!r}", "Drop train.live.")
         return TrainingRow(labelled, transcript.source, None, 0.0, 0)
     latent = Latent(steering.sae, steering.layer, steering.latent)
     start = _reply_start(tokenizer, labelled, transcript)

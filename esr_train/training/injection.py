@@ -27,13 +27,21 @@ def load_vectors(latents: Sequence[Latent]) -> torch.Tensor:
     survive.
 
     Raises:
-        InputError: an SAE that cannot be loaded, or a latent it does not have.
+        InputError: an SAE that cannot be loaded, a latent it does not have, or a row steered at another layer than the
+            SAE's.
     """
     loaded: dict[SaeRef, Any] = {}
     rows = []
     for latent in latents:
         if latent.sae not in loaded:
             loaded[latent.sae] = load_sae(latent.sae)
+        if latent.layer != loaded[latent.sae].layer:
+            raise InputError(
+                f"rows were steered at layer {latent.layer} with latents of an SAE of layer {loaded[latent.sae].layer} "
+                f"({latent.sae.release} / {latent.sae.id})",
+                "steering.layer of the training rows",
+                "Name the layer of the SAE, or the SAE of the layer.",
+            )
         rows.append(loaded[latent.sae].row(latent.index).cpu())
     return torch.stack(rows)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from esr_train.errors import InputError
-from esr_train.files import read_text
+from esr_train.files import read_lines
 from esr_train.restarts import sentences
 from esr_train.steering.engine import Request, Scorer
 
@@ -24,8 +24,7 @@ def read_phrases(path: Path | str) -> tuple[str, ...]:
     Raises:
         InputError: if the file is missing or empty.
     """
-    lines = (line.strip() for line in read_text(path).splitlines())
-    phrases = tuple(dict.fromkeys(line for line in lines if line and not line.startswith(("[", "#"))))
+    phrases = tuple(dict.fromkeys(line for _, line in read_lines(path) if not line.startswith(("[", "#"))))
     if not phrases:
         raise InputError("the file holds no phrase", str(path), "Write restart phrases, one a line.")
     return phrases

@@ -27,16 +27,16 @@ def test_every_form_of_label_file_gives_the_same_labels(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "where"),
     [
-        ("a.json", '{"twelve": "x"}', "a.json:1"),
+        ("a.json", '{"twelve": "x"}', "a.json: key 'twelve'"),
         ("b.jsonl", '{"index": "1", "description": "x"}\n{"index": 2}\n', "b.jsonl:2"),
         ("c.jsonl", '{"index": "1", "description": "x"}\n{oops\n', "c.jsonl:2"),
         ("d.csv", "index_in_sae,label\n1,x\nb,y\n", "d.csv:3"),
         ("e.txt", "x", "e.txt"),
         ("f.jsonl.gz", "not gzip", "f.jsonl.gz"),
         ("g.jsonl", "", "g.jsonl"),
-        ("h.jsonl", '{"index": 1, "description": ["x"]}\n', "h.jsonl:1"),
+        ("h.jsonl", '{"index": 1, "description": [5]}\n', "h.jsonl:1"),
         ("i.jsonl", "\n[1]\n", "i.jsonl:2"),
-        ("j.csv", "index,label\n1,x\n", "j.csv:2"),
+        ("j.csv", "number,label\n1,x\n", "j.csv:2"),
     ],
 )
 def test_a_broken_label_file_is_named_with_its_line(tmp_path, name, text, where):
@@ -74,7 +74,7 @@ def test_a_broken_batch_is_named_with_its_line_and_a_folder_without_any_as_such(
 def test_a_truncated_download_is_bad_input(tmp_path):
     whole = gzip.compress(batch(*((i, f"label {i}") for i in range(200))).encode())
     (tmp_path / "batch-0.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"batch-0\.jsonl\.gz: cannot be read"):
+    with pytest.raises(InputError, match=r"batch-0\.jsonl\.gz: not a whole gzip file"):
         read_labels(tmp_path)
 
 
