@@ -61,8 +61,9 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
     import recipes.tiny
     from esr_train.models import load_model, load_tokenizer
     from esr_train.recipe import ModelSection
-    from esr_train.steering.directions import load_sae, residual_norm
+    from esr_train.steering.direction_files import load_sae
     from esr_train.steering.engine import Request, Sampling
+    from esr_train.steering.readout import measure_residual_norm
     from esr_train.steering.transformers_engine import TransformersEngine
     from esr_train.transcript import SaeRef
 
@@ -72,7 +73,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
     texts = [json.loads(line)["prompt"] for line in (assets / "prompts.jsonl").read_text("utf-8").splitlines()]
     texts = texts[: options.rows]
     sae = load_sae(SaeRef(str(assets), "llama-sae"))
-    norm = residual_norm(model, tokenizer, texts[:32], sae.layer)
+    norm = measure_residual_norm(model, tokenizer, sae.layer, texts[:32])
     directions = [sae.direction(number % sae.n_latents, norm) for number in range(len(texts))]
     plain = [Request(str(number), text) for number, text in enumerate(texts)]
     steered = [

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from esr_train.restarts import sentences
-from esr_train.steering.directions import Direction
+from esr_train.steering.directions import Direction, Positions
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
-from esr_train.steering.interventions import Intervention, Positions
+from esr_train.steering.interventions import Intervention
 from esr_train.transcript import Span, SpanKind, Steering
 from eval.cells import Prompt
 from eval.judging.judge import Judge, JudgeItem

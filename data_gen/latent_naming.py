@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esr_train.errors import InputError
-from esr_train.steering.directions import LoadedSae, with_bos
-from esr_train.steering.readout import Peaks, peaks
+from esr_train.steering.directions import LoadedSae
+from esr_train.steering.readout import Peaks, peaks, with_bos
 from eval.cells import derived_seed
 from eval.llm import Asker
 

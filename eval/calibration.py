@@ -13,8 +13,8 @@ import numpy as np
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, write_json
 from esr_train.recipe import CalibrationSection
+from esr_train.steering.directions import Positions
 from esr_train.steering.engine import Engine, Progress, Request, Sampling
-from esr_train.steering.interventions import Positions
 from esr_train.transcript import SaeRef
 from eval.cells import Prompt, derived_seed, fingerprint
 from eval.judging.judge import Judge, JudgeItem

@@ -1,7 +1,6 @@
 """Random latents that are like given ones: as often active, and with a decoder row about as long."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,33 +10,6 @@ from eval.cells import derived_seed
 
 NEAREST = 8
 """A stand-in is drawn from this many nearest candidates: more would match worse, one would not be random."""
-
-
-def activation_frequency(model: Any, tokenizer: Any, sae: Any, texts: Sequence[str]) -> NDArray[np.float64]:
-    """The share of tokens (without BOS) at which each latent of an SAE is active, [n_latents].
-
-    Args:
-        model: in any wrapper.
-        tokenizer: the model's.
-        sae: an `esr_train.steering.directions.LoadedSae` of the model.
-        texts: rendered conversations, such as the model's own unsteered answers.
-
-    Raises:
-        InputError: if there is no token.
-    """
-    import torch
-
-    from esr_train.steering.directions import hidden_states
-    from esr_train.steering.readout import activations
-
-    active, tokens = torch.zeros(sae.n_latents, dtype=torch.long), 0
-    for hidden in hidden_states(model, tokenizer, texts, sae.layer):
-        for piece in activations(sae, hidden):
-            active += (piece > 0).sum(dim=0).cpu()
-            tokens += len(piece)
-    if not tokens:
-        raise InputError("there is no text to measure activation frequencies on")
-    return (active.double() / tokens).numpy()
 
 
 def matched_latents(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from esr_train.errors import RunError
 from esr_train.ranks import ALONE, Ranks
 from esr_train.restarts import find_cues
+from esr_train.steering.directions import Positions
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
-from esr_train.steering.interventions import Positions
 from eval.cells import Cell
 from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.store import Trial, TrialCell, TrialStore, TrialVariant, UsedStrength, typed

@@ -5,7 +5,7 @@ from pathlib import Path
 from data_gen.latent_naming import label_latents, name_latents
 from esr_train.files import write_jsonl
 from esr_train.recipe import Recipe, WriterSection
-from esr_train.steering.directions import check_fits
+from esr_train.steering.direction_files import check_fits
 from esr_train.tables import read_rows
 from recipes.resources import World, located
 from recipes.sources import asker

@@ -14,9 +14,11 @@ from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.provenance import sha256
 from esr_train.recipe import EngineSection, JudgeSection, ModelSection, PromptsSection, Recipe, SaeSection
-from esr_train.steering.directions import Direction, LoadedSae, check_fits, load_sae, residual_norm
+from esr_train.steering.direction_files import check_fits, load_sae
+from esr_train.steering.directions import Direction, LoadedSae
 from esr_train.steering.engine import Engine, Sampling
 from esr_train.steering.latent_labels import label_files, read_labels
+from esr_train.steering.readout import measure_residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
@@ -168,7 +170,7 @@ class World:
         model = self.open_model()
         check_fits(self.sae, model)
         prompts = self.pools.train[:: max(len(self.pools.train) // NORM_TEXTS, 1)][:NORM_TEXTS]
-        return residual_norm(model, self.tokenizer, self.rendered(prompts), self.sae.layer)
+        return measure_residual_norm(model, self.tokenizer, self.sae.layer, self.rendered(prompts))
 
     def open_model(self) -> Any:
         """The base model as transformers runs it: its hidden states can be read.

@@ -10,7 +10,8 @@ from data_gen.context import SteerableLatent
 from data_gen.latent_choice import choose
 from esr_train.files import read_json, write_json
 from esr_train.recipe import Recipe
-from esr_train.steering.directions import Direction, load_sae
+from esr_train.steering.direction_files import load_sae
+from esr_train.steering.directions import Direction
 from esr_train.steering.readout import active_latents
 from eval.calibration import Threshold, calibration_key
 from eval.cells import SPLITS, Split
@@ -116,9 +117,9 @@ def facts(directory: Path) -> list[str]:
 def frozen_directions(world: World, thresholds: Sequence[Threshold]) -> list[Direction]:
     """The directions that thresholds were measured on; the model, whose residual norm they hold, is not loaded."""
     sae = load_sae(world.sae_ref)
+    norms = sae.decoder_norms()
     return [
-        sae.direction(each.latent, each.raw * float(sae.decoder_norms[each.latent]) / each.norm, each.label)
-        for each in thresholds
+        sae.direction(each.latent, each.raw * float(norms[each.latent]) / each.norm, each.label) for each in thresholds
     ]
 
 

@@ -12,7 +12,8 @@ from esr_train.provenance import sha256
 from esr_train.recipe import ModelSection, Recipe
 from esr_train.steering.engine import Engine
 from esr_train.steering.interventions import Ablate, Clamp, Intervention
-from eval.matching import activation_frequency, matched_latents
+from esr_train.steering.readout import activation_frequency
+from eval.matching import matched_latents
 from eval.variants import PLAIN, Variant, prompt_text
 from recipes.resources import World
 from recipes.stage_cache import digest
@@ -149,9 +150,9 @@ def variant(experiment: "Experiment", arm: str) -> Variant:
     stand_in = matched(experiment, wanted) if section.edit.matched_random else {latent: latent for latent in wanted}
     ablated = tuple(stand_in[latent] for latent in section.edit.ablate)
     clamped = {stand_in[latent]: value for latent, value in section.edit.clamp.items()}
-    layer, positions = world.sae.layer, experiment.recipe.engine.positions
-    edits: list[Intervention] = [Ablate(layer, world.sae, ablated, positions)] if ablated else []
-    edits += [Clamp(layer, world.sae, latent, value, positions) for latent, value in clamped.items()]
+    positions = experiment.recipe.engine.positions
+    edits: list[Intervention] = [Ablate(world.sae, ablated, positions)] if ablated else []
+    edits += [Clamp(world.sae, latent, value, positions) for latent, value in clamped.items()]
     names = {str(latent): value for latent, value in clamped.items()}
     return Variant(prompt, tuple(edits), {"ablate": list(ablated), "clamp": names})
 
@@ -162,7 +163,7 @@ def matched(experiment: "Experiment", wanted: Sequence[int]) -> dict[int, int]:
     in_play = set(experiment.chosen)
     topics = set(world.pools.topics)
     named = {latent for latent, label in world.labels.items() if label in topics}
-    norms = world.sae.decoder_norms.double().numpy()
+    norms = world.sae.decoder_norms().double().numpy()
     return matched_latents(wanted, experiment.frequency, norms, in_play | named, experiment.recipe.seed)
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe, load_recipe
+from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request
-from esr_train.steering.interventions import Ablate, Add
 from eval.variants import PLAIN, PROMPTS, Variant, prompt_text
 from recipes.weights import form
 
-ADD, ABLATE = Add(1, None), Ablate(1, None, (3,))  # type: ignore[arg-type]
+ADD, EDIT = Add(1, None), Add(2, None)  # type: ignore[arg-type]
 
 
 def request() -> Request:
@@ -24,10 +24,10 @@ def test_a_plain_arm_leaves_requests_as_they_are_and_says_nothing_in_its_rows():
 
 
 def test_a_variant_wraps_the_prompt_names_the_label_and_adds_its_interventions_last():
-    variant = Variant("About {label}? No: {prompt} Not {label}.", (ABLATE,), {"ablate": [3], "clamp": {}})
+    variant = Variant("About {label}? No: {prompt} Not {label}.", (EDIT,), {"ablate": [3], "clamp": {}})
     made = variant.apply(request(), "baking")
     assert made.prompt == "About baking? No: How do I fold {a} sheet? Not baking."
-    assert made.interventions == (ADD, ABLATE)
+    assert made.interventions == (ADD, EDIT)
     assert (made.seed, made.id) == (4, "r")
     assert variant.apply(request(), None).prompt.startswith("About something else?")
     assert variant.to_json() == {"prompt": variant.prompt, "ablate": [3], "clamp": {}}

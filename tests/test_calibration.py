@@ -11,8 +11,8 @@ import pytest
 
 from esr_train.errors import InputError, RunError
 from esr_train.recipe import CalibrationSection
+from esr_train.steering.directions import Add, Positions
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
-from esr_train.steering.interventions import Add, Positions
 from esr_train.transcript import SaeRef, Strength
 from eval.calibration import (
     Threshold,

@@ -29,7 +29,7 @@ from tests.trial_maker import made
 
 CELLS = [Cell(f"How do I fold sheet {n}?", "linen", n % 3, f"topic{n % 3}", 1.0, n) for n in range(6)]
 DIRECTIONS = {
-    latent: Direction(SaeRef("sae", "0"), 1, latent, f"topic{latent}", torch.eye(8)[latent], 2.0, 5.0)
+    latent: Direction(1, f"topic{latent}", torch.eye(8)[latent], 2.0, 5.0, SaeRef("sae", "0"), latent)
     for latent in range(3)
 }
 

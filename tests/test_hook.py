@@ -7,9 +7,9 @@ from torch import nn
 
 from esr_train.errors import InputError, RunError
 from esr_train.models import decoder_layers
-from esr_train.steering.directions import LoadedSae
+from esr_train.steering.directions import Add, LoadedSae
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.interventions import Ablate, Add, Clamp
+from esr_train.steering.interventions import Ablate, Clamp
 from esr_train.transcript import SaeRef
 
 LAYER = 2
@@ -48,7 +48,7 @@ def ids_of(family, rows: int = 3, positions: int = 5) -> torch.Tensor:
     return torch.randint(10, len(family.tokenizer), (rows, positions), generator=torch.Generator().manual_seed(1))
 
 
-def owners(rows: int, positions: int) -> torch.Tensor:
+def rows_of(rows: int, positions: int) -> torch.Tensor:
     return torch.arange(rows)[:, None].expand(rows, positions).contiguous()
 
 
@@ -56,7 +56,7 @@ def test_every_row_moves_by_exactly_its_own_vector(family):
     ids = ids_of(family)
     before = outputs(family.model, LAYER, ids)
     with SteeringHook(family.model, [[Add(LAYER, vector(0))], [], [Add(LAYER, vector(2))]]) as hook:
-        hook.place(owners(3, 5))
+        hook.set_rows(rows_of(3, 5))
         after = outputs(family.model, LAYER, ids)
     assert torch.equal(after[0], before[0] + vector(0))
     assert torch.equal(after[1], before[1])
@@ -87,7 +87,7 @@ def test_a_layer_that_returns_a_tuple_is_steered_the_same_way():
     hidden = torch.randn(2, 3, WIDTH)
     model = Model()
     with SteeringHook(model, [[Add(0, vector(0))], [Add(0, vector(1))]]) as hook:
-        hook.place(owners(2, 3))
+        hook.set_rows(rows_of(2, 3))
         out, cache = model(hidden)
     assert cache == "cache"
     assert torch.equal(out, hidden + torch.stack([vector(0), vector(1)])[:, None])
@@ -98,19 +98,19 @@ def test_strength_zero_leaves_every_bit_of_the_logits(family):
     with torch.no_grad():
         plain = family.model(ids).logits
         with SteeringHook(family.model, [[Add(LAYER, torch.zeros(WIDTH))]] * 3) as hook:
-            hook.place(owners(3, 5))
+            hook.set_rows(rows_of(3, 5))
             steered = family.model(ids).logits
     assert torch.equal(plain, steered)
     assert hook.counts() == {LAYER: [5, 5, 5]}
 
 
 def test_padding_is_neither_steered_nor_counted(family):
-    ids, owner = ids_of(family, 2, 5), owners(2, 5)
+    ids, index = ids_of(family, 2, 5), rows_of(2, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    owner = torch.where(mask.bool(), owner, -1)
+    index = torch.where(mask.bool(), index, -1)
     before = outputs(family.model, LAYER, ids, mask)
     with SteeringHook(family.model, [[Add(LAYER, vector(0))], [Add(LAYER, vector(1))]]) as hook:
-        hook.place(owner)
+        hook.set_rows(index)
         after = outputs(family.model, LAYER, ids, mask)
     assert torch.equal(after[0, :2], before[0, :2])
     assert torch.equal(after[0, 2:], before[0, 2:] + vector(0))
@@ -120,15 +120,15 @@ def test_padding_is_neither_steered_nor_counted(family):
 def test_generated_positions_begin_at_the_reply(family):
     ids = ids_of(family, 1, 5)
     reply = torch.tensor([[False, False, False, True, True]])
-    program = [Add(LAYER, vector(0), "generated"), Add(LAYER, vector(1), "all")]
+    interventions = [Add(LAYER, vector(0), "generated"), Add(LAYER, vector(1), "all")]
     before = outputs(family.model, LAYER, ids)
-    with SteeringHook(family.model, [program]) as hook:
-        hook.place(owners(1, 5), reply)
+    with SteeringHook(family.model, [interventions]) as hook:
+        hook.set_rows(rows_of(1, 5), reply)
         after = outputs(family.model, LAYER, ids)
     torch.testing.assert_close(after[0, :3], before[0, :3] + vector(1))
     torch.testing.assert_close(after[0, 3:], before[0, 3:] + vector(0) + vector(1))
-    with SteeringHook(family.model, [program[:1]]) as hook:
-        hook.place(owners(1, 5), reply)
+    with SteeringHook(family.model, [interventions[:1]]) as hook:
+        hook.set_rows(rows_of(1, 5), reply)
         outputs(family.model, LAYER, ids)
     assert hook.counts() == {LAYER: [2]}
 
@@ -137,7 +137,7 @@ def test_several_documents_in_one_row_keep_their_own_vectors(family):
     ids = ids_of(family, 1, 6)
     before = outputs(family.model, LAYER, ids)
     with SteeringHook(family.model, [[Add(LAYER, vector(0))], [], [Add(LAYER, vector(2))]]) as hook:
-        hook.place(torch.tensor([[0, 0, 1, 2, 2, 2]]))
+        hook.set_rows(torch.tensor([[0, 0, 1, 2, 2, 2]]))
         after = outputs(family.model, LAYER, ids)
     assert torch.equal(after - before != 0, torch.tensor([1, 1, 0, 1, 1, 1])[None, :, None].bool().expand(1, 6, WIDTH))
     assert hook.counts() == {LAYER: [2, 0, 3]}
@@ -146,7 +146,7 @@ def test_several_documents_in_one_row_keep_their_own_vectors(family):
 def test_several_layers_are_steered_and_counted_apart(family):
     ids = ids_of(family, 2, 4)
     with SteeringHook(family.model, [[Add(0, vector(0)), Add(3, vector(1))], [Add(3, vector(1))]]) as hook:
-        hook.place(owners(2, 4))
+        hook.set_rows(rows_of(2, 4))
         outputs(family.model, 0, ids)
     assert hook.counts() == {0: [4, 0], 3: [4, 4]}
 
@@ -165,14 +165,14 @@ def test_clamp_and_ablate_equal_decoding_with_the_reconstruction_error_kept(fami
     ids = ids_of(family, 4, 5)
     before = outputs(family.model, LAYER, ids)
     active = sae.module.encode(before).sum(dim=(0, 1)).topk(3).indices.tolist()
-    programs = [
-        [Clamp(LAYER, sae, active[0], 7.5)],
-        [Ablate(LAYER, sae, tuple(active))],
+    row_interventions = [
+        [Clamp(sae, active[0], 7.5)],
+        [Ablate(sae, tuple(active))],
         [],
         [Add(LAYER, vector(1))],
     ]
-    with SteeringHook(family.model, programs) as hook:
-        hook.place(owners(4, 5))
+    with SteeringHook(family.model, row_interventions) as hook:
+        hook.set_rows(rows_of(4, 5))
         after = outputs(family.model, LAYER, ids)
     for row, (latents, value) in enumerate([(active[:1], 7.5), (active, 0.0)]):
         expected = reference(sae, before[row], latents, value)
@@ -186,10 +186,10 @@ def test_clamp_and_ablate_equal_decoding_with_the_reconstruction_error_kept(fami
 def test_interventions_of_a_row_follow_one_another(family, sae):
     ids = ids_of(family, 3, 5)
     before = outputs(family.model, LAYER, ids)
-    add, clamp, ablate = Add(LAYER, vector(4)), Clamp(LAYER, sae, 5, 4.0), Ablate(LAYER, sae, (5, 6))
-    again = Clamp(LAYER, sae, 7, 2.0)
+    add, clamp, ablate = Add(LAYER, vector(4)), Clamp(sae, 5, 4.0), Ablate(sae, (5, 6))
+    again = Clamp(sae, 7, 2.0)
     with SteeringHook(family.model, [[add, clamp], [clamp, add, ablate], [clamp, again]]) as hook:
-        hook.place(owners(3, 5))
+        hook.set_rows(rows_of(3, 5))
         after = outputs(family.model, LAYER, ids)
     torch.testing.assert_close(after[0], reference(sae, before[0] + vector(4), [5], 4.0), atol=1e-4, rtol=1e-4)
     moved = reference(sae, before[1], [5], 4.0) + vector(4)
@@ -201,8 +201,8 @@ def test_interventions_of_a_row_follow_one_another(family, sae):
 def test_clamping_generated_positions_leaves_the_prompt_alone(family, sae):
     ids, reply = ids_of(family, 1, 5), torch.tensor([[False, False, True, True, True]])
     before = outputs(family.model, LAYER, ids)
-    with SteeringHook(family.model, [[Clamp(LAYER, sae, 5, 4.0, "generated")]]) as hook:
-        hook.place(owners(1, 5), reply)
+    with SteeringHook(family.model, [[Clamp(sae, 5, 4.0, "generated")]]) as hook:
+        hook.set_rows(rows_of(1, 5), reply)
         after = outputs(family.model, LAYER, ids)
     assert torch.equal(after[0, :2], before[0, :2])
     assert (after[0, 2:] != before[0, 2:]).any(dim=-1).all()
@@ -219,7 +219,7 @@ def test_recomputation_in_the_backward_pass_steers_again_and_counts_once(family,
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         with SteeringHook(model, [[Add(LAYER, vector(0))], []]) as hook:
-            hook.place(owners(2, 5))
+            hook.set_rows(rows_of(2, 5))
             ids = ids_of(family, 2, 5)
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         return decoder_layers(model)[0].mlp.up_proj.weight.grad, hook.counts()
@@ -234,17 +234,17 @@ def test_the_hidden_states_keep_their_dtype(family, sae):
     from copy import deepcopy
 
     model = deepcopy(family.model).to(torch.bfloat16)
-    with SteeringHook(model, [[Add(LAYER, vector(0))], [Clamp(LAYER, sae, 5, 4.0)]]) as hook:
-        hook.place(owners(2, 5))
+    with SteeringHook(model, [[Add(LAYER, vector(0))], [Clamp(sae, 5, 4.0)]]) as hook:
+        hook.set_rows(rows_of(2, 5))
         after = outputs(model, LAYER, ids_of(family, 2, 5))
     assert after.dtype == torch.bfloat16
 
 
-def test_a_placement_of_another_shape_is_refused_rather_than_applied_to_wrong_tokens(family):
+def test_rows_of_another_shape_are_refused_rather_than_applied_to_wrong_tokens(family):
     with SteeringHook(family.model, [[Add(LAYER, vector(0))]] * 2) as hook:
-        with pytest.raises(RunError, match="placed for None"):
+        with pytest.raises(RunError, match="set for None"):
             family.model(ids_of(family, 2, 5))
-        hook.place(owners(2, 4))
+        hook.set_rows(rows_of(2, 4))
         with pytest.raises(RunError, match=r"\(2, 5\).*\(2, 4\)"):
             family.model(ids_of(family, 2, 5))
 

@@ -9,7 +9,7 @@ from inspect_ai import eval as inspect_eval
 
 from esr_train.models import load_model, load_tokenizer
 from esr_train.recipe import ModelSection
-from esr_train.steering.directions import load_sae
+from esr_train.steering.direction_files import load_sae
 from esr_train.steering.engine import Sampling
 from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.transformers_engine import TransformersEngine

@@ -26,7 +26,7 @@ TOPICS = split_topics([f"topic{number}" for number in range(20)], SECTION)
 
 
 def latent(number: int, label: str | None, unit: torch.Tensor) -> Direction:
-    return Direction(SaeRef("r", "i"), 1, number, label, unit / unit.norm(), 1.0, 2.0)
+    return Direction(1, label, unit / unit.norm(), 1.0, 2.0, SaeRef("r", "i"), number)
 
 
 def axis(place: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from training_world import SAE, probed, recipe, write_world
 from esr_train.__main__ import main
 from esr_train.errors import InputError
 from esr_train.recipe import JudgeSection, dump_recipe
-from esr_train.steering.directions import load_sae
+from esr_train.steering.direction_files import load_sae
 from esr_train.steering.engine import Sampling
 from esr_train.training.trainer import train
 from eval.behaviour import observe, probing

@@ -26,9 +26,9 @@ from sae_lens.synthetic import FeatureDictionary, init_sae_to_match_feature_dict
 
 from esr_train.files import read_json, write_json, write_jsonl
 from esr_train.recipe import Recipe
-from esr_train.steering.directions import hidden_states, load_sae
+from esr_train.steering.direction_files import load_sae
 from esr_train.steering.engine import Request
-from esr_train.steering.readout import active_latents, peaks
+from esr_train.steering.readout import active_latents, hidden_states, peaks
 from esr_train.transcript import SaeRef
 from recipes.pipeline import Experiment
 from recipes.resources import World

@@ -23,7 +23,7 @@ from recipes.sources import check_held_out
 DETOUR = "Owls fly by night. They hunt mice. Their wings are quiet."
 ANSWER = "Knead the dough. Bake it."
 PROMPTS = [Prompt("How do I bake?", "bread")]
-LATENTS = [SteerableLatent(Direction(SaeRef("r", "i"), 1, 7, "owls", torch.ones(4) / 2, 1.0, 2.0), 0.5)]
+LATENTS = [SteerableLatent(Direction(1, "owls", torch.ones(4) / 2, 1.0, 2.0, SaeRef("r", "i"), 7), 0.5)]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from esr_train.files import read_json
 from esr_train.models import load_model, load_tokenizer
 from esr_train.recipe import ModelSection
 from esr_train.restarts import find_cues
-from esr_train.steering.directions import check_fits, load_sae
+from esr_train.steering.direction_files import check_fits, load_sae
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.transformers_engine import TransformersEngine
@@ -165,7 +165,7 @@ def test_a_shipped_sae_fits_its_model_at_sixty_percent_of_its_depth(assets, fami
     assert max(labels) < sae.n_latents
     assert set(labels.values()) <= {topic.name for topic in topics()}
     assert len(set(labels.values())) >= 60
-    assert float(sae.decoder_norms[list(labels)].min()) > 0
+    assert float(sae.decoder_norms()[list(labels)].min()) > 0
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ import torch
 
 from esr_train.errors import RunError
 from esr_train.models import decoder_layers
+from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.interventions import Add
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.template import encode_prompt
 from tests.conftest import Family
@@ -43,7 +43,7 @@ def family(family: Family) -> Family:
 
 def steered_requests() -> list[Request]:
     """Every kind in one batch: none, all, generated, a prefix, two vectors at two layers."""
-    programs = [
+    steerings = [
         (Add(LAYER, vector(0)),),
         (),
         (Add(LAYER, vector(1), "generated"),),
@@ -52,8 +52,8 @@ def steered_requests() -> list[Request]:
     ]
     prefixes = ["", "", "Start by", "", "Then"]
     return [
-        Request(f"r{number}", prompt, prefix=prefix, interventions=program, seed=number)
-        for number, (prompt, prefix, program) in enumerate(zip(PROMPTS, prefixes, programs, strict=True))
+        Request(f"r{number}", prompt, prefix=prefix, interventions=steering, seed=number)
+        for number, (prompt, prefix, steering) in enumerate(zip(PROMPTS, prefixes, steerings, strict=True))
     ]
 
 
@@ -164,13 +164,13 @@ def test_strength_zero_generates_what_no_steering_generates(family):
 
 
 def test_a_row_that_was_not_steered_is_an_error_that_names_the_request(family, monkeypatch):
-    """The hook is broken on purpose: after the prompt it no longer steers the second program."""
-    place = SteeringHook.place
+    """The hook is broken on purpose: after the prompt it no longer steers the second row."""
+    set_rows = SteeringHook.set_rows
 
-    def broken(self, owner, reply=None):
-        place(self, torch.where(owner == 1, -1, owner) if owner.shape[1] == 1 else owner, reply)
+    def broken(self, index, reply=None):
+        set_rows(self, torch.where(index == 1, -1, index) if index.shape[1] == 1 else index, reply)
 
-    monkeypatch.setattr(SteeringHook, "place", broken)
+    monkeypatch.setattr(SteeringHook, "set_rows", broken)
     requests = [Request(f"row-{n}", prompt, interventions=(Add(LAYER, vector(n)),)) for n, prompt in enumerate(PROMPTS)]
     with pytest.raises(RunError, match=r"'row-\d'.*layer 1 steered \d+ tokens where \d+ were asked for"):
         TransformersEngine(family.model, family.tokenizer).generate(requests, GREEDY)

@@ -6,8 +6,8 @@ import pytest
 
 from esr_train.errors import RunError
 from esr_train.ranks import Ranks
+from esr_train.steering.directions import Add, Positions
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
-from esr_train.steering.interventions import Add, Positions
 from esr_train.transcript import Strength
 from eval.cells import Cell, Prompt, make_cells, unsteered
 from eval.judging.judge import JudgeItem, Judgement

@@ -15,11 +15,13 @@ pytest.importorskip(
 from esr_train.errors import InputError, RunError
 from esr_train.models import decoder_layers, load_model, load_tokenizer
 from esr_train.recipe import ModelSection
-from esr_train.steering.directions import load_sae, residual_norm
+from esr_train.steering.direction_files import load_sae
+from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.interventions import Ablate, Add, Clamp
+from esr_train.steering.interventions import Ablate, Clamp
 from esr_train.steering.layer_edits import Layer
+from esr_train.steering.readout import measure_residual_norm
 from esr_train.steering.sampling import processors, row_seeds
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.steering.vllm.vllm_engine import VllmEngine
@@ -46,7 +48,7 @@ class Side:
         self.sae = load_sae(SaeRef(str(ASSETS), f"{name}-sae"))
         self.transformers = TransformersEngine(load_model(self.section), self.tokenizer, batch_rows=64)
         texts = [row["prompt"] for row in PROMPTS[:16]]
-        self.norm = residual_norm(self.transformers.model, self.tokenizer, texts, self.sae.layer)
+        self.norm = measure_residual_norm(self.transformers.model, self.tokenizer, self.sae.layer, texts)
         self.server = VllmServer(self.section, rows=64, lora_rank=RANK, options={"kv_cache_memory_bytes": 1 << 28})
         self.vllm = VllmEngine(self.server, self.tokenizer)
 
@@ -56,31 +58,31 @@ class Side:
         return core.model_executor.driver_worker.worker
 
     def requests(self, count: int = 64) -> list[Request]:
-        """Every kind of program, each with its own directions, strengths and positions."""
+        """Every kind of steering, each with its own directions, strengths and positions."""
         random = torch.Generator().manual_seed(0)
         made = []
         for number, row in enumerate(PROMPTS[:count]):
             unit = torch.nn.functional.normalize(torch.randn(self.sae.d_model, generator=random), dim=0)
             latent = int(torch.randint(self.sae.n_latents, (1,), generator=random))
-            program = self._program(number, unit, latent, "generated" if number % 4 == 1 else "all")
+            steering = self._steering(number, unit, latent, "generated" if number % 4 == 1 else "all")
             prefix = "Start by" if number % 5 == 0 else ""
-            made.append(Request(str(number), row["prompt"], None, prefix, program, seed=number))
+            made.append(Request(str(number), row["prompt"], None, prefix, steering, seed=number))
         assert len(made) == count
         return made
 
-    def _program(self, number, unit, latent, positions):
+    def _steering(self, number, unit, latent, positions):
         sae, layer, norm = self.sae, self.sae.layer, self.norm
         shared = sae.direction(latent, norm)
         both = (latent, (latent + 1) % sae.n_latents)
-        programs = (
+        steerings = (
             (),
             (Add(layer, unit * norm * 0.2 * (number % 7), positions),),
             (shared.add(0.2 * (number % 9), positions), Add(0, unit, "generated")),
-            (Clamp(layer, sae, latent, norm, positions),),
-            (Ablate(layer, sae, both, positions), Add(layer, unit * norm, positions)),
-            (Add(layer, unit * norm * 0.5, positions), Clamp(layer, sae, latent, norm), Clamp(layer, sae, latent, 1.0)),
+            (Clamp(sae, latent, norm, positions),),
+            (Ablate(sae, both, positions), Add(layer, unit * norm, positions)),
+            (Add(layer, unit * norm * 0.5, positions), Clamp(sae, latent, norm), Clamp(sae, latent, 1.0)),
         )
-        return programs[number % len(programs)]
+        return steerings[number % len(steerings)]
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
@@ -94,7 +96,7 @@ def ids(completions) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
-def test_greedy_replies_to_64_programs_in_one_batch_are_the_transformers_engines(side):
+def test_greedy_replies_to_64_steerings_in_one_batch_are_the_transformers_engines(side):
     requests = side.requests()
     told: list[tuple[int, int]] = []
     found = side.vllm.generate(requests, GREEDY, lambda rows, tokens: told.append((rows, tokens)))
@@ -136,7 +138,7 @@ def _gap(side, request: Request, tokens: tuple[int, ...], others: tuple[int, ...
     prompt, start = encode_prompt(side.tokenizer, request.prompt, None, request.prefix)
     fed = torch.tensor([[*prompt, *tokens[:step]]])
     with SteeringHook(side.transformers.model, [request.interventions]) as hook, torch.no_grad():
-        hook.place(torch.zeros_like(fed), torch.arange(fed.shape[1])[None] >= start)
+        hook.set_rows(torch.zeros_like(fed), torch.arange(fed.shape[1])[None] >= start)
         logits = side.transformers.model(fed).logits[:, -1].float()
     scores = processors(PENALISED, row_seeds([request.seed], "cpu"), len(prompt))(fed, logits)[0]
     assert int(scores.argmax()) == tokens[step]
@@ -199,10 +201,10 @@ def test_clamp_and_ablate_equal_encode_and_decode_with_the_error_kept(side, kind
         side.vllm.generate([Request("", prompt)], Sampling(temperature=0, max_new_tokens=1))
         latents = sae.encode(raw[0].float()).sum(0).topk(3).indices.tolist()
         raw.clear(), steered.clear()
-        program = Clamp(side.sae.layer, side.sae, latents[0], 5.0)
+        steering = Clamp(side.sae, latents[0], 5.0)
         if kind == "ablate":
-            program = Ablate(side.sae.layer, side.sae, tuple(latents))
-        side.vllm.generate([Request("", prompt, interventions=(program,))], GREEDY)
+            steering = Ablate(side.sae, tuple(latents))
+        side.vllm.generate([Request("", prompt, interventions=(steering,))], GREEDY)
     finally:
         for handle in handles:
             handle.remove()
@@ -226,14 +228,14 @@ def test_an_exception_in_the_hook_fails_the_requests_and_leaves_the_engine_runni
 
 
 def test_tokens_that_were_not_steered_are_an_error_that_names_the_request(side, monkeypatch):
-    place = Layer.place
+    set_rows = Layer.set_rows
 
-    def broken(self, placement):
-        place(self, placement)
-        self.counted = placement is not None and bool(placement.reply.all())
+    def broken(self, tokens):
+        set_rows(self, tokens)
+        self.counted = tokens is not None and bool(tokens.reply.all())
 
     with monkeypatch.context() as patch:
-        patch.setattr(Layer, "place", broken)
+        patch.setattr(Layer, "set_rows", broken)
         with pytest.raises(RunError, match=r"request '\d+': layer \d+ steered \d+ tokens where \d+ were asked for"):
             side.vllm.generate(side.requests(12), GREEDY)
 
@@ -243,7 +245,7 @@ def test_an_sae_that_the_workers_cannot_find_is_refused(side):
 
     other = replace(side.sae, ref=SaeRef(str(ASSETS), "gemma-sae" if side.sae.ref.id == "llama-sae" else "llama-sae"))
     with pytest.raises(InputError, match="is not the one that was asked for"):
-        side.vllm.generate([Request("", "Wait.", interventions=(Clamp(other.layer, other, 0, 1.0),))], GREEDY)
+        side.vllm.generate([Request("", "Wait.", interventions=(Clamp(other, 0, 1.0),))], GREEDY)
 
 
 def test_bad_requests_are_refused_before_anything_runs(side):
@@ -279,7 +281,7 @@ def test_latents_are_read_at_every_token_that_was_fed(side):
         kept: list[torch.Tensor] = []
         with SteeringHook(side.transformers.model, [request.interventions]) as hook, torch.no_grad():
             reply = torch.arange(fed.shape[1])[None] >= _reply_start(side, request)
-            hook.place(torch.zeros_like(fed), reply)
+            hook.set_rows(torch.zeros_like(fed), reply)
             layer = decoder_layers(side.transformers.model)[sae.layer]
             handle = layer.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0]))
             side.transformers.model(fed)

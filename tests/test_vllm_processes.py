@@ -16,7 +16,7 @@ pytest.importorskip(
 from esr_train.files import read_jsonl
 from esr_train.models import load_model, load_tokenizer
 from esr_train.recipe import ModelSection
-from esr_train.steering.directions import load_sae
+from esr_train.steering.direction_files import load_sae
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.interventions import Ablate, Clamp
 from esr_train.steering.transformers_engine import TransformersEngine
@@ -136,8 +136,8 @@ def test_two_ranks_that_share_a_model_steer_as_one_does():
     requests = []
     for number, prompt in enumerate(prompts):
         steered = sae.direction(number, 7.0).add(0.2 * (number % 5))
-        programs = ((), (steered,), (Clamp(sae.layer, sae, number, 7.0), steered), (Ablate(sae.layer, sae, (1, 2)),))
-        requests.append(Request(str(number), prompt, interventions=programs[number % 4], seed=number))
+        steerings = ((), (steered,), (Clamp(sae, number, 7.0), steered), (Ablate(sae, (1, 2)),))
+        requests.append(Request(str(number), prompt, interventions=steerings[number % 4], seed=number))
     sampling = Sampling(temperature=0.6, max_new_tokens=24)
     server = VllmServer(section, rows=32, tensor_parallel=2, options={"kv_cache_memory_bytes": 1 << 26})
     try:

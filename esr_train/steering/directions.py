@@ -1,28 +1,111 @@
-"""SAEs as sources of directions: loading, residual norms, and both units of strength."""
+"""Directions to steer along: vectors of one's own and SAE latents, with both units of strength."""
 
-import difflib
-import re
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from esr_train.errors import InputError
-from esr_train.models import check_layer, decoder_layers, hidden_size, local_path
-from esr_train.steering.interventions import Add, Positions
 from esr_train.transcript import SaeRef, Strength
 
-HOOK_NAMES = re.compile(r"(?:blocks\.(\d+)\.hook_resid_post|model\.layers\.(\d+)(?:\.output)?)")
-INPUT_DEPENDENT_SCALES = ("constant_norm_rescale", "layer_norm")
+Positions = Literal["all", "generated"]
+"""`all`: every token but padding (BOS, too); `generated`: from the reply's first token on (a given prefix included)."""
+
+ENCODED_AT_ONCE = 1024
+"""Tokens that an SAE encodes in one piece: one of 131k latents then needs half a gigabyte of activations."""
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """h += vector after decoder layer `layer` (an SAE's reconstruction error is kept).
+
+    Args:
+        layer: index of the decoder layer whose output is changed.
+        vector: [d_model], direction times strength, in residual units.
+        positions: which tokens are steered.
+        along: [d_model] and a length, where the vector is a multiple of a direction that others share: engines
+            that keep directions on their workers then send it once.
+    """
+
+    layer: int
+    vector: torch.Tensor
+    positions: Positions = "all"
+    along: tuple[torch.Tensor, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """A direction in the output of one decoder layer, and how long a step along it is in either unit of strength.
+
+    Args:
+        layer: the decoder layer whose output is steered.
+        label: what it stands for, if known.
+        unit: [d_model] float32 on the CPU, of norm 1.
+        length: what one unit of raw strength adds, in residual units: the norm of the vector as it was given.
+        residual_norm: the layer's median residual norm without BOS; None: not measured.
+    """
+
+    layer: int
+    label: str | None
+    unit: torch.Tensor
+    length: float
+    residual_norm: float | None
+
+    def strength(self, norm: float) -> Strength:
+        """Both units of a strength given in residual norms.
+
+        Raises:
+            InputError: if the layer's residual norm is not known.
+        """
+        return Strength(raw=norm * self._known_norm() / self.length, norm=norm)
+
+    def add(self, norm: float | None = None, positions: Positions = "all", *, raw: float | None = None) -> Add:
+        """Steer along the direction.
+
+        Args:
+            norm: strength in median residual norms of the layer.
+            positions: which tokens are steered.
+            raw: the strength in multiples of the vector as it was given (of an SAE's decoder row: the paper's b)
+                instead; needs no residual norm.
+
+        Raises:
+            InputError: unless one of the two strengths is given; for `norm`, if the layer's residual norm is unknown.
+        """
+        if norm is not None and raw is None:
+            length = norm * self._known_norm()
+        elif raw is not None and norm is None:
+            length = raw * self.length
+        else:
+            raise InputError("one strength is needed", "add", "Such as add(0.9), in residual norms, or add(raw=210.0).")
+        return Add(self.layer, self.unit * length, positions, along=(self.unit, length))
+
+    def _known_norm(self) -> float:
+        if self.residual_norm is None:
+            raise InputError(
+                f"the residual norm of layer {self.layer} is not known, so a strength in residual norms says nothing",
+                self.label,
+                "Call load_sae or load_vectors with model=model, tokenizer=tokenizer, which measures it, or steer by "
+                "add(raw=…).",
+            )
+        return self.residual_norm
+
+
+@dataclass(frozen=True, eq=False)
+class Direction(SteeringVector):
+    """A latent's decoder row as a direction.
+
+    Args:
+        sae: the SAE it belongs to.
+        latent: index in the SAE's dictionary.
+    """
+
+    sae: SaeRef
+    latent: int
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedSae:
-    """An SAE on the output of one decoder layer.
+    """An SAE on the output of one decoder layer, of which one unit of activation adds one decoder row.
 
     Args:
         ref: where it came from.
@@ -31,6 +114,9 @@ class LoadedSae:
         n_latents: size of its dictionary.
         module: the sae-lens SAE, frozen, float32. It stays where it was loaded until `encode` meets an
             activation on another device; additive steering needs only rows and never moves it.
+        residual_norm: the layer's median residual norm without BOS in the model it was loaded for; None: not measured.
+        not_encoded: why its activations cannot be computed, which is what choosing latents needs; None: they can.
+        not_edited: why its latents cannot be clamped or ablated, where a unit of activation adds no fixed vector.
     """
 
     ref: SaeRef
@@ -38,6 +124,9 @@ class LoadedSae:
     d_model: int
     n_latents: int
     module: Any
+    residual_norm: float | None = None
+    not_encoded: str | None = None
+    not_edited: str | None = None
 
     def row(self, latent: int) -> torch.Tensor:
         """W_dec[latent], [d_model] float32: what one unit of activation adds to the residual stream.
@@ -47,243 +136,69 @@ class LoadedSae:
         """
         if not 0 <= latent < self.n_latents:
             raise InputError(
-                f"there is no latent {latent}: the SAE has {self.n_latents}, counted from 0", _name(self.ref)
+                f"there is no latent {latent}: the SAE has {self.n_latents}, counted from 0", sae_name(self.ref)
             )
         return self.module.W_dec[latent].detach().float()
+
+    def direction(self, latent: int, residual_norm: float | None = None, label: str | None = None) -> Direction:
+        """The unit vector of a latent's decoder row.
+
+        Args:
+            latent: index in the dictionary.
+            residual_norm: where it is not the one the SAE was loaded with.
+            label: what the latent stands for.
+
+        Raises:
+            InputError: if there is no such latent, or its decoder row is zero or not finite.
+        """
+        row = self.row(latent).cpu()
+        length = float(row.norm())
+        if not 0 < length < float("inf"):
+            what = "zeros" if length == 0 else "numbers that are not finite"
+            raise InputError(f"latent {latent} has a decoder row of {what}", sae_name(self.ref), "Take another latent.")
+        known = self.residual_norm if residual_norm is None else residual_norm
+        return Direction(self.layer, label, row / length, length, known, self.ref, latent)
 
     def encode(self, hidden: torch.Tensor) -> torch.Tensor:
         """Activations [..., n_latents] of hidden states [..., d_model], both float32.
 
         Raises:
-            InputError: for an SAE whose decoder scales with its input, where a latent's share of the
-                residual stream is not activation times decoder row.
+            InputError: for an SAE whose activations cannot be computed token by token.
         """
-        scale = self.module.cfg.normalize_activations
-        if scale in INPUT_DEPENDENT_SCALES:
+        if self.not_encoded:
             raise InputError(
-                f"clamping and ablating are not defined for normalize_activations={scale!r}",
-                _name(self.ref),
-                "Use additive steering, or an SAE without input normalisation.",
+                f"the activations of its latents cannot be read: {self.not_encoded}",
+                sae_name(self.ref),
+                "Steer additively with latents that are chosen by hand, or take another SAE.",
             )
         if self.module.W_dec.device != hidden.device:
             self.module.to(hidden.device)
-        found = self.module.encode(hidden.float())
+        activations = self.module.encode(hidden.float())
         # TopK SAEs may answer in sparse tensors, which neither index nor gather.
-        return found.to_dense() if found.is_sparse else found
+        return activations.to_dense() if activations.is_sparse else activations
 
-    @cached_property
+    def check_editable(self, latents: tuple[int, ...], how: str) -> None:
+        """Refuse to set latents of an SAE for which that is not defined, or that it does not have.
+
+        Args:
+            latents: their indices.
+            how: "clamped" or "ablated".
+
+        Raises:
+            InputError: naming the reason.
+        """
+        if reason := self.not_encoded or self.not_edited:
+            raise InputError(
+                f"its latents cannot be {how}: {reason}", sae_name(self.ref), "Steer additively, or take another SAE."
+            )
+        for latent in latents:
+            self.row(latent)
+
     def decoder_norms(self) -> torch.Tensor:
         """Norms of the decoder rows, [n_latents] float32 on the CPU."""
         return self.module.W_dec.detach().float().norm(dim=-1).cpu()
 
-    def direction(self, latent: int, residual_norm: float, label: str | None = None) -> "Direction":
-        """The unit vector of a latent's decoder row.
 
-        Raises:
-            InputError: if there is no such latent, or its decoder row is zero.
-        """
-        row = self.row(latent).cpu()
-        norm = float(row.norm())
-        if norm == 0:
-            raise InputError(f"latent {latent} has a decoder row of zeros", _name(self.ref), "Take another latent.")
-        return Direction(self.ref, self.layer, latent, label, row / norm, norm, residual_norm)
-
-
-@dataclass(frozen=True, eq=False)
-class Direction:
-    """Where a latent steers, and how long a step is in either unit.
-
-    Args:
-        sae: the SAE it belongs to.
-        layer: the decoder layer whose output is steered.
-        latent: index in the SAE's dictionary.
-        label: what the latent stands for, if known.
-        unit: [d_model] float32 on the CPU, of norm 1.
-        decoder_norm: norm of the latent's decoder row.
-        residual_norm: the layer's median residual norm without BOS.
-    """
-
-    sae: SaeRef
-    layer: int
-    latent: int
-    label: str | None
-    unit: torch.Tensor
-    decoder_norm: float
-    residual_norm: float
-
-    def strength(self, norm: float) -> Strength:
-        """Both units of a strength given in residual norms."""
-        return Strength(raw=norm * self.residual_norm / self.decoder_norm, norm=norm)
-
-    def strength_from_raw(self, raw: float) -> Strength:
-        """Both units of a strength given in decoder rows (the paper's b)."""
-        return Strength(raw=raw, norm=raw * self.decoder_norm / self.residual_norm)
-
-    def add(self, norm: float, positions: Positions = "all") -> Add:
-        """Steer by `norm` median residual norms along the direction."""
-        length = norm * self.residual_norm
-        return Add(self.layer, self.unit * length, positions, along=(self.unit, length))
-
-
-def load_sae(ref: SaeRef, device: str = "cpu") -> LoadedSae:
-    """Load an SAE from a local folder `release/id` if there is one, or else by sae-lens release and id.
-
-    Raises:
-        InputError: an unknown release or id (near matches are named), a broken folder, or an SAE that does
-            not read the output of a decoder layer.
-    """
-    folder = local_path(str(Path(ref.release) / ref.id))
-    module = _from_disk(folder, device) if folder and folder.is_dir() else _from_directory(ref, device)
-    # TopK SAEs may count activations in decoder norms; folded, activation times row is exact again.
-    if getattr(module.cfg, "rescale_acts_by_decoder_norm", False):
-        module.fold_W_dec_norm()
-    module.requires_grad_(False)
-    n_latents, d_model = module.W_dec.shape
-    return LoadedSae(ref, _layer(module, ref), d_model, n_latents, module.eval())
-
-
-def check_fits(sae: LoadedSae, model: Any) -> None:
-    """Refuse an SAE of another width or for a layer that the model does not have.
-
-    Raises:
-        InputError: naming both sizes.
-    """
-    width = hidden_size(model)
-    if sae.d_model != width:
-        raise InputError(
-            f"the SAE {_name(sae.ref)} is {sae.d_model} wide, the model's residual stream {width}",
-            "sae",
-            "Name an SAE that was trained on this model.",
-        )
-    check_layer(model, sae.layer, f"sae {_name(sae.ref)}")
-
-
-def residual_norm(model: Any, tokenizer: Any, texts: Sequence[str], layer: int) -> float:
-    """Median over tokens of ||h|| at the output of decoder layer `layer`; BOS and padding are left out.
-
-    Args:
-        model: in any wrapper; its training mode is left as it is found.
-        tokenizer: its BOS is put in front of texts that do not begin with it.
-        texts: plain or rendered.
-        layer: counted from 0.
-
-    Raises:
-        InputError: if the layer does not exist, or there is no token besides BOS.
-    """
-    norms = [hidden.float().norm(dim=-1).cpu() for hidden in hidden_states(model, tokenizer, texts, layer)]
-    if not norms:
-        raise InputError("there is no text to measure the residual norm on")
-    return float(torch.cat(norms).median())
-
-
-def hidden_states(
-    model: Any, tokenizer: Any, texts: Sequence[str], layer: int, rows: int = 1
-) -> Iterator[torch.Tensor]:
-    """The output of decoder layer `layer` for every text in turn, [tokens, d_model], without BOS and empty texts.
-
-    Args:
-        model: in any wrapper; its training mode is left as it is found.
-        tokenizer: its BOS is put in front of texts that do not begin with it.
-        texts: plain or rendered.
-        layer: counted from 0.
-        rows: texts of one forward pass.
-
-    Raises:
-        InputError: if the layer does not exist.
-    """
-    check_layer(model, layer, "layer")
-    kept: list[torch.Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-
-    training = model.training
-    handle = decoder_layers(model)[layer].register_forward_hook(keep)
-    try:
-        model.eval()
-        tokens = [ids for text in texts if len(ids := with_bos(tokenizer, text)) > 1]
-        for batch in (tokens[start : start + rows] for start in range(0, len(tokens), rows)):
-            with torch.no_grad():
-                model(**_padded(batch, model.device), use_cache=False, logits_to_keep=1)
-            states = kept.pop()
-            for place, ids in enumerate(batch):
-                yield states[place, 1 : len(ids)]
-    finally:
-        handle.remove()
-        model.train(training)
-
-
-def _name(ref: SaeRef) -> str:
+def sae_name(ref: SaeRef) -> str:
+    """An SAE as messages name it."""
     return f"{ref.release} / {ref.id}"
-
-
-def _from_disk(folder: Path, device: str) -> Any:
-    from sae_lens import SAE
-
-    try:
-        return SAE.load_from_disk(folder, device=device, dtype="float32")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(
-            f"this is not an SAE in sae-lens format ({reason})",
-            str(folder),
-            "It needs cfg.json and sae_weights.safetensors, as SAE.save_model writes them.",
-        ) from error
-
-
-def _from_directory(ref: SaeRef, device: str) -> Any:
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    known = get_pretrained_saes_directory()
-    if ref.release not in known:
-        raise _unknown(f"no folder {ref.release}/{ref.id} and no sae-lens release", ref.release, known, "sae.release")
-    ids = known[ref.release].saes_map
-    if ref.id not in ids:
-        raise _unknown(f"in the release {ref.release} there is no SAE", ref.id, ids, "sae.id")
-    try:
-        return SAE.from_pretrained(ref.release, ref.id, device=device, dtype="float32")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(
-            f"{_name(ref)} cannot be downloaded ({reason})",
-            "sae",
-            "Check the network, or name a local folder.",
-        ) from error
-
-
-def _unknown(what: str, name: str, known: Iterable[str], where: str) -> InputError:
-    near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.4)
-    fix = (
-        f"Near matches: {', '.join(near)}." if near else "See the table of pretrained SAEs in sae-lens' documentation."
-    )
-    return InputError(f"{what} {name!r}", where, fix)
-
-
-def _layer(module: Any, ref: SaeRef) -> int:
-    name = str(module.cfg.metadata.hook_name)
-    found = HOOK_NAMES.fullmatch(name)
-    if not found:
-        raise InputError(
-            f"the SAE reads {name!r}, which is not the output of a decoder layer",
-            f"sae {_name(ref)}",
-            "Use one trained on blocks.N.hook_resid_post.",
-        )
-    return int(found[1] or found[2])
-
-
-def _padded(batch: Sequence[Sequence[int]], device: Any) -> dict[str, torch.Tensor]:
-    """Token ids padded on the right; no token before the padding sees it."""
-    width = max(map(len, batch))
-    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in batch], device=device)
-    if len(batch) == 1:
-        return {"input_ids": ids}
-    mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in batch], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def with_bos(tokenizer: Any, text: str) -> list[int]:
-    """A text's token ids with exactly one BOS in front, if the tokenizer has one."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

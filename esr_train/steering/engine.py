@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from esr_train.errors import RunError
-from esr_train.steering.interventions import Intervention
+from esr_train.steering.interventions import Intervention, layer_of
 from esr_train.template import encode_prompt
 
 
@@ -157,8 +157,8 @@ def checked_completion(
     expected: dict[int, int] = {}
     for intervention in request.interventions:
         first = 0 if intervention.positions == "all" else prompt.reply_start
-        tokens = len(prompt.ids) - first + len(generated) - 1
-        expected[intervention.layer] = max(expected.get(intervention.layer, 0), tokens)
+        tokens, layer = len(prompt.ids) - first + len(generated) - 1, layer_of(intervention)
+        expected[layer] = max(expected.get(layer, 0), tokens)
     for layer in {**expected, **counts}:
         asked, got = expected.get(layer, 0), counts.get(layer, 0)
         if asked != got:
@@ -170,3 +170,12 @@ def checked_completion(
     text = tokenizer.decode(list(kept), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     steered = max(expected.values(), default=0)
     return Completion(request.id, str(text), tuple(generated), finish, len(prompt.ids), steered)
+
+
+def not_finite(request: Request, tokens: int | None = None) -> RunError:
+    """What an engine raises where the model's logits are NaN or infinite, behind so many generated tokens."""
+    where = "" if tokens is None else f" behind {tokens} generated tokens"
+    return RunError(
+        f"request {request.id!r}: the model's logits are not finite{where}, so nothing can be drawn from them. Look "
+        "for weights that are not finite (model, adapter), or a strength that the model's dtype cannot hold."
+    )

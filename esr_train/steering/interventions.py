@@ -1,33 +1,10 @@
-"""What may be done to the residual stream of one batch row."""
+"""What may be done to the residual stream of one batch row: add a vector, or set latents of an SAE."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    import torch
-
-    from esr_train.steering.directions import LoadedSae
-
-Positions = Literal["all", "generated"]
-"""`all`: every token but padding; `generated`: from the reply's first token on (a given prefix included)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Add:
-    """h += vector after decoder layer `layer` (the SAE's reconstruction error is kept).
-
-    Args:
-        layer: index of the decoder layer whose output is changed.
-        vector: [d_model], direction times strength, in residual units.
-        positions: which tokens are steered.
-        along: [d_model] and a length, where the vector is a multiple of a direction that others share: engines
-            that keep directions on their workers then send it once.
-    """
-
-    layer: int
-    vector: "torch.Tensor"
-    positions: Positions = "all"
-    along: "tuple[torch.Tensor, float] | None" = None
+from esr_train.errors import InputError
+from esr_train.models import check_layer_number
+from esr_train.steering.directions import Add, LoadedSae, Positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +12,42 @@ class Clamp:
     """Set one latent's activation to `value`: h += (value - a_k(h)) * W_dec[k], a_k from the SAE's encoder.
 
     Equal to decode(encode(h) with a_k := value) + (h - decode(encode(h))): the reconstruction error is kept.
+
+    Raises:
+        InputError: if the SAE has no such latent, or its latents cannot be set.
     """
 
-    layer: int
-    sae: "LoadedSae"
+    sae: LoadedSae
     latent: int
     value: float
     positions: Positions = "all"
 
+    def __post_init__(self) -> None:
+        self.sae.check_editable((self.latent,), "clamped")
+
 
 @dataclass(frozen=True, eq=False)
 class Ablate:
-    """Zero some latents: h -= sum_k a_k(h) * W_dec[k]; the reconstruction error is kept."""
+    """Zero some latents: h -= sum_k a_k(h) * W_dec[k]; the reconstruction error is kept.
 
-    layer: int
-    sae: "LoadedSae"
+    Raises:
+        InputError: if the SAE has no such latent, or its latents cannot be set.
+    """
+
+    sae: LoadedSae
     latents: tuple[int, ...]
     positions: Positions = "all"
 
+    def __post_init__(self) -> None:
+        self.sae.check_editable(self.latents, "ablated")
+
 
 Intervention = Add | Clamp | Ablate
+
+
+def layer_of(intervention: Intervention) -> int:
+    """The decoder layer whose output it changes."""
+    return intervention.layer if isinstance(intervention, Add) else intervention.sae.layer
 
 
 def edited_latents(intervention: Clamp | Ablate) -> tuple[tuple[int, ...], float]:
@@ -62,3 +55,25 @@ def edited_latents(intervention: Clamp | Ablate) -> tuple[tuple[int, ...], float
     if isinstance(intervention, Clamp):
         return (intervention.latent,), float(intervention.value)
     return tuple(dict.fromkeys(intervention.latents)), 0.0
+
+
+def check_intervention(intervention: Intervention, layers: int, width: int) -> None:
+    """Refuse an intervention that does not fit a model.
+
+    Args:
+        intervention: any.
+        layers: number of the model's decoder layers.
+        width: of its residual stream.
+
+    Raises:
+        InputError: what is no intervention, a layer the model does not have, or a vector or SAE of another width.
+    """
+    what = type(intervention).__name__
+    if not isinstance(intervention, Intervention):
+        raise InputError(f"{what} is no intervention", "steering", "Give a strength: direction.add(0.9), for example.")
+    check_layer_number(layer_of(intervention), layers, what)
+    shape = tuple(intervention.vector.shape) if isinstance(intervention, Add) else (intervention.sae.d_model,)
+    if shape != (width,):
+        raise InputError(f"a direction of shape {shape} does not fit a residual stream {width} wide", what)
+    if isinstance(intervention, Add) and not bool(intervention.vector.isfinite().all()):
+        raise InputError("the vector holds numbers that are not finite", what)

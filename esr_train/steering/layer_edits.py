@@ -1,309 +1,241 @@
-"""What interventions do at one decoder layer, for many programs at once; shared by all engines.
+"""What interventions do at one decoder layer, for all rows of a batch at once; shared by all engines.
 
-A program sits in a **slot** (a row of a batch, or a running request of a server); a `Placement` says under which
-slot's program every token of a forward pass is. Programs come and go slot by slot, the tensors stay.
+A **row** is a row of a batch, or a running request of a server: its interventions come and go, its number stays.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 
-from esr_train.errors import InputError, RunError
-from esr_train.models import check_layer_number
-from esr_train.steering.directions import LoadedSae
-from esr_train.steering.interventions import Ablate, Add, Clamp, Intervention, edited_latents
-
-ENCODED_AT_ONCE = 1024
-"""Tokens encoded in one piece: an SAE of 131k latents then needs half a gigabyte of activations."""
+from esr_train.errors import RunError
+from esr_train.steering.directions import ENCODED_AT_ONCE, Add, LoadedSae
+from esr_train.steering.interventions import Ablate, Clamp, Intervention, edited_latents
 
 Step = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""Hidden states [..., d_model], and the residual not yet added to them or None -> steered hidden states."""
+"""Hidden states [..., d_model], and the residual not yet added to them or None -> edited hidden states."""
 
 
 @dataclass(frozen=True, eq=False)
-class Placement:
-    """Which program each token of one forward pass is under.
+class TokenRows:
+    """The row of every token of one forward pass.
 
     Args:
-        owner: [rows, positions] or [tokens] long; a slot, or -1 for padding and for tokens under no program.
+        index: [rows, positions] or [tokens] long; -1 for padding and for tokens of no row.
         reply: bool of the same shape, the tokens from the reply's first one on.
     """
 
-    owner: torch.Tensor
+    index: torch.Tensor
     reply: torch.Tensor
 
-    @cached_property
-    def index(self) -> torch.Tensor:
-        """For each token its row in a table of vectors: 0 for nobody, two rows (prompt, reply) per slot."""
-        return torch.where(self.owner >= 0, 1 + 2 * self.owner + self.reply.long(), 0)
-
-    @property
-    def lasting(self) -> bool:
-        """Whether the next steps may have the same placement: one token a row, or packed tokens."""
-        return self.owner.dim() == 1 or self.owner.shape[1] == 1
+    def to(self, device: torch.device) -> "TokenRows":
+        """The same on another device."""
+        return self if self.index.device == device else TokenRows(self.index.to(device), self.reply.to(device))
 
 
 class Layer:
-    """All programs' interventions at one decoder layer.
+    """All rows' interventions at one decoder layer.
 
     Args:
-        index: of the decoder layer, for messages.
-        slots: number of slots.
+        number: of the decoder layer, for messages.
+        rows: most rows there are at once.
     """
 
-    def __init__(self, index: int, slots: int) -> None:
-        self.index = index
+    def __init__(self, number: int, rows: int) -> None:
+        self.number, self._rows = number, rows
         self.counted = True
-        self._stages: list[_AddStage | _EncodeStage] = []
-        self._placement: Placement | None = None
-        self._steps: list[Step] = []
-        self._increment: torch.Tensor | None = None
-        # One entry more than slots: owner -1 reads and counts there, and nobody looks.
-        self._counts = torch.zeros(slots + 1, dtype=torch.long)
-        self._always = torch.zeros(slots + 1, dtype=torch.bool)
-        self._in_reply = torch.zeros(slots + 1, dtype=torch.bool)
+        self._edits: list[_Additions | _LatentEdits] = []
+        self._tokens: TokenRows | None = None
+        self._steps: list[Step] | None = None
+        # One entry more than rows: index -1 reads and counts there, and nobody looks.
+        self._counts = torch.zeros(rows + 1, dtype=torch.long)
+        self._is_steered = torch.zeros(rows + 1, 2, dtype=torch.bool)
 
-    def assign(self, slot: int, program: Sequence[Intervention]) -> None:
-        """Put a program, in its order, into an empty slot and count it from zero.
+    def assign(self, row: int, interventions: Sequence[Intervention]) -> None:
+        """Give an empty row its interventions, which work in this order, and count it from zero.
 
-        Programs share stages: additive interventions, then one edit each, then additive ones and so on.
+        Rows share edits: additive interventions first, say, then one Clamp or Ablate each, then additive ones.
         """
-        place = 0
-        for intervention in program:
-            while place < len(self._stages) and not self._stages[place].accepts(slot, intervention):
-                place += 1
-            if place == len(self._stages):
-                slots = len(self._counts) - 1
-                self._stages.append(_AddStage(slots) if isinstance(intervention, Add) else _EncodeStage(slots))
-            self._stages[place].take(slot, intervention)
-        self._always[slot] = any(i.positions == "all" for i in program)
-        self._in_reply[slot] = bool(program)
-        self._counts[slot] = 0
+        number = 0
+        for intervention in interventions:
+            while number < len(self._edits) and not self._edits[number].accepts(row, intervention):
+                number += 1
+            if number == len(self._edits):
+                self._edits.append(_edit_for(intervention, self._rows))
+            self._edits[number].take(row, intervention)
+        self._is_steered[row, 0] = any(i.positions == "all" for i in interventions)
+        self._is_steered[row, 1] = bool(interventions)
+        self._counts[row] = 0
 
-    def release(self, slot: int) -> None:
-        """Empty a slot."""
-        for stage in self._stages:
-            stage.release(slot)
-        self._always[slot] = self._in_reply[slot] = False
+    def release(self, row: int) -> None:
+        """Empty a row."""
+        for edit in self._edits:
+            edit.release(row)
+        self._is_steered[row] = False
 
-    def restart(self, slot: int) -> None:
-        """Count a slot's tokens from zero again."""
-        self._counts[slot] = 0
+    def restart(self, row: int) -> None:
+        """Count a row's tokens from zero again."""
+        self._counts[row] = 0
 
-    def place(self, placement: Placement | None) -> None:
-        """The placement of the next forward pass; None: it is not to be steered."""
-        self._placement, self.counted = placement, False
-        self._steps, self._increment = [], None
+    def set_rows(self, tokens: TokenRows | None) -> None:
+        """The rows of the next forward pass's tokens; None: it is not to be steered."""
+        self._tokens, self._steps, self.counted = tokens, None, False
 
-    def count(self, slot: int) -> torch.Tensor:
-        """Tokens of a slot steered so far, a scalar on the layer's device."""
-        return self._counts[slot].clone()
+    def count(self, row: int) -> torch.Tensor:
+        """Tokens of a row steered so far, a scalar on the layer's device."""
+        return self._counts[row].clone()
 
     def counts(self) -> list[int]:
-        """Tokens steered so far, slot by slot."""
+        """Tokens steered so far, row by row."""
         return [int(count) for count in self._counts[:-1].tolist()]
 
+    def forward_hook(self, _module: Any, _args: Any, output: Any) -> Any:
+        """What torch calls behind the decoder layer, which returns hidden states or a tuple that begins with them."""
+        if isinstance(output, tuple):
+            return (self.steer(output[0]), *output[1:])
+        return self.steer(output)
+
     def steer(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [..., d_model] as the programs want them.
+        """Hidden states [..., d_model] as the rows' interventions leave them.
 
         Args:
             hidden: what the layer returns.
             residual: where the layer returns the residual stream in two parts, the other one; it is read only.
 
         Raises:
-            RunError: if the states are not those of the placement.
+            RunError: if the states are not those whose rows were set.
         """
-        placement = self._placement
-        if placement is None or placement.owner.shape != hidden.shape[:-1]:
-            placed = None if placement is None else tuple(placement.owner.shape)
+        if self._tokens is None or self._tokens.index.shape != hidden.shape[:-1]:
+            known = None if self._tokens is None else tuple(self._tokens.index.shape)
             raise RunError(
-                f"layer {self.index} got hidden states of {tuple(hidden.shape[:-1])} (rows, positions) while "
-                f"the steering was placed for {placed}: it would be applied to the wrong tokens."
+                f"layer {self.number} got hidden states of {tuple(hidden.shape[:-1])} (rows, positions) while the rows "
+                f"were set for {known}: the steering would be applied to the wrong tokens."
             )
-        if self._increment is None:
-            self._increment = self._prepared(placement, hidden)
+        if self._steps is None:
+            self._prepare(hidden)
         if not self.counted:
             self.counted = True
             self._counts += self._increment
-        for step in self._steps:
+        for step in self._steps or ():
             hidden = step(hidden, residual)
         return hidden
 
-    def _prepared(self, placement: Placement, hidden: torch.Tensor) -> torch.Tensor:
-        """Make the placement's steps; how many tokens of each slot they steer."""
+    def _prepare(self, hidden: torch.Tensor) -> None:
+        """Make the steps for the rows that were set, and count what they steer of each."""
+        assert self._tokens is not None
         device = hidden.device
-        if self._counts.device != device:
-            self._counts, self._always = self._counts.to(device), self._always.to(device)
-            self._in_reply = self._in_reply.to(device)
-        here = Placement(placement.owner.to(device), placement.reply.to(device))
-        here = placement if placement.owner.device == device else here
-        self._steps = [stage.at(here, hidden) for stage in self._stages]
-        steered = self._always[here.owner] | (self._in_reply[here.owner] & here.reply)
-        owner = here.owner.flatten() % len(self._counts)
-        return torch.zeros_like(self._counts).scatter_add_(0, owner, steered.flatten().long())
+        self._counts, self._is_steered = self._counts.to(device), self._is_steered.to(device)
+        tokens = self._tokens.to(device)
+        self._steps = [edit.step(tokens, hidden) for edit in self._edits]
+        steered = self._is_steered[tokens.index, tokens.reply.long()].flatten().long()
+        index = tokens.index.flatten() % len(self._counts)
+        self._increment = torch.zeros_like(self._counts).scatter_add_(0, index, steered)
 
 
-class _AddStage:
-    """Additive steering: one table of vectors, one index per token."""
+def _edit_for(intervention: Intervention, rows: int) -> "_Additions | _LatentEdits":
+    return _Additions(rows) if isinstance(intervention, Add) else _LatentEdits(intervention.sae, rows)
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
-        self._sums: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+
+class _Additions:
+    """h += vector: one table of vectors, in which every token looks up its own.
+
+    The table's first entry is for tokens of no row; each row has two, for its prompt and for its reply.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
         self._table: torch.Tensor | None = None
-        self._stale: dict[int, None] = {}
 
-    def accepts(self, slot: int, intervention: Intervention) -> bool:
+    def accepts(self, row: int, intervention: Intervention) -> bool:
         return isinstance(intervention, Add)
 
-    def take(self, slot: int, intervention: Intervention) -> None:
-        """Sum the program's vectors: for prompt tokens those for all positions, for reply tokens all."""
+    def take(self, row: int, intervention: Intervention) -> None:
         assert isinstance(intervention, Add)
         vector = intervention.vector.detach().float()
-        prompt, reply = self._sums.get(slot, (None, None))
-        if intervention.positions == "all":
-            prompt = vector if prompt is None else prompt + vector
-        self._sums[slot] = (prompt, vector if reply is None else reply + vector)
-        self._stale[slot] = None
+        if self._table is None:
+            self._table = vector.new_zeros(1 + 2 * self._rows, len(vector))
+        first = 1 + 2 * row if intervention.positions == "all" else 2 + 2 * row
+        self._table[first : 3 + 2 * row] += vector.to(self._table.device)
 
-    def release(self, slot: int) -> None:
-        if self._sums.pop(slot, None) is not None:
-            self._stale[slot] = None
+    def release(self, row: int) -> None:
+        if self._table is not None:
+            self._table[1 + 2 * row : 3 + 2 * row] = 0
 
-    def at(self, placement: Placement, hidden: torch.Tensor) -> Step:
-        """What this stage does under a placement."""
-        table = self._refreshed(hidden)
-        if placement.lasting:
-            rows = table[placement.index]
-            return lambda hidden, _: hidden + rows
-        return lambda hidden, _: hidden + table[placement.index]
-
-    def _refreshed(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._table is None or self._table.device != hidden.device or self._table.dtype != hidden.dtype:
-            self._table = hidden.new_zeros(1 + 2 * self._slots, hidden.shape[-1])
-            self._stale = dict.fromkeys(self._sums)
-        if self._stale:
-            nothing = torch.zeros(hidden.shape[-1], device=self._device())
-            sums = [self._sums.get(slot, (None, None)) for slot in self._stale]
-            rows = torch.stack([nothing if each is None else each for pair in sums for each in pair])
-            places = torch.tensor([1 + 2 * slot + part for slot in self._stale for part in (0, 1)])
-            self._table[places.to(hidden.device)] = rows.to(hidden.device, hidden.dtype)
-            self._stale = {}
-        return self._table
-
-    def _device(self) -> torch.device | None:
-        return next((reply.device for _, reply in self._sums.values() if reply is not None), None)
+    def step(self, tokens: TokenRows, hidden: torch.Tensor) -> Step:
+        assert self._table is not None
+        self._table = self._table.to(hidden.device)
+        table = self._table.to(hidden.dtype)
+        entry = torch.where(tokens.index >= 0, 1 + 2 * tokens.index + tokens.reply.long(), 0)
+        if entry.dim() == 1 or entry.shape[1] == 1:
+            # The next steps may have the same rows: the vectors are looked up once.
+            vectors = table[entry]
+            return lambda hidden, _: hidden + vectors
+        return lambda hidden, _: hidden + table[entry]
 
 
-@dataclass(frozen=True, eq=False)
-class _Setting:
-    """One program's Clamp or Ablate: its latents' activations become `value`."""
+class _LatentEdits:
+    """One SAE's Clamp or Ablate of each row: h += sum_k (value - a_k(h)) * W_dec[k].
 
-    slot: int
-    sae: LoadedSae
-    latents: tuple[int, ...]
-    value: float
-    always: bool
-
-
-class _EncodeStage:
-    """Clamp and Ablate: only the tokens that ask go through the encoder, all of them together."""
-
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
-        self._settings: dict[int, _Setting] = {}
-        self._edits: list[_Edit] | None = None
-
-    def accepts(self, slot: int, intervention: Intervention) -> bool:
-        """One edit per program: a second one reads the activations that the first has left."""
-        return not isinstance(intervention, Add) and slot not in self._settings
-
-    def take(self, slot: int, intervention: Intervention) -> None:
-        assert isinstance(intervention, Clamp | Ablate)
-        latents, value = edited_latents(intervention)
-        always = intervention.positions == "all"
-        self._settings[slot] = _Setting(slot, intervention.sae, latents, value, always)
-        self._edits = None
-
-    def release(self, slot: int) -> None:
-        if self._settings.pop(slot, None) is not None:
-            self._edits = None
-
-    def at(self, placement: Placement, hidden: torch.Tensor) -> Step:
-        """What this stage does under a placement."""
-        if self._edits is None:
-            by_sae: dict[int, list[_Setting]] = {}
-            for setting in self._settings.values():
-                by_sae.setdefault(id(setting.sae), []).append(setting)
-            self._edits = [_Edit(settings, self._slots, hidden.device) for settings in by_sae.values()]
-        steps = [edit.at(placement) for edit in self._edits]
-
-        def edited(hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-            for step in steps:
-                hidden = step(hidden, residual)
-            return hidden
-
-        return edited
-
-
-class _Edit:
-    """One SAE's settings: h += sum_k (value - a_k(h)) * W_dec[k] at the chosen tokens."""
-
-    def __init__(self, settings: Sequence[_Setting], slots: int, device: torch.device) -> None:
-        self._sae = settings[0].sae
-        longest = max(len(setting.latents) for setting in settings)
-        padded = [[*setting.latents, *[0] * (longest - len(setting.latents))] for setting in settings]
-        self._latents = torch.tensor(padded, device=device)
-        self._real = torch.tensor(
-            [[float(i < len(setting.latents)) for i in range(longest)] for setting in settings], device=device
-        )
-        self._value = torch.tensor([setting.value for setting in settings], device=device)[:, None]
-        self._rows = torch.stack([torch.stack([self._sae.row(k) for k in row]) for row in padded]).to(device)
-        # For each slot the number of its setting, before the reply and in it; -1: none (and for owner -1).
-        which = torch.full((2, slots + 1), -1)
-        for number, setting in enumerate(settings):
-            which[1, setting.slot] = number
-            if setting.always:
-                which[0, setting.slot] = number
-        self._numbers = which.to(device)
-
-    def at(self, placement: Placement) -> Step:
-        which = self._numbers[placement.reply.long(), placement.owner]
-        tokens = (which >= 0).nonzero(as_tuple=True)
-        which = which[tokens]
-
-        def edited(hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-            if not len(which):
-                return hidden
-            chosen = hidden[tokens].float()
-            if residual is not None:
-                chosen = chosen + residual[tokens].float()
-            pieces = zip(chosen.split(ENCODED_AT_ONCE), which.split(ENCODED_AT_ONCE), strict=True)
-            change = torch.cat([self._change(piece, part) for piece, part in pieces])
-            return hidden + torch.zeros_like(hidden).index_put(tokens, change.to(hidden.dtype))
-
-        return edited
-
-    def _change(self, chosen: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-        activations = self._sae.encode(chosen).gather(1, self._latents[which])
-        missing = (self._value[which] - activations) * self._real[which]
-        return torch.einsum("tk,tkd->td", missing, self._rows[which])
-
-
-def check_intervention(intervention: Intervention, layers: int, width: int) -> None:
-    """Refuse an intervention that does not fit a model.
-
-    Args:
-        intervention: any.
-        layers: number of the model's decoder layers.
-        width: of its residual stream.
-
-    Raises:
-        InputError: a layer the model does not have, or a vector or SAE of another width.
+    Only the tokens that ask for it go through the encoder, all of them together.
     """
-    what = type(intervention).__name__
-    check_layer_number(intervention.layer, layers, what)
-    found = intervention.vector.shape if isinstance(intervention, Add) else (intervention.sae.d_model,)
-    if tuple(found) != (width,):
-        raise InputError(f"a direction of shape {tuple(found)} does not fit a residual stream {width} wide", what)
+
+    def __init__(self, sae: LoadedSae, rows: int) -> None:
+        self._sae, self._rows = sae, rows
+        self._edits: dict[int, Clamp | Ablate] = {}
+        self._is_stale = True
+
+    def accepts(self, row: int, intervention: Intervention) -> bool:
+        """One edit per row: a second one reads the activations that the first has left."""
+        return not isinstance(intervention, Add) and intervention.sae is self._sae and row not in self._edits
+
+    def take(self, row: int, intervention: Intervention) -> None:
+        assert isinstance(intervention, Clamp | Ablate)
+        self._edits[row] = intervention
+        self._is_stale = True
+
+    def release(self, row: int) -> None:
+        self._is_stale |= self._edits.pop(row, None) is not None
+
+    def step(self, tokens: TokenRows, hidden: torch.Tensor) -> Step:
+        if self._is_stale:
+            self._make_tables(hidden.device)
+        edit = self._edit_of_row[tokens.reply.long(), tokens.index]
+        where = (edit >= 0).nonzero(as_tuple=True)
+        edit = edit[where]
+
+        def step(hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+            if not len(edit):
+                return hidden
+            chosen = hidden[where].float()
+            if residual is not None:
+                chosen = chosen + residual[where].float()
+            pieces = zip(chosen.split(ENCODED_AT_ONCE), edit.split(ENCODED_AT_ONCE), strict=True)
+            change = torch.cat([self._change(piece, part) for piece, part in pieces])
+            return hidden + torch.zeros_like(hidden).index_put(where, change.to(hidden.dtype))
+
+        return step
+
+    def _change(self, hidden: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
+        """What [tokens, d_model] states get under each token's edit."""
+        activations = self._sae.encode(hidden).gather(1, self._latents[edit])
+        missing = (self._values[edit] - activations) * self._is_latent[edit]
+        return torch.einsum("tk,tkd->td", missing, self._decoder[edit])
+
+    def _make_tables(self, device: torch.device) -> None:
+        """Latents, values and decoder rows by edit, padded to the longest; and by reply and row the edit, -1: none."""
+        edits = [edited_latents(edit) for edit in self._edits.values()]
+        longest = max((len(latents) for latents, _ in edits), default=0)
+        padded = [[*latents, *[0] * (longest - len(latents))] for latents, _ in edits]
+        self._latents = torch.tensor(padded, dtype=torch.long, device=device)
+        is_latent = [[float(i < len(latents)) for i in range(longest)] for latents, _ in edits]
+        self._is_latent = torch.tensor(is_latent, device=device)
+        self._values = torch.tensor([[value] for _, value in edits], device=device)
+        if edits:
+            self._decoder = torch.stack([torch.stack([self._sae.row(k) for k in row]) for row in padded]).to(device)
+        edit_of_row = torch.full((2, self._rows + 1), -1)
+        for number, (row, edit) in enumerate(self._edits.items()):
+            edit_of_row[1, row] = number
+            edit_of_row[0, row] = number if edit.positions == "all" else -1
+        self._edit_of_row = edit_of_row.to(device)
+        self._is_stale = False

@@ -5,6 +5,7 @@ instead of being computed to the end of the longest reply, and every token that 
 steered tokens can be held against what was asked.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from esr_train.steering.engine import (
     checked_completion,
     encoded,
     encoded_with,
+    not_finite,
 )
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.sampling import processors, row_seeds
@@ -30,17 +32,17 @@ from esr_train.steering.sampling import processors, row_seeds
 
 @dataclass
 class _Row:
-    """A request on its way: its place in the caller's list, its rendered ids, what it has generated."""
+    """A request on its way: its index in the caller's list, its rendered prompt, what it has generated.
 
-    place: int
+    To score a text, `tail` is how many of the prompt's last tokens are that text's.
+    """
+
+    index: int
     request: Request
     prompt: Encoding
     generated: list[int] = field(default_factory=list)
     finish: Literal["stop", "length"] = "length"
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt.ids
+    tail: int = 0
 
 
 class TransformersEngine:
@@ -58,6 +60,7 @@ class TransformersEngine:
         self.model, self.tokenizer, self.batch_rows = model, tokenizer, batch_rows
         self._stop_ids = stop_ids(bare_model(model), tokenizer)
 
+    @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Completion]:
@@ -70,19 +73,17 @@ class TransformersEngine:
 
         Raises:
             InputError: an intervention that does not fit the model.
-            RunError: a row that was not steered at exactly the tokens it asked for.
+            RunError: a row that was not steered at exactly the tokens it asked for, or whose logits are not finite.
         """
-        rows = [_Row(place, r, encoded(self.tokenizer, r)) for place, r in enumerate(requests)]
-        # Longest first: the batch that needs most memory fails at once, not at the end.
-        rows.sort(key=lambda row: -len(row.ids))
+        rows = [_Row(index, r, encoded(self.tokenizer, r)) for index, r in enumerate(requests)]
         completions: dict[int, Completion] = {}
-        for start in range(0, len(rows), self.batch_rows):
-            batch = rows[start : start + self.batch_rows]
-            for row, completion in zip(batch, self._run(batch, sampling), strict=True):
-                completions[row.place] = completion
+        for batch in self._batches(rows):
+            with _steering(self.model, batch) as hook:
+                _decode(_Batch(self.model, batch, sampling), hook, self._stop_ids)
+            completions |= self._checked(batch, hook)
             if progress:
                 progress(len(batch), sum(len(row.generated) for row in batch))
-        return [completions[place] for place in range(len(rows))]
+        return [completions[index] for index in range(len(rows))]
 
     @torch.no_grad()
     def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
@@ -90,49 +91,39 @@ class TransformersEngine:
 
         Raises:
             InputError: an intervention that does not fit the model.
-            RunError: a row that was not steered at exactly the tokens it asked for.
+            RunError: a row that was not steered at exactly the tokens it asked for, or whose logits are not finite.
         """
-        scored = []
-        for place, (request, text) in enumerate(zip(requests, continuations, strict=True)):
+        rows = []
+        for index, (request, text) in enumerate(zip(requests, continuations, strict=True)):
             whole, tail = encoded_with(self.tokenizer, request, text)
             # As if one token had been generated behind it and not fed: every token of the row is steered as asked.
-            scored.append((_Row(place, request, whole, whole.ids[-1:]), tail))
-        scored.sort(key=lambda each: -len(each[0].ids))
-        found: dict[int, float] = {}
-        for start in range(0, len(scored), self.batch_rows):
-            batch = scored[start : start + self.batch_rows]
-            values = self._scored([row for row, _ in batch], [tail for _, tail in batch])
-            found.update({row.place: value for (row, _), value in zip(batch, values, strict=True)})
-        return [found[place] for place in range(len(scored))]
+            rows.append(_Row(index, request, whole, whole.ids[-1:], tail=tail))
+        values: dict[int, float] = {}
+        for batch in self._batches(rows):
+            with _steering(self.model, batch) as hook:
+                values |= _scored(_Batch(self.model, batch, Sampling()), hook)
+            self._checked(batch, hook)
+        return [values[index] for index in range(len(rows))]
 
-    def _scored(self, rows: Sequence[_Row], tails: Sequence[int]) -> list[float]:
-        """Summed log-probabilities of each row's last tokens, as many as `tails` says."""
-        with (
-            _evaluating(self.model),
-            SteeringHook(self.model, [r.request.interventions for r in rows]) as hook,
-        ):
-            batch = _Batch(self.model, rows, Sampling())
-            hook.place(batch.prompt_owner(), batch.reply)
-            logits = batch.logits(batch.ids, max(tails) + 1)
-            counts = hook.counts()
-        values = []
-        for number, (row, tail) in enumerate(zip(rows, tails, strict=True)):
-            self._completion(row, {at: c[number] for at, c in counts.items()})
-            tokens = batch.ids[number, -tail:, None]
-            values.append(float(logits[number, -tail - 1 : -1].float().log_softmax(-1).gather(1, tokens).sum()))
-        return values
+    def _batches(self, rows: list[_Row]) -> list[list[_Row]]:
+        # Longest first: the batch that needs most memory fails at once, not at the end.
+        rows = sorted(rows, key=lambda row: -len(row.prompt.ids))
+        return [rows[start : start + self.batch_rows] for start in range(0, len(rows), self.batch_rows)]
 
-    def _run(self, rows: Sequence[_Row], sampling: Sampling) -> list[Completion]:
-        with (
-            _evaluating(self.model),
-            SteeringHook(self.model, [r.request.interventions for r in rows]) as hook,
-        ):
-            _decode(_Batch(self.model, rows, sampling), hook, self._stop_ids)
-            counts = hook.counts()
-        return [self._completion(row, {at: c[number] for at, c in counts.items()}) for number, row in enumerate(rows)]
-
-    def _completion(self, row: _Row, counts: dict[int, int]) -> Completion:
-        return checked_completion(self.tokenizer, row.request, row.prompt, row.generated, row.finish, counts)
+    def _checked(self, batch: Sequence[_Row], hook: SteeringHook) -> dict[int, Completion]:
+        """Index -> completion, if every row was steered as it asked."""
+        counts = hook.counts()
+        return {
+            row.index: checked_completion(
+                self.tokenizer,
+                row.request,
+                row.prompt,
+                row.generated,
+                row.finish,
+                {layer: tokens[number] for layer, tokens in counts.items()},
+            )
+            for number, row in enumerate(batch)
+        }
 
 
 class _Batch:
@@ -142,37 +133,38 @@ class _Batch:
         self.model, self.sampling = model, sampling
         self.rows = list(rows)
         device = next(model.parameters()).device
-        self.width = max(len(row.ids) for row in rows)
-        pads = [self.width - len(row.ids) for row in rows]
+        self.width = max(len(row.prompt.ids) for row in rows)
+        pads = [self.width - len(row.prompt.ids) for row in rows]
         # Padding repeats the row's own first token: attention leaves it out, and a repetition penalty, which
         # reads all ids, then sees no token that the row would not have alone.
-        padded = [[row.ids[0]] * pad + row.ids for row, pad in zip(rows, pads, strict=True)]
+        padded = [[row.prompt.ids[0]] * pad + row.prompt.ids for row, pad in zip(rows, pads, strict=True)]
         self.ids = torch.tensor(padded, device=device)
         column = torch.arange(self.width, device=device)
         self.mask = (column >= torch.tensor(pads, device=device)[:, None]).long()
-        starts = torch.tensor(
-            [pad + row.prompt.reply_start for row, pad in zip(rows, pads, strict=True)], device=device
-        )
-        self.reply = column >= starts[:, None]
-        self.owner = torch.arange(len(rows), device=device)
+        starts = [pad + row.prompt.reply_start for row, pad in zip(rows, pads, strict=True)]
+        self.reply = column >= torch.tensor(starts, device=device)[:, None]
+        self.row_index = torch.arange(len(rows), device=device)[:, None]
         self.seeds = row_seeds([row.request.seed for row in rows], device)
         self.cache = DynamicCache(config=bare_model(model).config)
         self._chain = processors(sampling, self.seeds, self.width)
 
-    def prompt_owner(self) -> torch.Tensor:
-        """[rows, width]: each token's row, -1 for padding."""
-        return torch.where(self.mask.bool(), self.owner[:, None], -1)
+    def set_prompt_rows(self, hook: SteeringHook) -> None:
+        """Tell the hook whose the prompts' tokens are; padding is nobody's."""
+        hook.set_rows(torch.where(self.mask.bool(), self.row_index, -1), self.reply)
 
     def next_tokens(self, fed: torch.Tensor) -> torch.Tensor:
-        """Feed `fed` [rows, positions], the last positions of `ids`; the next token of every row, [rows]."""
-        logits = self.logits(fed, 1)
-        scores = self._chain(cast(torch.LongTensor, self.ids), cast(torch.FloatTensor, logits[:, -1].float()))
-        return scores.argmax(-1)
+        """Feed `fed`, the last positions of `ids`; the next token of every row, [rows], -1 where logits are not finite.
+
+        A logit of minus infinity is a token that the model rules out; a row's largest one must be a number.
+        """
+        logits = self.logits(fed, 1)[:, -1].float()
+        scores = self._chain(cast(torch.LongTensor, self.ids), cast(torch.FloatTensor, logits))
+        return torch.where(logits.amax(-1).isfinite(), scores.argmax(-1), -1)
 
     def logits(self, fed: torch.Tensor, last: int) -> torch.Tensor:
         """Feed `fed`, the last positions of `ids`; logits at its `last` positions, [rows, last, vocabulary]."""
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-        found: torch.Tensor = self.model(
+        logits: torch.Tensor = self.model(
             input_ids=fed,
             attention_mask=self.mask,
             position_ids=positions,
@@ -180,7 +172,7 @@ class _Batch:
             use_cache=True,
             logits_to_keep=last,
         ).logits
-        return found
+        return logits
 
     def append(self, tokens: torch.Tensor) -> None:
         """Put one token a row behind `ids`."""
@@ -188,18 +180,18 @@ class _Batch:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
 
     def keep(self, going: Sequence[int]) -> None:
-        """Drop every row whose place is not in `going`, from the cache too."""
+        """Drop every row whose number is not in `going`, from the cache too."""
         chosen = torch.tensor(going, device=self.ids.device)
-        self.rows = [self.rows[place] for place in going]
+        self.rows = [self.rows[number] for number in going]
         self.ids, self.mask = self.ids[chosen], self.mask[chosen]
-        self.owner, self.seeds = self.owner[chosen], self.seeds[chosen]
+        self.row_index, self.seeds = self.row_index[chosen], self.seeds[chosen]
         self.cache.batch_select_indices(chosen)
         self._chain = processors(self.sampling, self.seeds, self.width)
 
 
-@torch.no_grad()
 def _decode(batch: _Batch, hook: SteeringHook, stops: frozenset[int]) -> None:
-    hook.place(batch.prompt_owner(), batch.reply)
+    """Let every row generate to its end."""
+    batch.set_prompt_rows(hook)
     fed = batch.ids
     for step in range(batch.sampling.max_new_tokens):
         tokens = batch.next_tokens(fed)
@@ -211,31 +203,47 @@ def _decode(batch: _Batch, hook: SteeringHook, stops: frozenset[int]) -> None:
         if shrinks:
             batch.keep(going)
         if shrinks or step == 0:
-            owner = batch.owner[:, None]
-            hook.place(owner, torch.ones_like(owner, dtype=torch.bool))
+            hook.set_rows(batch.row_index, torch.ones_like(batch.row_index, dtype=torch.bool))
         else:
-            hook.again()
+            hook.next_step()
         fed = batch.ids[:, -1:]
 
 
 def _take(rows: Sequence[_Row], tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
-    """Hand each row its token; the places of the rows that go on."""
+    """Hand each row its token; the numbers of the rows that go on."""
     going = []
-    for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+    for number, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if token < 0:
+            raise not_finite(row.request, len(row.generated))
         row.generated.append(token)
         if token in stops:
             row.finish = "stop"
         else:
-            going.append(place)
+            going.append(number)
     return going
 
 
+def _scored(batch: _Batch, hook: SteeringHook) -> dict[int, float]:
+    """Index -> summed log-probability of each row's tail."""
+    batch.set_prompt_rows(hook)
+    logits = batch.logits(batch.ids, max(row.tail for row in batch.rows) + 1)
+    values = {}
+    for row, ids, row_logits in zip(batch.rows, batch.ids, logits, strict=True):
+        tokens = ids[-row.tail :, None]
+        value = float(row_logits[-row.tail - 1 : -1].float().log_softmax(-1).gather(1, tokens).sum())
+        if not math.isfinite(value):
+            raise not_finite(row.request)
+        values[row.index] = value
+    return values
+
+
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, as long as the block lasts: no dropout, no gradient checkpointing."""
+def _steering(model: Any, rows: Sequence[_Row]) -> Iterator[SteeringHook]:
+    """The rows' interventions at work in evaluation mode: no dropout, no gradient checkpointing."""
     training = model.training
     model.eval()
     try:
-        yield
+        with SteeringHook(model, [row.request.interventions for row in rows]) as hook:
+            yield hook
     finally:
         model.train(training)

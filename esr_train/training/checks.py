@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from esr_train.errors import RunError
 from esr_train.models import bare_model, decoder_layers
+from esr_train.steering.directions import Add
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.interventions import Add
 from esr_train.training.injection import COLUMNS, LiveInjection
 
 LEAK = 1e-3
@@ -119,7 +119,7 @@ def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) 
         module.eval()
     try:
         with SteeringHook(model, programs) as hook, Watch(model, live.layer) as watch:
-            hook.place(owner, reply)
+            hook.set_rows(owner, reply)
             _loss(model, inputs).backward()
         watch.verify(live.delta(programs, owner))
         _check_strength_zero(model, inputs, programs, owner)
@@ -136,7 +136,7 @@ def _check_strength_zero(
     with torch.no_grad():
         plain = _loss(model, inputs)
         with SteeringHook(model, nothing) as hook:
-            hook.place(owner)
+            hook.set_rows(owner)
             steered = _loss(model, inputs)
     if not torch.equal(plain, steered):
         raise RunError(f"live injection: strength 0 changes the loss ({plain.item()} -> {steered.item()}).")

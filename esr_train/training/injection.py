@@ -10,9 +10,9 @@ import torch
 from esr_train.errors import InputError
 from esr_train.models import check_layer, hidden_size
 from esr_train.recipe import LiveSection
-from esr_train.steering.directions import load_sae
+from esr_train.steering.direction_files import load_sae
+from esr_train.steering.directions import Add
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.interventions import Add
 from esr_train.training.dataset import Latent
 from esr_train.transcript import SaeRef
 
@@ -112,7 +112,7 @@ class LiveInjection:
             return
         owner, reply = self.placement(columns)
         with SteeringHook(model, programs) as hook:
-            hook.place(owner, reply)
+            hook.set_rows(owner, reply)
             yield
 
     def placement(self, columns: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

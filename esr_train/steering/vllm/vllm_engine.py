@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from esr_train.adapters import check_adapter
 from esr_train.errors import InputError, RunError
 from esr_train.models import model_source, stop_ids_of
-from esr_train.steering.directions import LoadedSae
+from esr_train.steering.directions import Add, LoadedSae
 from esr_train.steering.engine import (
     Completion,
     Encoding,
@@ -29,8 +29,7 @@ from esr_train.steering.engine import (
     encoded,
     encoded_with,
 )
-from esr_train.steering.interventions import Add, Clamp, Intervention, edited_latents
-from esr_train.steering.layer_edits import check_intervention
+from esr_train.steering.interventions import Clamp, Intervention, check_intervention, edited_latents
 from esr_train.steering.vllm.vllm_server import LORA_MODULES, NOT_SERVED, VllmServer
 from esr_train.steering.vllm.vllm_worker import KEY, Report
 

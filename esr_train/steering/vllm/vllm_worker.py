@@ -10,9 +10,9 @@ were registered on the workers beforehand:
      "read": {"sae": "s0", "latents": [5]}}
 
 vLLM packs the tokens of all running requests into one row. Once per step, before the model runs, it is worked out
-which token belongs to whom (`_Steps.begin`); the layers' hooks then only add and encode tensors. A decoder layer of
-vLLM returns the residual stream in two parts, the block's output and what is yet to be added to it; the first is
-steered. Under tensor parallelism both parts are whole on every rank when a layer returns (its last matrix product
+which token belongs to which request (`_Steps._begin`); the layers' hooks then only add and encode tensors. A decoder
+layer of vLLM returns the residual stream in two parts, the block's output and what is yet to be added to it; the first
+is steered. Under tensor parallelism both parts are whole on every rank when a layer returns (its last matrix product
 ends in an all-reduce), so every rank does the same with its own copy of the vectors and SAEs; tokens are counted on
 every rank, the counts must agree, and what goes wrong on any rank fails the request. Pipeline parallelism is refused.
 
@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from esr_train.steering.directions import LoadedSae, load_sae
-from esr_train.steering.interventions import Ablate, Add, Clamp, Intervention
-from esr_train.steering.layer_edits import ENCODED_AT_ONCE, Layer, Placement
+from esr_train.steering.direction_files import load_sae
+from esr_train.steering.directions import ENCODED_AT_ONCE, Add, LoadedSae
+from esr_train.steering.interventions import Ablate, Clamp, Intervention, layer_of
+from esr_train.steering.layer_edits import Layer, TokenRows
 from esr_train.transcript import SaeRef
 
 KEY = "esr"
@@ -109,41 +110,50 @@ def unsupported(runner: Any) -> str | None:
 
 @dataclass
 class _Running:
-    """A request with interventions or a read-out that has not been reported as finished."""
+    """A request with interventions or a read-out that has not been reported as finished.
+
+    `row` is its row in the layers: free again when the request is done, and no row of vLLM's own batch, which moves.
+    """
 
     key: str
-    slot: int
+    row: int
     reply_start: int
-    layers: dict[int, list[Intervention]]
-    sae: LoadedSae | None
-    latents: list[int]
-    read: list[torch.Tensor] = field(default_factory=list)
+    layers: dict[int, list[Intervention]] = field(default_factory=dict)
+    sae: LoadedSae | None = None
+    latents: list[int] = field(default_factory=list)
+    activations: list[torch.Tensor] = field(default_factory=list)
     error: str | None = None
 
     def uses(self, layer: int) -> bool:
         """Whether it is steered or read at a layer."""
         return layer in self.layers or (self.sae is not None and self.sae.layer == layer)
 
+    def fail(self, message: str) -> None:
+        """Keep what went wrong first."""
+        self.error = self.error or message
+
 
 class _Steps:
-    """Works out each step's placement, and keeps what the layers count."""
+    """Works out before each of vLLM's steps to which request every token belongs, and keeps what the layers count."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
         self.directions: dict[str, torch.Tensor] = {}
         self.saes: dict[str, LoadedSae] = {}
-        slots = int(runner.scheduler_config.max_num_seqs)
-        self._slots = slots
-        self._free = list(range(slots))[::-1]
+        self._rows = int(runner.scheduler_config.max_num_seqs)
+        self._free = list(range(self._rows))[::-1]
         self._running: dict[str, _Running] = {}
         self._done: dict[str, tuple[_Running, dict[int, torch.Tensor]]] = {}
         self._layers: dict[int, Layer] = {}
-        self._next = np.zeros(slots, dtype=np.int64)
-        self._members: list[str] = []
-        self._owner = np.zeros(0, dtype=np.int64)
+        self._next = np.zeros(self._rows, dtype=np.int64)
+        # Of the requests in vLLM's batch, in its order: names, rows in the layers (-1: none) and starts of replies.
+        self._names: list[str] = []
+        self._row = np.zeros(0, dtype=np.int64)
         self._reply_start = np.zeros(0, dtype=np.int64)
-        self._steady = False
-        self._placed: Placement | None = None
+        # The rows of the last step's tokens, and whether all of them were being generated.
+        self._tokens: TokenRows | None = None
+        self._generated = False
+        self._inside = False
         self._reads: dict[int, list[tuple[_Running, int, int]]] = {}
         self._forward = runner._model_forward
         runner._model_forward = self._run
@@ -153,103 +163,98 @@ class _Steps:
             positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
             self._begin(int(positions.shape[-1]))  # type: ignore[union-attr]
         except Exception as error:
-            self._fail(self._running.values(), f"the step could not be placed: {error!r}")
-            self._place(None)
+            for running in self._running.values():
+                running.fail(f"the step's tokens could not be told apart: {error!r}")
+            self._set_rows(None)
+        # vLLM's own dummy runs call the model directly: they are not inside a step.
+        self._inside = self._tokens is not None
         try:
             return self._forward(*args, **kwargs)
         finally:
-            self._placed = None
+            self._inside = False
 
     def _begin(self, width: int) -> None:
-        """Place the step: `width` tokens, padding at their end included."""
+        """Set the rows of a step of `width` tokens, padding at their end included."""
         batch, bounds = self.runner.input_batch, self.runner.query_start_loc.np
-        members = list(batch.req_ids)
-        changed = members != self._members
+        names = list(batch.req_ids)
+        changed = names != self._names
         if changed:
-            self._admit(members)
-        if not (self._owner >= 0).any():
-            self._steady = False
-            self._place(None)
+            self._admit(names)
+        if not (self._row >= 0).any():
+            self._set_rows(None)
             return
-        count = len(members)
-        lengths = np.diff(bounds[: count + 1]).astype(np.int64)
-        starts = batch.num_computed_tokens_cpu[:count].astype(np.int64)
+        lengths = np.diff(bounds[: len(names) + 1]).astype(np.int64)
+        starts = batch.num_computed_tokens_cpu[: len(names)].astype(np.int64)
         self._follow(starts, lengths)
-        generating = bool((lengths == 1).all() and (starts >= self._reply_start).all())
-        if generating and self._steady and not changed and not self._reads and self._placement_fits(width):
-            self._placed = self._lasting
+        generated = bool((lengths == 1).all() and (starts >= self._reply_start).all())
+        same = self._tokens is not None and len(self._tokens.index) == width and not changed and not self._reads
+        if same and generated and self._generated:
             for layer in self._layers.values():
                 layer.counted = False
             return
-        self._place(self._placement(starts, lengths, width))
-        self._steady = generating
-        self._reads = self._reading(starts, bounds)
+        self._set_rows(self._token_rows(starts, lengths, width))
+        self._generated = generated
+        self._reads = self._reading(bounds)
 
-    def _placement_fits(self, width: int) -> bool:
-        return self._lasting is not None and len(self._lasting.owner) == width
-
-    def _place(self, placement: Placement | None) -> None:
-        self._placed = self._lasting = placement
-        self._reads = {}
+    def _set_rows(self, tokens: TokenRows | None) -> None:
+        self._tokens, self._generated, self._reads = tokens, False, {}
         for layer in self._layers.values():
-            layer.place(placement)
+            layer.set_rows(tokens)
 
-    def _placement(self, starts: np.ndarray, lengths: np.ndarray, width: int) -> Placement:
-        firsts = np.cumsum(lengths) - lengths
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        position = starts[rows] + np.arange(len(rows)) - firsts[rows]
-        owner, reply = np.full(width, -1, dtype=np.int64), np.zeros(width, dtype=bool)
-        owner[: len(rows)] = self._owner[rows]
-        reply[: len(rows)] = position >= self._reply_start[rows]
-        device = self.runner.device
-        return Placement(torch.from_numpy(owner).to(device), torch.from_numpy(reply).to(device))
+    def _token_rows(self, starts: np.ndarray, lengths: np.ndarray, width: int) -> TokenRows:
+        request = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.arange(len(request)) + (starts - np.cumsum(lengths) + lengths)[request]
+        index, reply = np.full(width, -1, dtype=np.int64), np.zeros(width, dtype=bool)
+        index[: len(request)] = self._row[request]
+        reply[: len(request)] = position >= self._reply_start[request]
+        return TokenRows(torch.from_numpy(index), torch.from_numpy(reply)).to(self.runner.device)
 
     def _follow(self, starts: np.ndarray, lengths: np.ndarray) -> None:
         """Hold that every request goes on where its last step ended, or begins again after a preemption."""
-        mine = self._owner >= 0
-        slots, starts, ends = self._owner[mine], starts[mine], (starts + lengths)[mine]
-        wrong = starts != self._next[slots]
-        self._next[slots] = ends
+        mine = self._row >= 0
+        rows, starts, ends = self._row[mine], starts[mine], (starts + lengths)[mine]
+        wrong = starts != self._next[rows]
+        self._next[rows] = ends
         if not wrong.any():
             return
-        by_slot = {running.slot: running for running in self._running.values()}
-        for slot, start in zip(slots[wrong].tolist(), starts[wrong].tolist(), strict=True):
-            running = by_slot[slot]
+        by_row = {running.row: running for running in self._running.values()}
+        for row, start in zip(rows[wrong].tolist(), starts[wrong].tolist(), strict=True):
+            running = by_row[row]
             if start:
-                self._fail([running], f"vLLM went on at token {start}, which is not where it had stopped")
-            running.read.clear()
-            for index in running.layers:
-                self._layers[index].restart(slot)
+                running.fail(f"vLLM went on at token {start}, which is not where it had stopped")
+            running.activations.clear()
+            for number in running.layers:
+                self._layers[number].restart(row)
 
-    def _admit(self, members: list[str]) -> None:
-        """Give newcomers a slot; take the slots of requests that vLLM no longer knows."""
+    def _admit(self, names: list[str]) -> None:
+        """Give newcomers a row; take the rows of requests that vLLM no longer knows."""
         for name in [name for name in self._running if name not in self.runner.requests]:
             self._retire(name)
-        for name in members:
+        for name in names:
             params = self.runner.requests[name].sampling_params
             asked = (params.extra_args or {}).get(KEY) if params else None
             if name not in self._running and asked and (asked["interventions"] or asked.get("read")):
                 self._start(name, asked)
-        found = [self._running.get(name) for name in members]
-        self._owner = np.array([-1 if each is None else each.slot for each in found], dtype=np.int64)
-        self._reply_start = np.array([0 if each is None else each.reply_start for each in found], dtype=np.int64)
-        self._members = members
+        batch = [self._running.get(name) for name in names]
+        self._row = np.array([-1 if running is None else running.row for running in batch], dtype=np.int64)
+        starts = [0 if running is None else running.reply_start for running in batch]
+        self._reply_start = np.array(starts, dtype=np.int64)
+        self._names = names
 
     def _start(self, name: str, asked: dict[str, Any]) -> None:
-        running = _Running(asked["key"], self._free.pop(), int(asked["reply_start"]), {}, None, [])
-        self._running[name] = running
-        self._next[running.slot] = 0
+        running = self._running[name] = _Running(asked["key"], self._free.pop(), int(asked["reply_start"]))
+        self._next[running.row] = 0
         try:
-            for intervention in (self._intervention(each) for each in asked["interventions"]):
-                running.layers.setdefault(intervention.layer, []).append(intervention)
+            for intervention in (self._intervention(wanted) for wanted in asked["interventions"]):
+                running.layers.setdefault(layer_of(intervention), []).append(intervention)
             if asked.get("read"):
                 running.sae, running.latents = self.saes[asked["read"]["sae"]], list(asked["read"]["latents"])
-            for index, program in running.layers.items():
-                self._layer(index).assign(running.slot, program)
+            for number, interventions in running.layers.items():
+                self._layer(number).assign(running.row, interventions)
             if running.sae is not None:
                 self._layer(running.sae.layer)
         except Exception as error:
-            self._fail([running], f"its interventions could not be set up: {error!r}")
+            running.fail(f"its interventions could not be set up: {error!r}")
 
     def _intervention(self, asked: dict[str, Any]) -> Intervention:
         if asked["kind"] == "add":
@@ -257,60 +262,56 @@ class _Steps:
             return Add(asked["layer"], vector, asked["positions"])
         sae, latents = self.saes[asked["sae"]], asked["latents"]
         if asked["kind"] == "clamp":
-            return Clamp(sae.layer, sae, latents[0], asked["value"], asked["positions"])
-        return Ablate(sae.layer, sae, tuple(latents), asked["positions"])
+            return Clamp(sae, latents[0], asked["value"], asked["positions"])
+        return Ablate(sae, tuple(latents), asked["positions"])
 
-    def _layer(self, index: int) -> Layer:
-        if index not in self._layers:
-            self._layers[index] = Layer(index, self._slots)
-            module = self.runner.get_model().model.layers[index]
-            module.register_forward_hook(partial(self._hook, self._layers[index]))
-        return self._layers[index]
+    def _layer(self, number: int) -> Layer:
+        if number not in self._layers:
+            self._layers[number] = Layer(number, self._rows)
+            module = self.runner.get_model().model.layers[number]
+            module.register_forward_hook(partial(self._hook, self._layers[number]))
+        return self._layers[number]
 
     def _hook(self, layer: Layer, _: Any, __: Any, output: Any) -> Any:
-        if self._placed is None:
+        if not self._inside:
             return None
         try:
             hidden, residual = output
             steered = layer.steer(hidden, residual)
-            self._read(layer, steered, residual)
+            for running, first, last in self._reads.get(layer.number, ()):
+                self._read(running, steered[first:last].float() + residual[first:last].float())
         except Exception as error:
-            concerned = [each for each in self._running.values() if each.uses(layer.index)]
-            self._fail(concerned, f"layer {layer.index}: {error!r}")
+            for running in self._running.values():
+                if running.uses(layer.number):
+                    running.fail(f"layer {layer.number}: {error!r}")
             return None
         return steered, residual
 
-    def _reading(self, starts: np.ndarray, bounds: np.ndarray) -> dict[int, list[tuple[_Running, int, int]]]:
+    def _reading(self, bounds: np.ndarray) -> dict[int, list[tuple[_Running, int, int]]]:
         """For each layer, who reads there, and from which to which of the step's tokens."""
         reads: dict[int, list[tuple[_Running, int, int]]] = {}
-        for row, name in enumerate(self._members):
+        for number, name in enumerate(self._names):
             running = self._running.get(name)
             if running is not None and running.sae is not None:
-                tokens = (running, int(bounds[row]), int(bounds[row + 1]))
+                tokens = (running, int(bounds[number]), int(bounds[number + 1]))
                 reads.setdefault(running.sae.layer, []).append(tokens)
         return reads
 
-    def _read(self, layer: Layer, hidden: torch.Tensor, residual: torch.Tensor) -> None:
-        for running, first, last in self._reads.get(layer.index, ()):
-            assert running.sae is not None
-            states = hidden[first:last].float() + residual[first:last].float()
-            pieces = [running.sae.encode(piece)[:, running.latents] for piece in states.split(ENCODED_AT_ONCE)]
-            running.read.append(torch.cat(pieces))
-
-    def _fail(self, concerned: Any, message: str) -> None:
-        for running in concerned:
-            running.error = running.error or message
+    def _read(self, running: _Running, states: torch.Tensor) -> None:
+        assert running.sae is not None
+        running.activations += [
+            running.sae.encode(piece)[:, running.latents] for piece in states.split(ENCODED_AT_ONCE)
+        ]
 
     def _retire(self, name: str) -> None:
         running = self._running.pop(name)
+        layers = {number: self._layers[number] for number in running.layers if number in self._layers}
         # Copies on the device: nothing waits for it until the results are fetched.
-        counts = {index: self._layers[index].count(running.slot) for index in running.layers if index in self._layers}
-        self._done[running.key] = (running, counts)
-        for index in running.layers:
-            if index in self._layers:
-                self._layers[index].release(running.slot)
-        self._free.append(running.slot)
-        self._members = []
+        self._done[running.key] = (running, {number: layer.count(running.row) for number, layer in layers.items()})
+        for layer in layers.values():
+            layer.release(running.row)
+        self._free.append(running.row)
+        self._names = []
 
     @torch.inference_mode()
     def take(self, keys: list[str]) -> list[Report]:
@@ -319,10 +320,16 @@ class _Steps:
         for name in [name for name, running in self._running.items() if running.key in wanted]:
             self._retire(name)
         done, self._done = self._done, {}
-        flat = [count for key in keys if key in done for count in done[key][1].values()]
+        taken = [done[key] for key in keys if key in done]
+        # One transfer for all counts.
+        flat = [count for _, counts in taken for count in counts.values()]
         numbers = iter(torch.stack(flat).tolist() if flat else [])
-        return [self._report(key, *done[key], numbers) for key in keys if key in done]
-
-    def _report(self, key: str, running: _Running, counts: dict[int, torch.Tensor], numbers: Any) -> Report:
-        read = torch.cat(running.read).tolist() if running.read else None
-        return key, [(index, next(numbers)) for index in counts], running.error, read
+        return [
+            (
+                running.key,
+                [(layer, next(numbers)) for layer in counts],
+                running.error,
+                torch.cat(running.activations).tolist() if running.activations else None,
+            )
+            for running, counts in taken
+        ]

@@ -6,7 +6,8 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from esr_train.errors import InputError
-from esr_train.steering.directions import check_fits, load_sae, residual_norm
+from esr_train.steering.direction_files import check_fits, load_sae
+from esr_train.steering.readout import measure_residual_norm
 from esr_train.transcript import SaeRef
 
 
@@ -31,7 +32,7 @@ def test_a_local_folder_is_loaded_and_its_layer_parsed(tmp_path, hook, layer):
     assert torch.equal(sae.row(5), saved.W_dec[5])
     hidden = torch.randn(3, 64)
     torch.testing.assert_close(sae.encode(hidden), saved.encode(hidden))
-    torch.testing.assert_close(sae.decoder_norms, saved.W_dec.detach().norm(dim=1))
+    torch.testing.assert_close(sae.decoder_norms(), saved.W_dec.detach().norm(dim=1))
 
 
 def test_relative_folders_are_taken_from_the_current_directory(tmp_path, monkeypatch):
@@ -44,7 +45,7 @@ def test_an_sae_that_counts_in_decoder_norms_is_folded(tmp_path):
     config = TopKSAEConfig(d_in=64, d_sae=96, k=4, rescale_acts_by_decoder_norm=True)
     saved = save(tmp_path / "s", kind=TopKSAE, config=config)
     sae, hidden = load_sae(SaeRef(str(tmp_path), "s")), torch.randn(3, 64)
-    torch.testing.assert_close(sae.decoder_norms, torch.ones(96))
+    torch.testing.assert_close(sae.decoder_norms(), torch.ones(96))
     dense = sae.encode(hidden)
     dense = dense.to_dense() if dense.is_sparse else dense
     rebuilt = dense @ torch.stack([sae.row(k) for k in range(96)]) + saved.b_dec
@@ -82,7 +83,7 @@ def test_both_units_of_a_strength_are_the_same_vector(tmp_path):
     strength = direction.strength(0.9)
     torch.testing.assert_close(direction.add(0.9).vector, sae.row(7) * strength.raw)
     assert direction.add(0.9).vector.norm().item() == pytest.approx(36.0, rel=1e-5)
-    assert direction.strength_from_raw(strength.raw).norm == pytest.approx(0.9)
+    torch.testing.assert_close(direction.add(raw=strength.raw).vector, direction.add(0.9).vector)
     assert (direction.layer, direction.label, direction.add(1.0, "generated").positions) == (
         2,
         "baking",
@@ -125,17 +126,19 @@ def test_the_residual_norm_is_the_median_without_bos(family):
         with torch.no_grad():
             states = family.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         norms.append(states[2][0, 1:].norm(dim=-1))
-    assert residual_norm(family.model, family.tokenizer, texts, 1) == pytest.approx(float(torch.cat(norms).median()))
+    assert measure_residual_norm(family.model, family.tokenizer, 1, texts) == pytest.approx(
+        float(torch.cat(norms).median())
+    )
 
 
 def test_a_rendered_text_does_not_get_a_second_bos(family):
     text, bos = "Knead the dough.", family.tokenizer.bos_token
-    plain = residual_norm(family.model, family.tokenizer, [text], 1)
-    assert residual_norm(family.model, family.tokenizer, [bos + text], 1) == plain
+    plain = measure_residual_norm(family.model, family.tokenizer, 1, [text])
+    assert measure_residual_norm(family.model, family.tokenizer, 1, [bos + text]) == plain
 
 
 def test_measuring_without_text_or_on_a_missing_layer_is_bad_input(family):
     with pytest.raises(InputError, match="no text"):
-        residual_norm(family.model, family.tokenizer, [""], 1)
+        measure_residual_norm(family.model, family.tokenizer, 1, [""])
     with pytest.raises(InputError, match="no layer 4"):
-        residual_norm(family.model, family.tokenizer, ["a"], 4)
+        measure_residual_norm(family.model, family.tokenizer, 4, ["a"])

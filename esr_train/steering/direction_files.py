@@ -1,0 +1,270 @@
+"""Directions from files: SAEs as sae-lens writes and publishes them, and vectors of one's own."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esr_train.errors import InputError
+from esr_train.models import check_layer, hidden_size, local_path
+from esr_train.steering.directions import LoadedSae, SteeringVector, sae_name
+from esr_train.steering.readout import measure_residual_norm
+from esr_train.transcript import SaeRef
+
+HOOK_NAMES = re.compile(
+    r"blocks\.(?P<into>\d+)\.hook_resid_pre|blocks\.(?P<block>\d+)\.hook_resid_post|"
+    r"model\.layers\.(?P<layer>\d+)(?:\.output)?"
+)
+ENCODERS = ("standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit")
+"""sae-lens' architectures whose activations belong to a token by itself. Others still steer additively."""
+INPUT_SCALES = ("layer_norm", "constant_norm_rescale")
+"""Normalisations by each token's own size: a unit of activation adds another vector at every token."""
+
+
+def load_sae(ref: SaeRef | str, id: str | None = None, *, model: Any = None, tokenizer: Any = None) -> LoadedSae:
+    """Load an SAE from a local folder `release/id` if there is one, or else by sae-lens release and id.
+
+    What the SAE was trained on is undone in its weights where that is possible, so that its decoder rows are in the
+    units of the residual stream: a constant factor on activations (`expected_average_only_in`), whitening, decoder
+    norms that are counted in the activations.
+
+    Args:
+        ref: a reference, or a release or folder.
+        id: where `ref` is a text: the SAE's id or sub-folder; None: `ref` is the SAE's own folder.
+        model: refuse an SAE that does not fit it, and measure the layer's residual norm, in which strengths may then
+            be given.
+        tokenizer: the model's; needed with `model`.
+
+    Raises:
+        InputError: an unknown release or id (near matches are named), a broken folder, a normalisation that is not
+            known or cannot be undone, or an SAE that does not read and write the output of a decoder layer.
+    """
+    if isinstance(ref, str):
+        ref = SaeRef(str(Path(ref).parent), Path(ref).name) if id is None else SaeRef(ref, id)
+    folder = local_path(str(Path(ref.release) / ref.id))
+    local = folder if folder and folder.is_dir() else None
+    module = _from_disk(local) if local else _from_directory(ref)
+    _fold(module, local, ref)
+    module.requires_grad_(False)
+    n_latents, d_model = module.W_dec.shape
+    kind, scale = module.cfg.architecture(), module.cfg.normalize_activations
+    loaded = LoadedSae(
+        ref,
+        _layer(module, ref),
+        d_model,
+        n_latents,
+        module.eval(),
+        not_encoded=None if kind in ENCODERS else f"those of its architecture, {kind}, belong to no single token",
+        not_edited=f"its decoder scales with its input (normalize_activations={scale!r})"
+        if scale in INPUT_SCALES
+        else None,
+    )
+    if model is None:
+        return loaded
+    check_fits(loaded, model)
+    return replace(loaded, residual_norm=measure_residual_norm(model, tokenizer, loaded.layer))
+
+
+def check_fits(sae: LoadedSae, model: Any) -> None:
+    """Refuse an SAE of another width or for a layer that the model does not have.
+
+    Raises:
+        InputError: naming both sizes.
+    """
+    width = hidden_size(model)
+    if sae.d_model != width:
+        raise InputError(
+            f"the SAE {sae_name(sae.ref)} is {sae.d_model} wide, the model's residual stream {width}",
+            "sae",
+            "Name an SAE that was trained on this model.",
+        )
+    check_layer(model, sae.layer, f"sae {sae_name(sae.ref)}")
+
+
+def load_vectors(
+    path: Path | str,
+    layer: int,
+    *,
+    labels: Sequence[str] | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+) -> list[SteeringVector]:
+    """Vectors of one's own from a file.
+
+    Args:
+        path: `.npy` or `.pt` with one vector [d_model] or several [vectors, d_model], or `.pt` or `.safetensors` with
+            named ones. Of a `.pt` only tensors are read, never code.
+        layer: the decoder layer whose output they steer, counted from 0.
+        labels: what they stand for, in order; None: their names in the file.
+        model: refuse vectors that do not fit it, and measure the layer's residual norm, in which strengths may then
+            be given.
+        tokenizer: the model's; needed with `model`.
+
+    Raises:
+        InputError: what cannot be read, is no vector, is zero or not finite, or does not fit the model.
+    """
+    found = local_path(str(path))
+    if found is None:
+        raise InputError("the file does not exist", str(path), "Check the path.")
+    named = _named_rows(_tensors(found), found)
+    if labels is not None and len(labels) != len(named):
+        raise InputError(f"{len(named)} vectors need as many labels, not {len(labels)}", str(path))
+    if model is not None:
+        check_layer(model, layer, "layer")
+        if (width := hidden_size(model)) != (size := len(named[0][1])):
+            raise InputError(f"the vectors are {size} wide, the model's residual stream {width}", str(path))
+    norm = None if model is None else measure_residual_norm(model, tokenizer, layer)
+    names = labels or [name for name, _ in named]
+    return [
+        SteeringVector(layer, name or None, row / row.norm(), float(row.norm()), norm)
+        for name, (_, row) in zip(names, named, strict=True)
+    ]
+
+
+def _tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    import numpy
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix == ".npy":
+            return {"": torch.from_numpy(numpy.load(path, allow_pickle=False))}
+        if path.suffix == ".pt":
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return {str(name): value for name, value in loaded.items()} if isinstance(loaded, dict) else {"": loaded}
+    # Whatever these libraries say of a broken file.
+    except Exception as error:
+        raise InputError(f"the vectors cannot be read ({_reason(error)})", str(path)) from error
+    raise InputError("vectors are read from .safetensors, .pt or .npy", str(path), "Convert the file.")
+
+
+def _named_rows(tensors: Mapping[str, torch.Tensor], path: Path) -> list[tuple[str, torch.Tensor]]:
+    rows: list[tuple[str, torch.Tensor]] = []
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() not in (1, 2):
+            raise InputError("this is no vector of floating-point numbers, nor a table of them", f"{path} {name}")
+        table = value.detach().float().reshape(-1, value.shape[-1])
+        numbers = [f"{name}.{number}".lstrip(".") for number in range(len(table))]
+        rows += zip([name] if value.dim() == 1 else numbers, table, strict=True)
+    if not rows or len({len(row) for _, row in rows}) > 1:
+        raise InputError("vectors of one width are needed", str(path))
+    for name, row in rows:
+        if not bool(row.any()) or not bool(row.isfinite().all()):
+            raise InputError("a vector must be finite and not zero", f"{path} {name}")
+    return rows
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+
+
+def _from_disk(folder: Path) -> Any:
+    from sae_lens import SAE
+
+    try:
+        return SAE.load_from_disk(folder, device="cpu", dtype="float32")
+    # sae-lens has no error of its own: a broken file shows as whatever it was that failed.
+    except Exception as error:
+        raise InputError(
+            f"this is not an SAE in sae-lens format ({_reason(error)})",
+            str(folder),
+            "It needs cfg.json and sae_weights.safetensors, as SAE.save_model writes them.",
+        ) from error
+
+
+def _from_directory(ref: SaeRef) -> Any:
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory()
+    if ref.release not in known:
+        raise _unknown(f"no folder {ref.release}/{ref.id} and no sae-lens release", ref.release, known, "sae.release")
+    ids = known[ref.release].saes_map
+    if ref.id not in ids:
+        raise _unknown(f"in the release {ref.release} there is no SAE", ref.id, ids, "sae.id")
+    try:
+        return SAE.from_pretrained(ref.release, ref.id, device="cpu", dtype="float32")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{sae_name(ref)} cannot be downloaded ({_reason(error)})",
+            "sae",
+            "Check the network, or name a local folder.",
+        ) from error
+
+
+def _unknown(what: str, name: str, known: Iterable[str], where: str) -> InputError:
+    near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.4)
+    fix = (
+        f"Near matches: {', '.join(near)}." if near else "See the table of pretrained SAEs in sae-lens' documentation."
+    )
+    return InputError(f"{what} {name!r}", where, fix)
+
+
+def _fold(module: Any, folder: Path | None, ref: SaeRef) -> None:
+    """Undo in the weights whatever scale the SAE was trained on, so that a unit of activation adds one decoder row.
+
+    Of sae-lens' releases the factor is folded as they are loaded; a training's checkpoint has it, or its whitening,
+    in files beside the weights.
+
+    Raises:
+        InputError: a scale that is not known, or one of which the files do not say enough.
+    """
+    scale = module.cfg.normalize_activations
+    scaler = _scaler(folder)
+    try:
+        if scale == "expected_average_only_in" and scaler.scaling_factor:
+            module.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        elif scale == "covariance_whitening" and (whitening := scaler.whitening):
+            module.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+        elif scale == "constant_scalar_rescale":
+            module.W_dec.data /= module.cfg.activation_normalization_factor
+        elif scale not in ("none", *INPUT_SCALES):
+            raise NotImplementedError
+        # TopK SAEs may count activations in decoder norms; folded, activation times row is exact again.
+        if getattr(module.cfg, "rescale_acts_by_decoder_norm", False):
+            module.fold_W_dec_norm()
+    # sae-lens raises it, too, for architectures in which it cannot fold a scale.
+    except NotImplementedError:
+        raise InputError(
+            f"it was trained on rescaled activations (normalize_activations={scale!r}), and how they were rescaled is "
+            "not known or cannot be undone in its weights, so strengths and activations would be wrong",
+            f"sae {sae_name(ref)}",
+            "Put the training's activation_scaler.json (and activation_whitening.safetensors) beside cfg.json, or fold "
+            "the scale in sae-lens and save the SAE again.",
+        ) from None
+
+
+def _scaler(folder: Path | None) -> Any:
+    """What a checkpoint says of its activations' scale: a factor, a whitening, or neither."""
+    from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    scaler = ActivationScaler()
+    if folder is None or not (file := folder / ACTIVATION_SCALER_CFG_FILENAME).is_file():
+        return scaler
+    try:
+        scaler.load(file)
+        if scaler.scaling_factor is not None and not 0 < scaler.scaling_factor < math.inf:
+            raise ValueError(f"a factor of {scaler.scaling_factor}")
+    except Exception as error:
+        raise InputError(f"the scale of the SAE's activations cannot be read ({_reason(error)})", str(file)) from error
+    return scaler
+
+
+def _layer(module: Any, ref: SaeRef) -> int:
+    kind, name = module.cfg.architecture(), str(module.cfg.metadata.hook_name)
+    place = HOOK_NAMES.fullmatch(name)
+    if place and place["into"] != "0" and "transcoder" not in kind:
+        # What goes into a layer is what comes out of the one below.
+        return int(place["into"]) - 1 if place["into"] else int(place["block"] or place["layer"])
+    raise InputError(
+        f"the {kind} SAE reads {name!r}; it must read and write the output of a decoder layer",
+        f"sae {sae_name(ref)}",
+        "Use one trained on blocks.N.hook_resid_post.",
+    )
