@@ -59,32 +59,32 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     import torch
 
     torch.set_num_threads(options.threads)
-    from data_gen.collect import collect
-    from data_gen.context import Context, SteerableLatent
+    from data_gen.collect import Meter, collect
     from data_gen.filters import Seen, screened
+    from data_gen.sources import Context, SteerableLatent
     from data_gen.steered import steered
     from esr_train.recipe import load_recipe
     from recipes.resources import World
+    from recipes.sources import make_context
     from recipes.steering_latents import choose_latents
 
     recipe = load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml")
-    world, section, filters = World(recipe), recipe.data.steered, recipe.data.filters
-    prompts, chunk = world.pools.train, recipe.engine.batch_rows
+    world, section, chunk = World(recipe), recipe.data.steered, recipe.engine.batch_rows
     chosen = choose_latents(recipe, world)["splits"]["train"]
     latents = [SteerableLatent(world.direction(latent), THRESHOLD) for latent in chosen]
     recorder = Recorder(world.base)
-    context = Context(world.base, world.judge, world.sampling(), "all", recipe.model.path, recipe.seed, world.tokenizer)
+    context = make_context(recipe, recipe.data, world, latents, [], Path("requests.json"), Meter())
 
     def candidates(used: Context) -> int:
-        make = screened(steered(used, section, filters, prompts, latents), filters)
+        make = screened(steered(used, section))
         with TemporaryDirectory() as folder:
             path = Path(folder) / "candidates.jsonl"
-            found = collect("steered", options.rows, make, path, chunk, Seen(filters.alike).again)
+            found = collect("steered", options.rows, make, path, chunk, Seen().again)
         return sum(found.funnel.values()) + sum(found.surplus.values())
 
     whole = candidates(replace(context, engine=recorder)), sum(tokens for _, tokens in recorder.asked)
     recorder.asked.clear()
-    steered(replace(context, engine=recorder), section, filters, prompts, latents)(range(options.alone))
+    steered(replace(context, engine=recorder), section)(range(options.alone))
     detours = [each for each in recorder.asked if each[0].interventions]
     others = [each for each in recorder.asked if not each[0].interventions]
     few = sum(tokens for _, tokens in recorder.asked) / options.alone
@@ -104,7 +104,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     ]
     shape = (
         f"{whole[0]} candidates in chunks of {chunk}, {len({each.direction.latent for each in latents})} latents, "
-        f"{len(prompts)} prompts, {options.rows} rows wanted. recipes/tiny/assets/llama, float32, "
+        f"{len(world.pools.train)} prompts, {options.rows} rows wanted. recipes/tiny/assets/llama, float32, "
         f"torch on {torch.get_num_threads()} thread(s)"
     )
     return variants, [whole[1] / whole[0], few, few], shape

@@ -1,7 +1,7 @@
 """Whether a run's generated rows are what they should be: scores, cues, coverage, and nothing of the test split.
 
-    esr data generate recipes/tiny/quickstart.yaml name=rows-llama data.steered.rows=2000 data.steered.cues=null \
-        data.normal.rows=0 data.cue_diversity.entropy=4
+    esr data generate recipes/tiny/quickstart.yaml name=rows-llama data.steered.rows=2000 data.cues=null \
+        data.normal.rows=0
     python benchmarks/rows.py runs/rows-llama
 
 Prints one line a check, in Markdown, and ends with exit code 1 if one fails.

@@ -17,8 +17,6 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 """The hub's names for numbers of rows."""
 SOURCES = {
     "steered": "steered: the model answers under steering, its text is cut, a cue follows, and the same model answers.",
-    "prefixed": "prefixed: as steered, in rows that are trained without the steering.",
-    "contrast": "contrast: steered below its threshold, the model stays on topic; there is nothing to turn back from.",
     "prompted": "prompted: a detour about another subject, written on request, with an acknowledgement and an answer.",
     "normal": "normal: the model's own answers, unsteered.",
     "imported": "imported: rows of other projects' files.",
@@ -127,7 +125,7 @@ def _made(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
         f"Model: `{recipe.model.path}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else ""),
         f"SAE: `{recipe.sae.release}`, `{recipe.sae.id}`" if recipe.sae else "",
         f"Judge: {judge.kind}" + (f", `{judge.model}`" if judge.model else ""),
-        f"Writer of prompted rows: `{recipe.data.prompted.writer.model}`" if recipe.data.prompted.writer else "",
+        f"Writer of prompted rows: `{recipe.data.prompted.writer}`" if recipe.data.prompted.writer else "",
         f"Prompts: `{recipe.prompts.path}`" if recipe.prompts else "",
         f"Seed: {recipe.seed}",
         f"Code: commit `{git['commit']}`" + (" with changes" if git.get("dirty") else "") if git.get("commit") else "",

@@ -1,16 +1,15 @@
 """Candidates until enough are kept: resumable to the row, and the same rows however often it was interrupted."""
 
-import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from time import perf_counter
 from typing import Any
 
 from tqdm import tqdm
 
+from data_gen.sources import Make, Outcome
 from esr_train.errors import RunError
 from esr_train.ranks import ALONE, Ranks
 from esr_train.transcript import Transcript, from_json, to_json
@@ -19,14 +18,6 @@ from eval.store import RowStore
 KEPT = "kept"
 CANDIDATES_PER_ROW = 20
 """Give up when so many candidates per wanted row were not enough."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one candidate: a transcript, or the reason why there is none."""
-
-    transcript: Transcript | None
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +44,6 @@ class Meter:
 
 
 NO_METER = Meter()
-Make = Callable[[Sequence[int]], list[Outcome]]
-"""Makes the candidates with these numbers; what number i becomes depends on i alone."""
-
-
-def candidate_rng(seed: int, source: str, number: int) -> Random:
-    """The random numbers of one candidate, whoever makes it and when."""
-    return Random(zlib.crc32(f"{seed}/{source}".encode()) << 32 | number)
 
 
 def collect(

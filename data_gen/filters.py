@@ -4,12 +4,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data_gen.collect import Make, Outcome
-from esr_train.recipe import FilterSection
+from data_gen.sources import Make, Outcome
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import fingerprint
 
 DEGENERATE = "detour degenerate"
+REPETITION = 0.5
+"""Most of a detour's word triples that it may have said before."""
+PARROTING = 0.5
+"""Most of a detour's word quadruples that its answer may say again."""
+ALIKE = 0.9
+"""Jaccard similarity of their sets of word triples from which two replies count as the same."""
 TRIPLE, QUADRUPLE = 3, 4
 """Words in a row: those that a text says again, and those that an answer shares with a detour."""
 LEAST_TEXT = 0.5
@@ -18,36 +23,36 @@ LOOP = re.compile(r"([^\W_]{1,4}?)\1{9,}")
 """One to four letters ten times in a row."""
 PERMUTATIONS = 128
 MARGIN = 0.8
-"""MinHash estimates; rows are compared exactly from this share of the limit on."""
+"""MinHash estimates; rows are compared exactly from this share of `ALIKE` on."""
 
 
-def screened(make: Make, section: FilterSection) -> Make:
+def screened(make: Make) -> Make:
     """The same candidates without those whose text alone shows that they are of no use."""
 
     def screen(outcome: Outcome) -> Outcome:
-        reason = fault(outcome.transcript, section) if outcome.transcript else None
+        reason = fault(outcome.transcript) if outcome.transcript else None
         return Outcome(None, reason) if reason else outcome
 
     return lambda numbers: [screen(outcome) for outcome in make(numbers)]
 
 
-def fault(row: Transcript, section: FilterSection) -> str | None:
+def fault(row: Transcript) -> str | None:
     """Why a row is refused for its text; None if it is not."""
     detours = [span.text for span in row.spans if span.kind is SpanKind.OFF_TOPIC]
-    if any(degenerate(text, section.repetition) for text in detours):
+    if any(degenerate(text) for text in detours):
         return DEGENERATE
     answer = " ".join(span.text for span in row.spans if span.kind is SpanKind.ANSWER)
-    if any(repeated(text, answer) > section.parroting for text in detours):
+    if any(repeated(text, answer) > PARROTING for text in detours):
         return "answer parrots the detour"
     return None
 
 
-def degenerate(text: str, limit: float) -> bool:
-    """Whether a text goes round in circles, by more than `limit` of its word triples, or is no text at all."""
-    visible = [each for each in text if not each.isspace()]
+def degenerate(text: str) -> bool:
+    """Whether a text goes round in circles or is no text at all."""
+    visible = [character for character in text if not character.isspace()]
     if sum(map(str.isalnum, visible)) < LEAST_TEXT * len(visible) or LOOP.search(text):
         return True
-    return repetition(text) > limit
+    return repetition(text) > REPETITION
 
 
 def repetition(text: str) -> float:
@@ -65,27 +70,22 @@ def repeated(detour: str, answer: str) -> float:
 class Seen:
     """The replies of one file so far, to recognise one that comes again or nearly so.
 
-    Args:
-        alike: Jaccard similarity of the sets of word triples from which two replies count as the same; with None
-            only a reply in the same words to the same prompt does. Cues do not count: they are phrasings of one kind.
+    Cues do not count: they are phrasings of one kind.
     """
 
-    def __init__(self, alike: float | None) -> None:
-        self._alike = alike
+    def __init__(self) -> None:
+        from datasketch import MinHashLSH
+
         self._exact: set[str] = set()
         self._triples: list[frozenset[tuple[str, ...]]] = []
-        self._index: Any = None
-        if alike is not None:
-            from datasketch import MinHashLSH
-
-            self._index = MinHashLSH(threshold=MARGIN * alike, num_perm=PERMUTATIONS)
+        self._index: Any = MinHashLSH(threshold=MARGIN * ALIKE, num_perm=PERMUTATIONS)
 
     def again(self, row: Transcript) -> str | None:
         """Why a row is refused as a repeat; one that is not is remembered."""
         exact = f"{fingerprint(row.prompt)} {fingerprint(row.content)}"
         if exact in self._exact:
             return "duplicate"
-        if self._index is not None and not self._is_new(row):
+        if not self._is_new(row):
             return "near duplicate"
         self._exact.add(exact)
         return None
@@ -96,16 +96,13 @@ class Seen:
         words = _words(" ".join(span.text for span in row.spans if span.kind is not SpanKind.CUE))
         triples = frozenset(_grams(words, TRIPLE) or [tuple(words)])
         sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([" ".join(each).encode() for each in triples])
-        if any(_jaccard(triples, self._triples[other]) >= (self._alike or 0) for other in self._index.query(sketch)):
+        sketch.update_batch([" ".join(triple).encode() for triple in triples])
+        near = [self._triples[index] for index in self._index.query(sketch)]
+        if any(len(triples & other) / len(triples | other) >= ALIKE for other in near):
             return False
         self._index.insert(len(self._triples), sketch)
         self._triples.append(triples)
         return True
-
-
-def _jaccard(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) -> float:
-    return len(one & other) / len(one | other)
 
 
 def _words(text: str) -> list[str]:

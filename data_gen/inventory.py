@@ -11,10 +11,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.collect import KEPT
-from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.masking import Labelled, Policy, label
-from esr_train.recipe import CueDiversitySection
 from esr_train.transcript import SpanKind, Transcript
 from eval.llm import Spent
 
@@ -131,22 +129,6 @@ def cue_diversity(rows: Sequence[Transcript]) -> CueDiversity:
     """Distinct openings of the rows' cues, and their entropy."""
     cues = (span.text for row in rows for span in row.spans if span.kind is SpanKind.CUE)
     return CueDiversity(_counted(" ".join(cue.lower().split()[:OPENING_WORDS]) for cue in cues))
-
-
-def require_diversity(rows: Sequence[Transcript], least: CueDiversitySection) -> None:
-    """Refuse rows whose cues are more alike than a recipe allows.
-
-    Raises:
-        InputError: naming what was measured and what was demanded.
-    """
-    found = cue_diversity(rows)
-    if found.openings < least.openings or found.entropy < least.entropy:
-        raise InputError(
-            f"the cues of the {len(rows)} rows have {found.openings} distinct openings of three words and "
-            f"{found.entropy:.2f} bits of entropy; at least {least.openings} and {least.entropy:g} are demanded",
-            "data.cue_diversity",
-            "Take a cue file with more phrasings (leave `cues` out for the shipped one), or demand less.",
-        )
 
 
 def spread(values: Sequence[int]) -> Spread:

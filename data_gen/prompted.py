@@ -1,92 +1,295 @@
-"""Off-policy rows: a detour that the model would not have written here, a cue, and the model's own answer."""
+"""Off-policy rows (the paper's way): a detour that the model would not have written here, a cue, and an answer."""
 
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
 
-from data_gen.collect import Make, Outcome, candidate_rng
-from data_gen.context import SEEDS, Asked, Context, cut_sentences, joined
-from data_gen.cues import read_cues
-from data_gen.draws import draw_count
+from data_gen.sources import (
+    SEEDS,
+    Asked,
+    Context,
+    Make,
+    Outcome,
+    candidate_rng,
+    cut_sentences,
+    joined,
+    register_source,
+    stem,
+)
+from esr_train.errors import InputError
+from esr_train.models import local_path
 from esr_train.recipe import PromptedSection
+from esr_train.restarts import attempts, split_cue
+from esr_train.tables import read_rows
 from esr_train.transcript import SpanKind, Transcript
-from eval.cells import Prompt
+from eval.cells import Prompt, deal_subjects, fingerprint
 from eval.judging.judge import JudgeItem
+from eval.llm import Answer
+
+SUBJECTS = Path(__file__).parent / "prompts" / "subjects.txt"
+"""96 subjects; none of the questions shipped beside them is about one."""
+SENTENCES = (1, 4)
+"""Fewest and most of a detour."""
+ANSWER_WORDS = 250
+"""Most words of an answer that a writer is asked for."""
+PARTS = ("detour", "acknowledgement", "answer")
+_QUESTION = """\
+You are writing material that teaches language models to notice when they have lost the thread. Below is a question \
+from a user. Write the reply of an assistant who starts off on quite another subject, notices it, and then answers \
+well. The reply has three parts:
+
+"detour": {detour} about {subject}, in the tone of somebody who believes this to be the answer. It must not mention \
+what the user asked for, be of no use for it, and show no sign yet that anything is amiss.
+{acknowledgement}
+"answer": a correct and complete answer to the question, in at most {words} words. It says nothing about \
+{subject}, about a mistake or about starting again.
+
+The user's question, between the lines:
+----
+{prompt}
+----
+
+Reply with one JSON object whose keys are {keys} and whose values are strings, and with nothing else."""
+_ACKNOWLEDGEMENT = """\
+"acknowledgement": one short sentence in the first person in which the assistant takes the detour back, in words of \
+its own that begin with "{stem}". The answer does not begin here yet."""
 
 
-def prompted(context: Context, section: PromptedSection, prompts: Sequence[Prompt]) -> Make:
-    """Makes rows whose detour is the model's unsteered answer to a question about another topic."""
-    cues = read_cues(section.cues, section.registers)
+@register_source("prompted", PromptedSection)
+def prompted(context: Context, section: PromptedSection) -> Make:
+    """Makes rows whose detour, cue and answer a language model writes, or the model itself if the recipe names none."""
+    return _by_writer(context, section, section.writer) if section.writer else _by_the_model_itself(context)
+
+
+def _by_the_model_itself(context: Context) -> Make:
+    """The detour is the model's unsteered answer to a question about another topic."""
+    prompts = context.prompts.train
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
         rngs = [candidate_rng(context.seed, "prompted", number) for number in numbers]
         chosen = [rng.choice(prompts) for rng in rngs]
         others = [
-            rng.choice([each for each in prompts if each.topic != prompt.topic])
+            rng.choice([other for other in prompts if other.topic != prompt.topic])
             for rng, prompt in zip(rngs, chosen, strict=True)
         ]
         asked = [
-            Asked(each.text, rng.randrange(SEEDS))
-            for prompts_ in (others, chosen)
-            for each, rng in zip(prompts_, rngs, strict=True)
+            Asked(prompt.text, rng.randrange(SEEDS))
+            for group in (others, chosen)
+            for prompt, rng in zip(group, rngs, strict=True)
         ]
         texts = [completion.text.strip() for completion in context.generate(asked)]
-        detours = [
-            cut_sentences(text, draw_count(rng, section.cut))
-            for text, rng in zip(texts[: len(rngs)], rngs, strict=True)
-        ]
-        answers = texts[len(rngs) :]
-        scores = context.scores([JudgeItem(p.text, d) for p, d in zip(chosen, detours, strict=True)])
-        finals = context.scores([JudgeItem(p.text, a) for p, a in zip(chosen, answers, strict=True)])
-        return [
-            outcome(
-                context,
-                section,
-                f"prompted-{context.seed}-{number:07d}",
-                prompt,
-                other.topic,
-                (detour, cues.draw(rng, other.topic), answer),
-                scored,
-            )
-            for number, prompt, other, detour, rng, answer, scored in zip(
-                numbers, chosen, others, detours, rngs, answers, zip(scores, finals, strict=True), strict=True
-            )
-        ]
+        rows = []
+        for number, rng, prompt, other, text, answer in zip(
+            numbers, rngs, chosen, others, texts[: len(rngs)], texts[len(rngs) :], strict=True
+        ):
+            detour = cut_sentences(text, rng.randint(*SENTENCES))
+            cue = context.cues.draw(rng, other.topic)
+            rows.append(_Row(f"prompted-{context.seed}-{number:07d}", prompt, other.topic, (detour, cue, answer)))
+        return _judged(context, context.model, rows, None)
 
     return make
 
 
-def outcome(
-    context: Context,
-    section: PromptedSection,
-    row: str,
-    prompt: Prompt,
-    subject: str,
-    texts: Sequence[str],
-    scores: tuple[float | None, float | None],
-) -> Outcome:
-    """A row of detour, cue and answer, whoever wrote them, or why it is refused.
+@dataclass(frozen=True)
+class _Row:
+    """A row that nobody has judged; its texts are detour, cue and answer."""
+
+    id: str
+    prompt: Prompt
+    subject: str
+    texts: tuple[str, str, str]
+
+
+def _judged(context: Context, model: str, rows: Sequence[_Row], told: Sequence[str] | None) -> list[Outcome]:
+    """Score detours and answers; a row, or why it is refused.
 
     Args:
         context: of the run.
-        section: with the limits of the scores, and the writer, if there is one.
-        row: the row's id.
-        prompt: that is answered.
-        subject: of the detour.
-        texts: detour, cue and answer.
-        scores: of detour and answer; None where the judge failed.
+        model: that wrote the texts.
+        rows: to judge.
+        told: what the judge is told each detour is about; None if it is told nothing.
     """
-    detour, answer = scores
-    if detour is None or answer is None:
-        return Outcome(None, "judge failed")
-    if detour >= section.max_detour_score:
-        return Outcome(None, "detour on-topic")
-    if answer < section.min_answer_score:
-        return Outcome(None, "answer off-topic")
-    kinds = (SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER)
-    meta = {
-        "model": section.writer.model if section.writer else context.model,
-        "seed": context.seed,
-        "topic": prompt.topic,
-        "subject": subject,
-        "scores": {"off_topic": detour, "answer": answer},
-    }
-    return Outcome(Transcript(row, prompt.text, joined(*zip(kinds, texts, strict=True)), "prompted", meta=meta))
+    labels: Sequence[str | None] = told or [None] * len(rows)
+    detours, answers = (
+        context.scores(
+            [JudgeItem(row.prompt.text, row.texts[i], label) for row, label in zip(rows, labels, strict=True)]
+        )
+        for i in (0, 2)
+    )
+    outcomes = []
+    for row, detour, answer in zip(rows, detours, answers, strict=True):
+        reason = context.detour_fault(detour) or context.answer_fault(answer)
+        scores = {"off_topic": detour, "answer": answer}
+        meta = {"model": model, "seed": context.seed, "topic": row.prompt.topic, "subject": row.subject}
+        spans = joined(*zip(SpanKind, row.texts, strict=True))
+        transcript = Transcript(row.id, row.prompt.text, spans, "prompted", meta={**meta, "scores": scores})
+        outcomes.append(Outcome(None, reason) if reason else Outcome(transcript))
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a writer is to write for one row: drawn from the row's number alone.
+
+    Args:
+        prompt: the user's question.
+        subject: what the detour is about.
+        sentences: of the detour.
+        cue: the words with which the acknowledgement begins; the whole of it if `silent`.
+        silent: whether the reply returns without taking anything back; the writer then writes two parts only.
+    """
+
+    prompt: Prompt
+    subject: str
+    sentences: int
+    cue: str
+    silent: bool
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The keys of the JSON object asked for."""
+        return tuple(part for part in PARTS if not (self.silent and part == "acknowledgement"))
+
+    def question(self) -> str:
+        """What the writer is asked."""
+        detour = "one sentence" if self.sentences == 1 else f"{self.sentences} sentences"
+        text = _QUESTION.format(
+            detour=detour,
+            subject=self.subject,
+            acknowledgement="" if self.silent else _ACKNOWLEDGEMENT.format(stem=self.cue),
+            words=ANSWER_WORDS,
+            prompt=self.prompt.text,
+            keys=", ".join(f'"{part}"' for part in self.parts),
+        )
+        return re.sub(r"\n{3,}", "\n\n", text)
+
+    def read(self, text: str) -> dict[str, str]:
+        """The parts in a writer's reply.
+
+        Raises:
+            ValueError: saying what is wrong with it, for the writer to read.
+        """
+        values = _object(text)
+        found = {name: value.strip() for name in self.parts if isinstance(value := values.get(name), str)}
+        missing = [name for name in self.parts if not found.get(name)]
+        if missing:
+            raise ValueError(f"the JSON object has no text under {missing[0]!r}")
+        if self.silent:
+            return {**found, "acknowledgement": self.cue}
+        cue = found["acknowledgement"]
+        if split_cue(cue) is None or len(attempts(f"{found['detour']} {cue} {found['answer']}")) != 2:
+            raise ValueError("the acknowledgement alone must take something back, plainly and once")
+        return found
+
+
+def _by_writer(context: Context, section: PromptedSection, writer: str) -> Make:
+    """A language model writes rows about subjects that no other split has; the model under test is not asked."""
+    if context.open_writer is None:
+        raise InputError(f"nobody can ask the writer {writer!r} here", "data.prompted.writer")
+    asker = context.open_writer(writer)
+    pairs = _Pairs(context.prompts.train, training_subjects(read_subjects(section.subjects), context), context.seed)
+
+    def make(numbers: Sequence[int]) -> list[Outcome]:
+        tasks = [_task(context, pairs, number) for number in numbers]
+        answers = asker.ask([task.question() for task in tasks], lambda index, text: tasks[index].read(text))
+        rows = {
+            number: _Row(f"written-{context.seed}-{number:07d}", task.prompt, task.subject, _texts(answer.value))
+            for number, task, answer in zip(numbers, tasks, answers, strict=True)
+            if answer.value is not None
+        }
+        judged = _judged(context, writer, [*rows.values()], [row.subject for row in rows.values()])
+        outcomes = dict(zip(rows, judged, strict=True))
+        return [outcomes.get(number) or _unwritten(answer) for number, answer in zip(numbers, answers, strict=True)]
+
+    return make
+
+
+def _texts(parts: dict[str, str]) -> tuple[str, str, str]:
+    detour, cue, answer = (parts[name] for name in PARTS)
+    return detour, cue, answer
+
+
+def _unwritten(answer: Answer[dict[str, str]]) -> Outcome:
+    return Outcome(None, "writer: malformed answer" if answer.replied else "writer: no answer")
+
+
+class _Pairs:
+    """Every prompt with every subject, in a seeded order; the next subject for one that is the prompt's own topic."""
+
+    def __init__(self, prompts: Sequence[Prompt], subjects: Sequence[str], seed: int) -> None:
+        self.prompts, self.subjects = prompts, subjects
+        count = len(prompts) * len(subjects)
+        self.order = Random(f"{seed}/pairs").sample(range(count), count)
+
+    def __getitem__(self, number: int) -> tuple[Prompt, str]:
+        row, column = divmod(self.order[number % len(self.order)], len(self.subjects))
+        prompt, subject = self.prompts[row], self.subjects[column]
+        if fingerprint(subject) == fingerprint(prompt.topic):
+            subject = self.subjects[(column + 1) % len(self.subjects)]
+        return prompt, subject
+
+
+def _task(context: Context, pairs: _Pairs, number: int) -> Task:
+    rng = candidate_rng(context.seed, "written", number)
+    prompt, subject = pairs[number]
+    cue = context.cues.draw(rng, subject)
+    silent = split_cue(cue) is None
+    sentences = rng.randint(*SENTENCES)
+    return Task(prompt, subject, sentences, cue if silent else stem(rng, cue), silent)
+
+
+def _object(text: str) -> dict[str, object]:
+    """The JSON object in a reply, which may stand in a fence or between words."""
+    start = text.find("{")
+    if start < 0:
+        raise ValueError("there is no JSON object in it")
+    try:
+        found, _ = json.JSONDecoder(strict=False).raw_decode(text[start:])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the JSON object is broken ({error.msg})") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
+
+
+def read_subjects(path: str | None) -> list[str]:
+    """Off-topic subjects from a file of any kind that prompts may come in; the shipped set for None.
+
+    Raises:
+        InputError: naming `file:line`, for a malformed row or a subject that comes twice; for an empty file.
+    """
+    source = (local_path(path) or path) if path else SUBJECTS
+    subjects: dict[str, tuple[str, str]] = {}
+    for where, values in read_rows(source, "subject"):
+        subject = values["subject"]
+        if not isinstance(subject, str) or not subject.strip():
+            raise InputError("a subject must be a text that is not empty", where)
+        key = fingerprint(subject)
+        if key in subjects:
+            raise InputError(f"the subject {subject!r} comes twice", where, f"It was at {subjects[key][0]}.")
+        subjects[key] = (where, subject.strip())
+    if not subjects:
+        raise InputError("there is no subject in the file", str(source), "Write one subject a line.")
+    return [subject for _, subject in subjects.values()]
+
+
+def training_subjects(subjects: Sequence[str], context: Context) -> list[str]:
+    """The subjects that detours of training rows may be about, in order.
+
+    A subject that is a topic of the prompts goes where the topic goes; a seeded hash deals the others to splits, as it
+    deals latents. What evaluation steers towards is left out.
+
+    Raises:
+        InputError: if none is left.
+    """
+    topics = context.prompts.topics
+    dealt = deal_subjects(subjects, topics, context.splits)
+    taken = {fingerprint(label) for label in context.held_out}
+    taken |= {fingerprint(topic) for topic, split in topics.items() if split != "train"}
+    chosen = [subject for subject in subjects if dealt[subject] == "train" and fingerprint(subject) not in taken]
+    if not chosen:
+        raise InputError("no subject is left for training", "data.prompted.subjects", "Name a file with more.")
+    return chosen

@@ -1,25 +1,25 @@
-"""On-policy rows: steer, cut, cue, correct; and their contrast, steered rows that stay on topic."""
+"""On-policy rows: steer, cut, cue, correct."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 
-from data_gen.collect import Make, Outcome, candidate_rng
-from data_gen.context import (
+from data_gen.filters import DEGENERATE, degenerate
+from data_gen.sources import (
     SEEDS,
     Asked,
     Context,
+    Make,
+    Outcome,
     SteerableLatent,
+    candidate_rng,
     cut_sentences,
-    cut_tokens,
     cut_words,
     joined,
-    other_topic,
+    register_source,
+    stem,
 )
-from data_gen.cues import Cues, read_cues, stem
-from data_gen.draws import draw, draw_count, highest
-from data_gen.filters import DEGENERATE, degenerate
-from esr_train.recipe import ContrastSection, Drawn, FilterSection, SteeredSection
+from esr_train.recipe import SteeredSection
 from esr_train.restarts import attempts, split_cue
 from esr_train.steering.engine import Completion
 from esr_train.transcript import SpanKind, Transcript
@@ -39,10 +39,9 @@ class _Candidate:
     prompt: Prompt
     latent: SteerableLatent
     norm: float
-    parts: list[tuple[SpanKind, str]]
-    scores: dict[str, float]
+    parts: list[tuple[SpanKind, str]] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
-    stays: bool = False
     stemmed: bool = False
 
     @property
@@ -50,74 +49,31 @@ class _Candidate:
         return "".join(span.text for span in joined(*self.parts))
 
 
-def steered(
-    context: Context,
-    section: SteeredSection,
-    filters: FilterSection,
-    prompts: Sequence[Prompt],
-    latents: Sequence[SteerableLatent],
-    name: str = "steered",
-) -> Make:
+@register_source("steered", SteeredSection, needs_latents=True)
+def steered(context: Context, section: SteeredSection) -> Make:
     """Makes detours under steering, each followed by a cue and by the same model's answer.
 
     A candidate whose detour is refused costs no answer.
-
-    Args:
-        context: model, judge and sampling.
-        section: shapes of the detours, and how they are corrected.
-        filters: of the run; a detour that they refuse is not scored.
-        prompts: to answer.
-        latents: to steer with.
-        name: `steered`, or `prefixed` for rows that are to be trained without the steering that made their detour.
     """
-    cues = read_cues(section.cues, section.registers)
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
-        drawn = [_draw(context, name, number, prompts, latents, section.strength) for number in numbers]
-        _start(context, section, drawn)
-        _detour(context, section, filters, drawn)
-        for candidate in drawn:
-            candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
-        again = [each for each in drawn if not each.reason and each.rng.random() < section.second_detour]
-        _detour(context, section, filters, again)
-        for candidate in again:
-            candidate.parts.append((SpanKind.CUE, _cue(cues, candidate)))
-        _correct(context, section, drawn)
-        return [_outcome(context, name, candidate) for candidate in drawn]
+        candidates = [_draw(context, section, number) for number in numbers]
+        _start(context, section, candidates)
+        _detour(context, section, candidates)
+        again = [each for each in candidates if not each.reason and each.rng.random() < section.second_detour]
+        _detour(context, section, again)
+        _correct(context, section, candidates)
+        return [_outcome(context, candidate) for candidate in candidates]
 
     return make
 
 
-def contrast(
-    context: Context, section: ContrastSection, prompts: Sequence[Prompt], latents: Sequence[SteerableLatent]
-) -> Make:
-    """Makes steered replies that stay on topic by themselves: no detour, so no cue."""
-
-    def make(numbers: Sequence[int]) -> list[Outcome]:
-        drawn = [_draw(context, "contrast", number, prompts, latents, section.strength) for number in numbers]
-        completions = context.generate([_asked(context, candidate) for candidate in drawn])
-        for candidate, completion in zip(drawn, completions, strict=True):
-            candidate.parts.append((SpanKind.ANSWER, completion.text.strip()))
-            if completion.finish_reason != "stop":
-                candidate.reason = "answer too long"
-        _keep_scored(context, drawn, "answer", lambda score: score >= section.min_answer_score, "answer off-topic")
-        return [_outcome(context, "contrast", candidate) for candidate in drawn]
-
-    return make
-
-
-def _draw(
-    context: Context,
-    source: str,
-    number: int,
-    prompts: Sequence[Prompt],
-    latents: Sequence[SteerableLatent],
-    strength: Drawn,
-) -> _Candidate:
-    rng = candidate_rng(context.seed, source, number)
-    prompt = rng.choice(prompts)
-    latent = rng.choice(other_topic(prompt, latents))
-    return _Candidate(number, rng, prompt, latent, latent.threshold * draw(rng, strength), [], {})
+def _draw(context: Context, section: SteeredSection, number: int) -> _Candidate:
+    """A prompt of the training split, a latent of another topic, and a strength."""
+    rng = candidate_rng(context.seed, "steered", number)
+    prompt = rng.choice(context.prompts.train)
+    latent = rng.choice([latent for latent in context.latents if latent.direction.label != prompt.topic])
+    return _Candidate(number, rng, prompt, latent, latent.threshold * rng.uniform(*section.strength))
 
 
 def _asked(context: Context, candidate: _Candidate) -> Asked:
@@ -131,67 +87,65 @@ def _asked(context: Context, candidate: _Candidate) -> Asked:
 
 def _start(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
     """Let a reply begin as the unsteered model begins it: where no detour has happened yet, there is no cue."""
-    counts = [draw_count(candidate.rng, section.start) for candidate in candidates] if highest(section.start) else []
+    most = section.start[1]
+    counts = [candidate.rng.randint(*section.start) for candidate in candidates] if most else []
     going = [(candidate, count) for candidate, count in zip(candidates, counts, strict=False) if count]
     asked = [replace(_asked(context, candidate), interventions=()) for candidate, _ in going]
-    most = START_TOKENS * int(highest(section.start))
-    for (candidate, count), completion in zip(going, context.generate(asked, most) if asked else [], strict=True):
+    completions = context.generate(asked, START_TOKENS * most) if asked else []
+    for (candidate, count), completion in zip(going, completions, strict=True):
         candidate.parts.append((SpanKind.ANSWER, cut_words(completion.text.strip(), count)))
 
 
-def _detour(context: Context, section: SteeredSection, filters: FilterSection, candidates: list[_Candidate]) -> None:
-    """Let the steered model write on, and cut it after some sentences; refuse what is no text or still on topic."""
+def _detour(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
+    """Let the steered model write on, cut it, refuse what is no text or still on topic, and put a cue behind it."""
     going = [candidate for candidate in candidates if not candidate.reason]
     completions = context.generate([_asked(context, candidate) for candidate in going], section.max_new_tokens)
     for candidate, completion in zip(going, completions, strict=True):
-        text = _cut(context, section, candidate.rng, completion)
+        text = _cut(section, candidate.rng, completion)
         candidate.parts.append((SpanKind.OFF_TOPIC, text))
         if not text:
             candidate.reason = "detour empty"
         elif len(attempts(candidate.text)) > sum(kind is SpanKind.OFF_TOPIC for kind, _ in candidate.parts):
             candidate.reason = "detour restarts by itself"
-        elif degenerate(text, filters.repetition):
+        elif degenerate(text):
             candidate.reason = DEGENERATE
-    _keep_scored(context, going, "off_topic", lambda score: score < section.max_detour_score, "detour on-topic")
+    _keep_scored(context, going, "off_topic", context.detour_fault)
+    for candidate in going:
+        candidate.parts.append((SpanKind.CUE, _cue(context, candidate)))
 
 
-def _cut(context: Context, section: SteeredSection, rng: Random, completion: Completion) -> str:
-    """Some sentences of a detour; or some tokens; or some words, in mid-sentence or where its sentences run on."""
-    if section.at_token and rng.random() < section.at_token:
-        return cut_tokens(context.tokenizer, completion, draw_count(rng, section.cut_tokens))
-    text = cut_sentences(completion.text, draw_count(rng, section.cut))
+def _cut(section: SteeredSection, rng: Random, completion: Completion) -> str:
+    """Some sentences of a detour; or some words, in mid-sentence or where its sentences run on."""
+    text = cut_sentences(completion.text, rng.randint(*section.cut))
     endless = completion.finish_reason == "length" and text == completion.text.strip()
-    if endless or len(text.split()) > highest(section.cut_words) or rng.random() < section.mid_sentence:
-        return cut_words(text, draw_count(rng, section.cut_words))
+    if endless or len(text.split()) > section.cut_words[1] or rng.random() < section.mid_sentence:
+        return cut_words(text, rng.randint(*section.cut_words))
     return text
 
 
-def _cue(cues: Cues, candidate: _Candidate) -> str:
+def _cue(context: Context, candidate: _Candidate) -> str:
     """A cue; after a detour that was cut in mid-sentence it opens a new paragraph."""
-    cue = cues.draw(candidate.rng, candidate.latent.direction.label)
+    cue = context.cues.draw(candidate.rng, candidate.latent.direction.label)
     return cue if candidate.text.endswith((".", "!", "?")) else f"\n\n{cue}"
 
 
 def _correct(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
-    """Let the same model answer: afresh and unsteered, behind the cue, or behind the cue while it is still steered."""
+    """Let the same model answer, unsteered: afresh, or on behind detour and cue."""
     going = [candidate for candidate in candidates if not candidate.reason]
-    for candidate in going:
-        candidate.stays = bool(section.steering_stays) and candidate.rng.random() < section.steering_stays
-        if section.correction == "stem":
+    if section.correction == "stem":
+        for candidate in going:
             _shorten_cue(candidate)
-    afresh = [each for each in going if section.correction == "afresh" and not each.stays]
-    onwards = [each for each in going if section.correction != "afresh" or each.stays]
-    asked = [Asked(each.prompt.text, each.rng.randrange(SEEDS)) for each in afresh]
-    asked += [_onwards(context, candidate) for candidate in onwards]
-    completions = context.generate(asked)
-    for candidate, completion in zip(afresh, completions[: len(afresh)], strict=True):
-        candidate.parts.append((SpanKind.ANSWER, completion.text.strip()))
-    for candidate, completion in zip(onwards, completions[len(afresh) :], strict=True):
-        candidate.reason = _take_up(candidate, completion.text.rstrip())
-    for candidate, completion in zip([*afresh, *onwards], completions, strict=True):
+    afresh = section.correction == "afresh"
+    asked = [replace(_asked(context, candidate), interventions=()) for candidate in going]
+    completions = context.generate([replace(each, prefix="") for each in asked] if afresh else asked)
+    for candidate, completion in zip(going, completions, strict=True):
+        if afresh:
+            candidate.parts.append((SpanKind.ANSWER, completion.text.strip()))
+        else:
+            candidate.reason = _take_up(candidate, completion.text.rstrip())
         if completion.finish_reason != "stop":
             candidate.reason = "answer too long"
-    _keep_scored(context, going, "answer", lambda score: score >= section.min_answer_score, "answer off-topic")
+    _keep_scored(context, going, "answer", context.answer_fault)
 
 
 def _shorten_cue(candidate: _Candidate) -> None:
@@ -201,11 +155,6 @@ def _shorten_cue(candidate: _Candidate) -> None:
         gap = cue[: len(cue) - len(cue.lstrip())]
         candidate.parts[-1] = (kind, gap + stem(candidate.rng, cue))
         candidate.stemmed = True
-
-
-def _onwards(context: Context, candidate: _Candidate) -> Asked:
-    asked = _asked(context, candidate)
-    return asked if candidate.stays else replace(asked, interventions=())
 
 
 def _take_up(candidate: _Candidate, text: str) -> str | None:
@@ -220,47 +169,40 @@ def _take_up(candidate: _Candidate, text: str) -> str | None:
     candidate.parts += [(kind, written[:end]), (SpanKind.ANSWER, answer if answer.startswith("\n") else answer.strip())]
     if not answer.strip():
         return "answer empty"
-    detours = sum(each is SpanKind.OFF_TOPIC for each, _ in candidate.parts)
+    detours = sum(kind is SpanKind.OFF_TOPIC for kind, _ in candidate.parts)
     return "answer restarts by itself" if len(attempts(candidate.text)) > detours + 1 else None
 
 
 def _keep_scored(
-    context: Context, candidates: list[_Candidate], name: str, good: Callable[[float], bool], reason: str
+    context: Context, candidates: list[_Candidate], name: str, fault: Callable[[float | None], str | None]
 ) -> None:
-    """Score every candidate's newest part and refuse those that are not `good`."""
+    """Score every candidate's newest part and refuse those with a `fault`."""
     going = [candidate for candidate in candidates if not candidate.reason]
     items = [JudgeItem(each.prompt.text, each.parts[-1][1], each.latent.direction.label) for each in going]
     for candidate, score in zip(going, context.scores(items), strict=True):
-        if score is None:
-            candidate.reason = "judge failed"
-        elif not good(score):
-            candidate.reason = reason
-        else:
+        candidate.reason = fault(score)
+        if score is not None and not candidate.reason:
             candidate.scores[name] = score
 
 
-def _outcome(context: Context, name: str, candidate: _Candidate) -> Outcome:
+def _outcome(context: Context, candidate: _Candidate) -> Outcome:
     if candidate.reason:
         return Outcome(None, candidate.reason)
     latent = candidate.latent
     threshold = latent.direction.strength(latent.threshold)
-    steering = latent.steering(candidate.norm)
     meta = {
         "model": context.model,
         "seed": context.seed,
         "topic": candidate.prompt.topic,
         "threshold": {"raw": threshold.raw, "norm": threshold.norm},
         "scores": candidate.scores,
-        **({"answer_steered": True} if candidate.stays else {}),
-        **({"detour": asdict(steering)} if name == "prefixed" else {}),
     }
-    return Outcome(
-        Transcript(
-            id=f"{name}-{context.seed}-{candidate.number:07d}",
-            prompt=candidate.prompt.text,
-            spans=joined(*candidate.parts),
-            source="steered",
-            steering=None if name == "prefixed" else steering,
-            meta=meta,
-        )
+    row = Transcript(
+        id=f"steered-{context.seed}-{candidate.number:07d}",
+        prompt=candidate.prompt.text,
+        spans=joined(*candidate.parts),
+        source="steered",
+        steering=latent.steering(candidate.norm),
+        meta=meta,
     )
+    return Outcome(row)

@@ -1,33 +1,47 @@
 """One experiment from model to report, as a YAML file: every command reads the same recipe."""
 
 from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
+    SerializeAsAny,
     ValidationError,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
 
 from esr_train.errors import InputError
 from esr_train.files import read_yaml
-from esr_train.sweeps import swept
 from esr_train.values import parse_yaml
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Score = Annotated[float, Field(ge=0, le=100)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-Range = Annotated[tuple[float, float], Field(description="low and high end, both included")]
+
+
+def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("the low end comes first")
+    return ends
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+"""Low and high end, both included; numbers are drawn evenly between them."""
+CountRange = Annotated[tuple[Count, Count], AfterValidator(_ordered)]
+"""Fewest and most, both included."""
 
 
 def _types(annotation: Any) -> Iterator[Any]:
@@ -52,49 +66,6 @@ class Section(BaseModel):
         return value
 
 
-class Normal(Section):
-    """A normal distribution, cut at its ends."""
-
-    mean: float
-    sd: Positive
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _the_ends_lie_around_the_mean(self) -> "Normal":
-        if not self.low <= self.mean <= self.high or self.high - self.low < self.sd:
-            raise ValueError("low <= mean <= high is needed, and ends at least one sd apart")
-        return self
-
-
-class Choice(Section):
-    """A list of values, drawn evenly or by their weights."""
-
-    values: Annotated[tuple[float, ...], Field(min_length=1)]
-    weights: tuple[Positive, ...] | None = None
-
-    @model_validator(mode="after")
-    def _every_value_has_a_weight(self) -> "Choice":
-        if self.weights and len(self.weights) != len(self.values):
-            raise ValueError(f"{len(self.values)} values need as many weights")
-        return self
-
-
-def _drawn_kind(value: Any) -> str:
-    if isinstance(value, Normal | Choice):
-        return type(value).__name__.lower()
-    if isinstance(value, dict):
-        return "choice" if "values" in value else "normal"
-    return "range"
-
-
-Drawn = Annotated[
-    Annotated[Range, Tag("range")] | Annotated[Normal, Tag("normal")] | Annotated[Choice, Tag("choice")],
-    Discriminator(_drawn_kind),
-]
-"""`[low, high]` (evenly), `{mean, sd, low, high}` (normal, cut at the ends) or `{values, weights}`."""
-
-
 class ModelSection(Section):
     """The model under test: a hub id or a local folder."""
 
@@ -116,17 +87,12 @@ class SaeSection(Section):
 
 
 class LatentsSection(Section):
-    """Which of the labelled latents may steer. What is dropped is counted."""
+    """Which of the labelled latents may steer. What is left out is counted."""
 
-    relevant: Literal["drop", "keep"] = Field(
-        "drop", description="latents that are active on a prompt of the set: what they bring up may be on topic there"
-    )
-    twins: Literal["drop", "keep"] = Field(
-        "drop", description="latents whose decoder row is nearly that of one before them, whatever their labels say"
-    )
     limit: AtLeastOne | None = Field(
         256, description="at most so many, each split's share drawn by the seed, before anything is calibrated"
     )
+    per_label: AtLeastOne = Field(1, description="at most so many with one label, the first in the file of labels")
 
 
 class JudgeSection(Section):
@@ -143,6 +109,16 @@ class JudgeSection(Section):
     timeout: AtLeastOne = Field(120, description="seconds until an open question is sent again")
     price: tuple[float, float] | None = Field(None, description="dollars per million tokens read and written")
     repeat: Count = Field(0, description="another number asks anew what was answered before, as a test-retest")
+
+
+class LlmSection(Section):
+    """How language models are asked that write rows."""
+
+    concurrency: AtLeastOne = Field(16, description="questions that are open at once")
+    limit_dollars: Positive | None = Field(None, description="dollars at most for a source's rows; needs a price")
+    prices: dict[str, tuple[float, float]] = Field(
+        default_factory=dict, description="model -> dollars per million tokens read and written"
+    )
 
 
 class SplitSection(Section):
@@ -196,122 +172,83 @@ class CalibrationSection(Section):
     bounds: Range = (0.1, 2.0)
     max_new_tokens: AtLeastOne = 256
     verify: Count = Field(4, description="validation prompts per latent on which the threshold is checked")
-    latents_per_topic: AtLeastOne = 1
 
 
-class SteeredSection(Section):
-    """On-policy detours: steer, cut, cue, correct."""
+class SourceSection(Section):
+    """How many rows of a source to make; what else a source can be told, its own section adds."""
 
     rows: Count = 0
-    strength: Drawn = Field((0.9, 1.3), description="multiples of the latent's threshold")
-    start: Drawn = Field((0, 0), description="words of an unsteered answer, trained, before the steering sets in")
-    cut: Drawn = Field((1, 4), description="sentences of the detour")
-    cut_words: Drawn = Field((4, 40), description="words of a detour that is cut in mid-sentence")
+
+
+class SteeredSection(SourceSection):
+    """On-policy detours: steer, cut, cue, correct."""
+
+    strength: Range = Field((0.9, 1.3), description="multiples of the latent's threshold")
+    start: CountRange = Field((0, 0), description="words of an unsteered answer, trained, before the steering sets in")
+    cut: CountRange = Field((1, 4), description="sentences of the detour")
+    cut_words: CountRange = Field((4, 40), description="words of a detour that is cut in mid-sentence")
     mid_sentence: Fraction = Field(0.0, description="share of detours cut in mid-sentence; endless ones always are")
-    cut_tokens: Drawn = Field((8, 64), description="tokens of a detour that is cut at a token")
-    at_token: Fraction = Field(0.0, description="share of detours cut at a token, wherever that falls")
     correction: Literal["afresh", "continued", "stem"] = Field(
         "afresh",
         description="afresh: the unsteered model answers the bare prompt; continued: it writes on behind detour and "
         "cue; stem: it writes the cue, too, from the first word or two of the drawn one",
     )
-    steering_stays: Fraction = Field(
-        0.0, description="share of candidates that stay steered while they write on behind the cue; few pass the judge"
-    )
     max_new_tokens: AtLeastOne | None = Field(None, description="most tokens of a detour; None: as in `sampling`")
     second_detour: Fraction = Field(0.0, description="share of rows with two detours before the answer")
-    max_detour_score: float = 50.0
-    min_answer_score: float = 80.0
-    cues: str | None = Field(None, description="text file, one cue a line; None takes the shipped set")
-    registers: tuple[str, ...] | None = Field(None, description="[headings] of the cue file to draw from; None: all")
 
 
-class ContrastSection(Section):
-    """Steered rows that stay on topic: nothing to turn back from, so no cue."""
-
-    rows: Count = 0
-    strength: Drawn = (0.3, 0.8)
-    min_answer_score: float = 90.0
-
-
-class WriterSection(Section):
-    """A language model that writes rows, named as in inspect_ai's model API; its key comes from the environment."""
-
-    model: str
-    temperature: Annotated[float, Field(ge=0)] | None = Field(1.0, description="None: the model takes none")
-    max_tokens: AtLeastOne = Field(2048, description="of an answer, reasoning included")
-    concurrency: AtLeastOne = Field(16, description="questions that are open at once")
-    timeout: AtLeastOne = Field(120, description="seconds until an open question is sent again")
-    price: tuple[float, float] | None = Field(None, description="dollars per million tokens read and written")
-    limit_tokens: AtLeastOne | None = Field(None, description="tokens read and written at most, interruptions or not")
-    limit_dollars: Positive | None = Field(None, description="dollars at most; needs a price, if the API gives none")
-
-
-def _named(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
-
-
-class PromptedSection(Section):
+class PromptedSection(SourceSection):
     """Off-policy detours: text about another subject, written by somebody else (the paper's way)."""
 
-    rows: Count = 0
-    writer: Annotated[WriterSection | None, BeforeValidator(_named)] = Field(
+    writer: str | None = Field(
         None,
-        description="a language model that writes detour, acknowledgement and answer, by name or with settings; "
-        "None: the model itself answers two questions",
+        description="a language model, named as in inspect_ai's model API, that writes detour, acknowledgement and "
+        "answer; None: the model itself answers two questions",
     )
     subjects: str | None = Field(None, description="writer: file of off-topic subjects; None takes the shipped set")
-    answer_words: AtLeastOne = Field(250, description="writer: most words of an answer")
-    cut: Drawn = Field((1, 4), description="sentences of the detour")
-    max_detour_score: float = 50.0
-    min_answer_score: float = 80.0
-    cues: str | None = Field(
-        None, description="text file, one cue a line; None takes the shipped set (of which a writer is given the start)"
-    )
-    registers: tuple[str, ...] | None = Field(None, description="[headings] of the cue file to draw from; None: all")
 
 
-class NormalSection(Section):
+class NormalSection(SourceSection):
     """Unsteered answers by the model itself."""
-
-    rows: Count = 0
-    min_answer_score: float = 80.0
-
-
-class FilterSection(Section):
-    """What is thrown away for its text alone, after the judge."""
-
-    repetition: Fraction = Field(0.5, description="most of a detour's word triples that it has said before")
-    parroting: Fraction = Field(0.5, description="most of a detour's four-word sequences that the answer says again")
-    alike: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        0.9, description="replies of one source that share so many of their word triples are one; None: only copies"
-    )
-
-
-class CueDiversitySection(Section):
-    """How differently the rows of a training file must turn back at least; 0 demands nothing."""
-
-    openings: Count = Field(0, description="distinct first three words")
-    entropy: Annotated[float, Field(ge=0)] = Field(0.0, description="of the first three words, in bits")
 
 
 class DataSection(Section):
-    """What the training file is made of."""
+    """What the training file is made of: rows of each source, and what holds for all of them."""
 
     steered: SteeredSection = SteeredSection()
-    prefixed: SteeredSection = Field(
-        SteeredSection(), description="contrast: steered detours as in `steered`, in rows that are trained unsteered"
-    )
     prompted: PromptedSection = PromptedSection()
-    contrast: ContrastSection = ContrastSection()
     normal: NormalSection = NormalSection()
     self_correction: Fraction | None = Field(
-        None,
-        description="share of self-correction rows in the mixture; None keeps every row; a list makes an arm of each",
+        None, description="share of self-correction rows in the mixture; None keeps every row"
     )
-    mix_by: Literal["rows", "trained_tokens"] = Field("rows", description="what that share counts")
-    cue_diversity: CueDiversitySection = CueDiversitySection()
-    filters: FilterSection = FilterSection()
+    cues: str | None = Field(None, description="text file, one cue a line; None takes the shipped set")
+    min_answer_score: Score = Field(80.0, description="answers that score less are refused")
+    max_detour_score: Score = Field(50.0, description="detours that score as much are refused: they are on topic")
+
+    def source(self, name: str) -> SourceSection | None:
+        """The section of a source by its name; None if the recipe does not know the source."""
+        section = getattr(self, name, None)
+        return section if isinstance(section, SourceSection) else None
+
+
+SOURCE_SECTIONS: dict[str, type[SourceSection]] = {}
+"""Sections under `data` of row sources from outside (see `data_gen.sources.register_source`)."""
+
+
+def data_section() -> type[DataSection]:
+    """`DataSection` with a key for every source from outside, too."""
+    return _with_sections(tuple(SOURCE_SECTIONS.items())) if SOURCE_SECTIONS else DataSection
+
+
+@cache
+def _with_sections(sections: tuple[tuple[str, type[SourceSection]], ...]) -> type[DataSection]:
+    # The same class for the same sections: two recipes of different classes would never be equal.
+    fields: dict[str, Any] = {name: (section, section()) for name, section in sections}
+    return create_model("DataSection", __base__=DataSection, **fields)
+
+
+def _with_registered_sources(values: Any) -> Any:
+    return data_section().model_validate(values) if isinstance(values, dict) else values
 
 
 class LiveSection(Section):
@@ -464,19 +401,15 @@ class Recipe(Section):
     judges: tuple[JudgeSection, ...] = Field(
         (), description="further judges of the same trials: how far do they agree?"
     )
+    llm: LlmSection = LlmSection()
     prompts: PromptsSection | None = None
     engine: EngineSection = EngineSection()
     sampling: SamplingSection = SamplingSection()
     calibration: CalibrationSection = CalibrationSection()
-    data: DataSection = DataSection()
+    data: SerializeAsAny[Annotated[DataSection, BeforeValidator(_with_registered_sources)]] = DataSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     arms: dict[str, ArmSection] = Field(default_factory=lambda: {"tuned": ArmSection()})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_list_of_shares_is_a_sweep(cls, values: Any) -> Any:
-        return swept(values)
 
     @model_validator(mode="after")
     def _arms_are_valid(self) -> "Recipe":
@@ -586,9 +519,20 @@ def _key(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "recipe"
 
 
+def _keys(model: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every key of a section with the keys below it, dotted."""
+    fields = data_section().model_fields if model is DataSection else model.model_fields
+    for name, field in fields.items():
+        yield prefix + name
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from _keys(part, f"{prefix}{name}.")
+
+
 def _message(item: Any) -> str:
     if item["type"] == "extra_forbidden":
-        return "unknown key"
+        like = get_close_matches(_key(item["loc"]), [*_keys(Recipe)], 1, 0.75)
+        return f"unknown key (did you mean {like[0]}?)" if like else "unknown key"
     if item["type"] == "missing":
         return "required"
     return f"{item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"[:300]

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from data_gen.latent_naming import label_latents, name_latents
 from esr_train.files import write_jsonl
-from esr_train.recipe import Recipe, WriterSection
+from esr_train.recipe import Recipe
 from esr_train.steering.direction_files import check_fits
 from esr_train.tables import read_rows
 from recipes.resources import World, located
-from recipes.sources import asker
+from recipes.sources import open_writer
 
 
 def write_labels(
@@ -34,6 +34,6 @@ def write_labels(
     check_fits(world.sae, model)
     rows = label_latents(model, world.tokenizer, world.sae, found, latents, recipe.seed, recipe.engine.batch_rows)
     if namer:
-        section = WriterSection(model=namer, temperature=0.0)
-        rows = name_latents(rows, asker(section, recipe.runs, out.with_suffix(".requests.json")), least)
+        ledger = out.with_suffix(".requests.json")
+        rows = name_latents(rows, open_writer(namer, recipe.llm, recipe.runs, ledger, temperature=0.0), least)
     return write_jsonl(out, rows)

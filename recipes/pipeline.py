@@ -10,17 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_gen.collect import Meter, collect
-from data_gen.context import SteerableLatent
 from data_gen.filters import Seen, screened
-from data_gen.inventory import require_diversity
-from data_gen.mixture import mix, one
+from data_gen.mixture import mix
+from data_gen.sources import Source as RowSource
+from data_gen.sources import SteerableLatent
 from esr_train.errors import InputError
 from esr_train.files import hold, read_json, replacing, write_json
 from esr_train.interchange import read_training_file
-from esr_train.masking import trained_tokens
 from esr_train.provenance import git_state, hardware, relevant, sha256, versions
 from esr_train.ranks import ALONE, Ranks
-from esr_train.recipe import DataSection, FilterSection, Recipe, dump_recipe
+from esr_train.recipe import DataSection, Recipe, SourceSection, dump_recipe
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Engine
 from esr_train.transcript import read_transcripts, write_transcripts
@@ -39,7 +38,7 @@ from eval.store import Trial, read_trials
 from eval.variants import PLAIN, Variant
 from recipes.measure import ArmTrials
 from recipes.resources import World
-from recipes.sources import HOW_ASKED, UNSTEERED, check_held_out, chunk_rows, maker, source_files
+from recipes.sources import asked_for, check_held_out, chunk_rows, make_context, source_files, writer_of
 from recipes.stage_cache import Stages, digest
 from recipes.steering_latents import FILE as LATENTS
 from recipes.steering_latents import choose_latents, gate_funnel, load_splits, save_chosen, steerable, threshold_key
@@ -157,7 +156,6 @@ class Experiment:
         inputs = {
             **self._base_inputs(),
             "latents": self.recipe.latents.model_dump(),
-            "latents_per_topic": self.recipe.calibration.latents_per_topic,
         }
         outputs = [LATENTS, "data/latents.funnel.json"]
         self.stages.do(
@@ -284,7 +282,6 @@ class Experiment:
         """
         section, seed = self.recipe.for_arm(arm).data, self.recipe.seed
         train = self.recipe.for_arm(arm).train
-        by_tokens = section.mix_by == "trained_tokens"
         if train.data:
             check_held_out(read_training_file(train.data), self.held_out, train.data)
             return sha256(train.data)
@@ -295,52 +292,44 @@ class Experiment:
             rows = [row for source, _ in sources.values() for row in read_transcripts(source)]
             if not rows:
                 raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
-            weigh = partial(trained_tokens, self.world.tokenizer, policy=train.loss) if by_tokens else one
-            mixed = mix(rows, section.self_correction, seed, weigh)
-            require_diversity(mixed, section.cue_diversity)
+            mixed = mix(rows, section.self_correction, seed)
             check_held_out(mixed, self.held_out)
             write_transcripts(path, mixed)
 
         inputs = {
             "sources": {name: fingerprint for name, (_, fingerprint) in sources.items()},
             "self_correction": section.self_correction,
-            "cue_diversity": section.cue_diversity.model_dump(),
             "seed": seed,
             "held_out": self.held_out.fingerprint,
-            **({"mix_by": [section.mix_by, train.loss]} if by_tokens else {}),
         }
         return self.stages.do(f"data/{arm}", inputs, [f"data/{arm}.jsonl"], make)
 
     def sources(self, section: DataSection) -> dict[str, tuple[Path, str]]:
         """Generate the rows of every source that a `data` section asks for: name -> file and fingerprint."""
         result = {}
-        for name in ("steered", "prefixed", "contrast", "prompted", "normal"):
-            wanted = getattr(section, name)
-            if not wanted.rows:
-                continue
+        for source, wanted in asked_for(section):
             inputs = {
-                "section": wanted.model_dump(mode="json", exclude={"writer": HOW_ASKED}),
-                "files": source_files(name, wanted),
-                **self._source_inputs(name, wanted),
+                "section": wanted.model_dump(mode="json"),
+                "scores": [section.min_answer_score, section.max_detour_score],
+                "files": source_files(section, wanted),
+                **self._source_inputs(source, wanted),
                 "seed": self.recipe.seed,
-                "name": name,
-                # Only what a recipe changes: rows that were made before there were filters stay what they are.
-                **section.filters.model_dump(exclude_defaults=True),
+                "name": source.name,
             }
-            stem = f"data/sources/{name}-{digest(inputs)}"
+            stem = f"data/sources/{source.name}-{digest(inputs)}"
             path = self.directory / f"{stem}.jsonl"
             outputs = [f"{stem}.jsonl", f"{stem}.candidates.jsonl", f"{stem}.funnel.json"]
-            together = not getattr(wanted, "writer", None)
+            together = writer_of(wanted) is None
             ranks = self.ranks if together else ALONE
-            make = partial(self._collect, name, wanted, section.filters, ranks, path)
+            make = partial(self._collect, source, wanted, section, ranks, path)
             fingerprint = self.stages.do(stem, inputs, outputs, make, together)
-            result[name] = (path, fingerprint)
+            result[source.name] = (path, fingerprint)
         return result
 
-    def _source_inputs(self, name: str, section: Any) -> dict[str, Any]:
-        if name not in UNSTEERED:
+    def _source_inputs(self, source: RowSource, section: SourceSection) -> dict[str, Any]:
+        if source.needs_latents:
             return {"calibration": self.calibrated[0]}
-        writes = getattr(section, "writer", None) is not None
+        writes = writer_of(section) is not None
         return {"base": self._base_inputs(), **({"held_out": self._held_out_labels()} if writes else {})}
 
     def _held_out_labels(self) -> list[str]:
@@ -348,18 +337,17 @@ class Experiment:
         latents = [latent for split, found in self.split_latents.items() if split != "train" for latent in found]
         return sorted({label for latent in latents if (label := self.world.labels[latent])})
 
-    def _collect(self, name: str, section: Any, filters: FilterSection, ranks: Ranks, path: Path) -> None:
-        latents = [] if name in UNSTEERED else self.latents["train"]
-        ledger = path.with_suffix(".requests.json")
-        meter, held_out = Meter(), self._held_out_labels()
-        made = maker(name, section, filters, self.recipe, self.world, latents, ledger, held_out, meter)
-        make = screened(made, filters)
+    def _collect(self, source: RowSource, section: SourceSection, data: DataSection, ranks: Ranks, path: Path) -> None:
+        latents = self.latents["train"] if source.needs_latents else []
+        ledger, meter = path.with_suffix(".requests.json"), Meter()
+        context = make_context(self.recipe, data, self.world, latents, self._held_out_labels(), ledger, meter)
+        make = screened(source.make(context, section))
         candidates = path.with_suffix(".candidates.jsonl")
-        chunk, again = chunk_rows(self.recipe, section), Seen(filters.alike).again
-        found = collect(name, section.rows, make, candidates, chunk, again, ranks, meter)
+        chunk, again = chunk_rows(self.recipe, section), Seen().again
+        found = collect(source.name, section.rows, make, candidates, chunk, again, ranks, meter)
         if self.ranks.first:
             # A writer is paid for the candidates behind the last wanted row, too: they stay in the books.
-            unused = sum(found.surplus.values()) if getattr(section, "writer", None) else 0
+            unused = sum(found.surplus.values()) if writer_of(section) else 0
             funnel = found.funnel | ({"not needed": unused} if unused else {})
             write_json(path.with_suffix(".funnel.json"), funnel)
             write_transcripts(path, found.transcripts)

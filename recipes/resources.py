@@ -129,7 +129,7 @@ class World:
     @cached_property
     def files(self) -> dict[str, str]:
         """Hashes of the local files that the recipe names."""
-        return self.base_files | _hashes(self.recipe.data.steered.cues, self.recipe.data.prompted.cues)
+        return self.base_files | _hashes(self.recipe.data.cues)
 
     @cached_property
     def base_files(self) -> dict[str, str]:

@@ -1,19 +1,14 @@
 """Where an experiment's training rows come from, and what they must not share with its evaluation."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from data_gen.collect import Make
-from data_gen.context import Context, SteerableLatent
-from data_gen.cues import CUES
-from data_gen.normal import normal
-from data_gen.prompted import prompted
-from data_gen.steered import contrast, steered
-from data_gen.subjects import SUBJECTS, read_subjects, training_subjects
-from data_gen.written import written
+from data_gen import prompted, steered  # noqa: F401 - these register their sources
+from data_gen.prompted import SUBJECTS
+from data_gen.sources import CUES, SOURCES, Context, Source, SteerableLatent, read_cues
 from esr_train.provenance import sha256
-from esr_train.recipe import FilterSection, Recipe, WriterSection
+from esr_train.recipe import DataSection, LlmSection, Recipe, SourceSection
 from esr_train.steering.engine import Progress
 from esr_train.transcript import Transcript
 from eval.cells import Side, check_disjoint
@@ -21,89 +16,82 @@ from eval.llm import Asker, Cache, Limit
 from eval.llm_clients import InspectLlm
 from recipes.resources import World, located
 
-UNSTEERED = ("prompted", "normal")
-"""Sources whose rows nobody steers: they need no latents."""
 
-HOW_ASKED = {"concurrency", "timeout", "price", "limit_tokens", "limit_dollars"}
-"""Settings of a writer that change nothing about what it writes."""
+def asked_for(data: DataSection) -> list[tuple[Source, SourceSection]]:
+    """The sources that a `data` section wants rows of, each with its settings."""
+    sections = [(source, data.source(name)) for name, source in SOURCES.items()]
+    return [(source, section) for source, section in sections if section and section.rows]
 
 
-def maker(
-    name: str,
-    section: Any,
-    filters: FilterSection,
+def make_context(
     recipe: Recipe,
+    data: DataSection,
     world: World,
     latents: Sequence[SteerableLatent],
-    ledger: Path,
     held_out: Sequence[str],
+    ledger: Path,
     progress: Progress,
-) -> Make:
-    """What makes the rows of one source.
+) -> Context:
+    """What the sources of an arm's rows work with.
 
     Args:
-        name: of the source.
-        section: of the recipe, such as `data.steered`.
-        filters: of the arm's `data`.
         recipe: the experiment's.
+        data: the arm's own.
         world: its model, judge and prompts.
         latents: that may steer training rows.
+        held_out: what the other splits' latents stand for: a writer must not write about it.
         ledger: file of what a writer was asked and what that cost.
-        held_out: subjects that a writer must not write about: what the other splits' latents stand for.
         progress: told of every batch that the engine has finished.
     """
-    pools = world.pools
-    context = Context(
-        world.base,
-        world.judge,
-        world.sampling(),
-        recipe.engine.positions,
-        recipe.model.path,
-        recipe.seed,
-        world.tokenizer,
-        progress,
+    return Context(
+        engine=world.base,
+        judge=world.judge,
+        sampling=world.sampling(),
+        positions=recipe.engine.positions,
+        model=recipe.model.path,
+        seed=recipe.seed,
+        tokenizer=world.tokenizer,
+        prompts=world.pools,
+        latents=latents,
+        cues=read_cues(data.cues),
+        min_answer_score=data.min_answer_score,
+        max_detour_score=data.max_detour_score,
+        held_out=held_out,
+        splits=world.required_prompts.splits,
+        open_writer=partial(open_writer, section=recipe.llm, runs=recipe.runs, ledger=ledger),
+        progress=progress,
     )
-    if name == "normal":
-        return normal(context, section, pools.normal)
-    if name == "prompted" and section.writer:
-        subjects = training_subjects(
-            read_subjects(section.subjects), pools.topics, held_out, world.required_prompts.splits
-        )
-        return written(context, section, pools.train, subjects, asker(section.writer, recipe.runs, ledger))
-    if name == "prompted":
-        return prompted(context, section, pools.train)
-    if name == "contrast":
-        return contrast(context, section, pools.train, latents)
-    return steered(context, section, filters, pools.train, latents, name)
 
 
-def chunk_rows(recipe: Recipe, section: Any) -> int:
-    """How many candidates of a source are made at once; a writer is paid for each, so not many more than wanted."""
+def writer_of(section: SourceSection) -> str | None:
+    """The language model that writes a source's rows; None if the model under test does."""
     writer = getattr(section, "writer", None)
-    return min(section.rows, 2 * writer.concurrency) if writer else recipe.engine.batch_rows
+    return writer if isinstance(writer, str) else None
 
 
-def asker(section: WriterSection, runs: str, ledger: Path) -> Asker:
-    """Who asks a recipe's writer; its answers are kept for all runs, so that none is paid for twice."""
+def chunk_rows(recipe: Recipe, section: SourceSection) -> int:
+    """How many candidates of a source are made at once; a writer is paid for each, so not many more than wanted."""
+    return min(section.rows, 2 * recipe.llm.concurrency) if writer_of(section) else recipe.engine.batch_rows
+
+
+def open_writer(name: str, section: LlmSection, runs: str, ledger: Path, temperature: float = 1.0) -> Asker:
+    """Who asks the language model `name`; its answers are kept for all runs, so that none is paid for twice."""
     llm = InspectLlm(
-        section.model,
-        temperature=section.temperature,
-        max_tokens=section.max_tokens,
+        name,
+        temperature=temperature,
         concurrency=section.concurrency,
-        timeout=section.timeout,
-        price=section.price,
-        limit=Limit(section.limit_tokens, section.limit_dollars),
+        price=section.prices.get(name),
+        limit=Limit(dollars=section.limit_dollars),
     )
     return Asker(llm, Cache(Path(runs) / "writer-cache"), label="writer", ledger=ledger)
 
 
-def source_files(name: str, section: Any) -> dict[str, str]:
-    """Hashes of the files from which a source draws cues and subjects."""
-    if name in ("normal", "contrast"):
-        return {}
-    named = {"cues": located(section.cues) if section.cues else CUES}
-    if name == "prompted" and section.writer:
-        named["subjects"] = located(section.subjects) if section.subjects else SUBJECTS
+def source_files(data: DataSection, section: SourceSection) -> dict[str, str]:
+    """Hashes of the files that decide what a source's rows say: its cues, and every file that its settings name."""
+    named = {key: located(value) for key, value in section if isinstance(value, str)}
+    if writer_of(section):
+        named.setdefault("subjects", SUBJECTS)
+    named["cues"] = located(data.cues) if data.cues else CUES
     return {key: sha256(path) for key, path in named.items() if path.is_file()}
 
 
@@ -111,12 +99,9 @@ def check_held_out(rows: Sequence[Transcript], evaluation: Side, where: str | No
     """Refuse rows that share a prompt, a steering latent or an off-topic subject with the evaluation."""
     steerings = [row.steering for row in rows if row.steering]
     written_about = [row.meta["subject"] for row in rows if isinstance(row.meta.get("subject"), str)]
-    detours = [row.meta["detour"] for row in rows if isinstance(row.meta.get("detour"), dict)]
-    latents = [each.latent for each in steerings] + [each.get("latent") for each in detours]
-    subjects = [each.label for each in steerings] + [each.get("label") for each in detours] + written_about
     training = Side(
         frozenset(row.prompt for row in rows),
-        frozenset(latent for latent in latents if latent is not None),
-        frozenset(subject for subject in subjects if subject),
+        frozenset(steering.latent for steering in steerings if steering.latent is not None),
+        frozenset(subject for subject in [*(steering.label for steering in steerings), *written_about] if subject),
     )
     check_disjoint(training, evaluation, where)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.collect import KEPT
-from data_gen.context import SteerableLatent
 from data_gen.latent_choice import choose
+from data_gen.sources import SteerableLatent
 from esr_train.files import read_json, write_json
 from esr_train.recipe import Recipe
 from esr_train.steering.direction_files import load_sae
@@ -19,7 +19,7 @@ from recipes.resources import World
 
 FILE = "latents.json"
 """In a run directory: the chosen latents of each split, and what became of the others."""
-NO_TOPIC, LATER, ZEROS = "label is no topic of the prompts", "beyond latents_per_topic", "decoder row of zeros"
+NO_TOPIC, LATER, ZEROS = "label is no topic of the prompts", "beyond latents.per_label", "decoder row of zeros"
 
 
 def choose_latents(recipe: Recipe, world: World) -> dict[str, Any]:
@@ -29,12 +29,14 @@ def choose_latents(recipe: Recipe, world: World) -> dict[str, Any]:
         InputError: if none is left, or a label is of a latent that the SAE does not have.
     """
     topics = set(world.pools.topics)
-    chosen, left_out = first_of_each(world.labels, topics, recipe.calibration.latents_per_topic)
+    chosen, left_out = first_of_each(world.labels, topics, recipe.latents.per_label)
     directions = [world.direction(latent) for latent in chosen if world.sae.row(latent).any()]
     if zeros := len(chosen) - len(directions):
         left_out[ZEROS] = zeros
     splits = world.required_prompts.splits
-    found = choose(directions, _active(recipe, world), world.pools.topics, splits, recipe.latents)
+    # A latent whose label is a topic is active on that topic's prompts; it never steers those.
+    active = frozenset[int]() if topics & {*world.labels.values()} else _active(recipe, world)
+    found = choose(directions, active, world.pools.topics, splits, recipe.latents.limit)
     kept = sum(map(len, found.splits.values()))
     return {
         "funnel": {KEPT: kept, **left_out, **found.left_out},
@@ -43,8 +45,6 @@ def choose_latents(recipe: Recipe, world: World) -> dict[str, Any]:
 
 
 def _active(recipe: Recipe, world: World) -> frozenset[int]:
-    if recipe.latents.relevant == "keep":
-        return frozenset()
     texts = world.rendered(world.pools.all_prompts)
     found = active_latents(world.open_model(), world.tokenizer, world.sae, texts, recipe.engine.batch_rows)
     return frozenset(found.nonzero().flatten().tolist())

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from data_gen.context import SteerableLatent
+from data_gen.sources import SteerableLatent
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe
 from eval.behaviour import MakeProbe, probing

@@ -56,7 +56,7 @@ def command(assets: Path, runs: Path, prompts: Path) -> list[str]:
         "engine.batch_rows": 24,
         "sampling.max_new_tokens": 48,
         "calibration": "{rounds: 3, prompts: 2, bounds: [0.1, 2.0], max_new_tokens: 32, verify: 0}",
-        "data": "{steered: {rows: 6, max_detour_score: 90, min_answer_score: 0}, normal: {rows: 6}}",
+        "data": "{steered: {rows: 6}, normal: {rows: 6}, max_detour_score: 90, min_answer_score: 0}",
         "train.args.max_steps": 6,
         "train.args.per_device_train_batch_size": 4,
         "train.args.save_steps": 2,

@@ -40,7 +40,6 @@ def world(tmp_path: Path, llama: Family, monkeypatch: pytest.MonkeyPatch) -> Pat
         "judge": {"vocabulary": "vocabulary.json"},
         "prompts": {"path": "prompts.jsonl"},
         "sampling": {"max_new_tokens": 2},
-        "latents": {"relevant": "keep"},
         "calibration": {"rounds": 1, "prompts": 1, "verify": 0, "max_new_tokens": 2},
         "data": {"normal": {"rows": 2}},
         "eval": {"trials": 2, "bootstrap": 10},

@@ -43,7 +43,7 @@ def test_cues_do_not_change_thresholds(run):
     assert main(["eval", "calibrate", "recipe.yaml"]) == 0
     before = (run / "thresholds.json").stat().st_mtime_ns
     Path("cues.txt").write_text("Wait, no.\n")
-    assert main(["eval", "calibrate", "recipe.yaml", "data.steered.cues=cues.txt"]) == 0
+    assert main(["eval", "calibrate", "recipe.yaml", "data.cues=cues.txt"]) == 0
     assert (run / "thresholds.json").stat().st_mtime_ns == before
     Path("prompts.jsonl").write_text(Path("prompts.jsonl").read_text() + '{"prompt": "New?", "topic": "new"}\n')
     assert main(["eval", "calibrate", "recipe.yaml"]) == 0

@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
         "name": "mine",
         "model": {"path": "some/model"},
         "prompts": {"path": "p.txt"},
-        "data": {"steered": {"rows": 3}, "prefixed": {"rows": 2}},
+        "data": {"steered": {"rows": 3}, "prompted": {"rows": 2}},
     }
     (folder / "recipe.yaml").write_text(dump_recipe(Recipe.model_validate(recipe)))
     facts = {"versions": {"torch": "9.9", "vllm": None}, "git": {"commit": "abc123", "dirty": True}}
@@ -66,7 +66,7 @@ def test_a_reader_learns_what_made_the_rows(run: Path) -> None:
         "Written by `tiny` (5 rows)",
         "## tuned.jsonl\n\n- rows: 4 (normal 1, steered 3)\n",
         "- Model: `some/model`.",
-        "- prefixed: as steered",
+        "- prompted: a detour",
         "commit `abc123` with changes",
         "Versions: torch 9.9.",
         "| steered-1 | 3 of 4 | detour on-topic 1 |",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_gen.collect import Collected, Outcome, candidate_rng, collect
-from data_gen.context import cut_sentences, joined
+from data_gen.collect import Collected, collect
+from data_gen.sources import Outcome, candidate_rng, cut_sentences, joined
 from esr_train.errors import RunError
 from esr_train.transcript import Span, SpanKind, Transcript
 from tests.threads import as_ranks

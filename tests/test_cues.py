@@ -1,20 +1,18 @@
 """Cues turn back in several registers, evenly drawn; all but the silent ones are found as restarts."""
 
-import math
 from collections import Counter
 from random import Random
 
 import pytest
 
-from data_gen.cues import LABEL, SILENT, Cues, read_cues, stem
-from data_gen.inventory import cue_diversity, require_diversity
+from data_gen.inventory import cue_diversity
+from data_gen.sources import LABEL, SILENT, Cues, read_cues, stem
 from esr_train.errors import InputError
-from esr_train.recipe import CueDiversitySection
 from esr_train.restarts import attempts, find_cues, split_cue
 from esr_train.transcript import Span, SpanKind, Transcript
 
 REGISTERS = {"plain", "apologetic", "brief", "explicit", SILENT}
-SHIPPED = read_cues(None)
+SHIPPED = read_cues()
 LABELS = ["owls", "the Silk Road", "references to ships, sailing and the sea"]
 DETOURS = ["The mast holds the sail. Trim the jib.", "The mast holds the sail and then the"]
 ANSWER = " Start by folding the corners into each other. Then smooth it."
@@ -85,27 +83,24 @@ def row(cue: str) -> Transcript:
     return Transcript(cue, "p", spans, "steered")
 
 
-def test_a_recipe_s_demand_is_met_or_refused_with_what_was_measured():
-    rows = [row(cue) for cue in ("Wait, I erred.", "Sorry about that.", "Scratch that.", "Scratch that.")]
-    require_diversity(rows, CueDiversitySection(openings=3, entropy=1.5))
-    with pytest.raises(InputError, match=r"data\.cue_diversity: .* 3 distinct .* 1\.50 bits .* at least 4 and 0"):
-        require_diversity(rows, CueDiversitySection(openings=4))
-    with pytest.raises(InputError, match=r"1\.50 bits of entropy; at least 0 and 1\.51"):
-        require_diversity(rows, CueDiversitySection(entropy=1.51))
-    assert cue_diversity(rows).entropy == pytest.approx(0.5 * math.log2(4) + 0.5)
-
-
 def test_a_stem_is_the_first_word_or_two():
     assert {stem(Random(seed), "Wait, that's not right.") for seed in range(20)} == {"Wait,", "Wait, that's"}
     assert stem(Random(0), "Oops.") == "Oops."
 
 
-def test_a_file_without_headings_is_one_register_and_headings_can_be_chosen(tmp_path):
+def test_a_file_without_headings_is_one_register(tmp_path):
     path = tmp_path / "cues.txt"
     path.write_text("Wait.\n\nSorry.\n")
     assert list(read_cues(str(path)).registers.values()) == [("Wait.", "Sorry.")]
     path.write_text("[one]\nWait.\n[two words]\nSorry.\n")
-    assert read_cues(str(path), ["two words"]).registers == {"two words": ("Sorry.",)}
+    assert read_cues(str(path)).registers == {"one": ("Wait.",), "two words": ("Sorry.",)}
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c"])
+def test_a_cue_ends_with_its_line_and_nowhere_else(tmp_path, separator):
+    path = tmp_path / "cues.txt"
+    path.write_text(f"Wait,{separator}no.\nSorry.\n", encoding="utf-8")
+    assert read_cues(str(path)).registers == {"cues": (f"Wait,{separator}no.", "Sorry.")}
 
 
 @pytest.mark.parametrize(
@@ -115,11 +110,10 @@ def test_a_file_without_headings_is_one_register_and_headings_can_be_chosen(tmp_
         ("[plain]\n\n", "there is no cue in the file"),
         ("Wait.\n[x]\nwait.\n", r"cues\.txt:3: the cue 'wait\.' comes twice\. It was at line 1"),
         ("Wait, {topic}.\n", r"cues\.txt:1: the only word in braces"),
-        ("Wait.\n", r"there is no cue under \[brief\]\. It has cues"),
     ],
 )
 def test_a_bad_cue_file_is_refused(tmp_path, text, message):
     path = tmp_path / "cues.txt"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        read_cues(str(path), ["brief"])
+        read_cues(str(path))

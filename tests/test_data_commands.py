@@ -250,25 +250,3 @@ def test_a_preview_is_printed_or_written_as_a_page(files, recipe_file, tmp_path,
     tokenizer = recipe_file.parent / "model"
     assert data(words("preview", files[0], "--rows", 1, "--html", page, "--tokenizer", tokenizer)) == 0
     assert "tokens trained" in page.read_text()
-
-
-def test_a_recipe_s_share_can_count_trained_tokens(files, tmp_path, recipe_file, llama, monkeypatch):
-    from esr_train.masking import trained_tokens
-    from esr_train.recipe import load_recipe
-    from eval.cells import Side
-    from recipes.pipeline import Experiment
-    from recipes.resources import World
-
-    def mixed(by: str) -> list[Transcript]:
-        recipe = load_recipe(recipe_file, ["data.self_correction=0.3", f"data.mix_by={by}"])
-        experiment = Experiment(recipe, tmp_path / by, World(recipe))
-        monkeypatch.setitem(experiment.__dict__, "held_out", Side())
-        found = {file.stem: (file, file.stem) for file in files}
-        monkeypatch.setattr(Experiment, "sources", lambda self, section: found)
-        experiment.data("tuned")
-        return read_transcripts(tmp_path / by / "data" / "tuned.jsonl")
-
-    counts = {by: sum(row.corrects for row in mixed(by)) for by in ("rows", "trained_tokens")}
-    weights = [trained_tokens(llama.tokenizer, row) for row in (correction(0), plain(0))]
-    assert counts == {"rows": round(8 * 3 / 7), "trained_tokens": round(8 * 3 / 7 * weights[1] / weights[0])}
-    assert counts["rows"] != counts["trained_tokens"]

@@ -38,7 +38,7 @@ HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 def changes(assets: Path, runs: Path, prompts: Path) -> list[str]:
     """What makes `recipes/tiny/evaluation.yaml` as small as its stages allow."""
     cues = str(prompts.with_name("cues.txt"))
-    short = {"max_detour_score": 100, "min_answer_score": 0, "start": [2, 3], "cut_words": [2, 3], "mid_sentence": 1.0}
+    short = {"start": [2, 3], "cut_words": [2, 3], "mid_sentence": 1.0}
     edit = {"ablate": [3, 17]}
     arms = {
         "tuned": {},
@@ -56,7 +56,13 @@ def changes(assets: Path, runs: Path, prompts: Path) -> list[str]:
         "sampling.max_new_tokens": 40,
         "calibration": {"rounds": 3, "prompts": 2, "bounds": [0.1, 2.0], "max_new_tokens": 32, "verify": 0},
         # Short detours, few cues, a loss on all of it and a steep rate: restarts after few steps.
-        "data": {"steered": short | {"rows": 48, "cues": cues}, "normal": {"rows": 4}},
+        "data": {
+            "steered": short | {"rows": 48},
+            "normal": {"rows": 4},
+            "cues": cues,
+            "max_detour_score": 100,
+            "min_answer_score": 0,
+        },
         "train.loss": "unmasked",
         "train.args.max_steps": 40,
         "train.args.per_device_train_batch_size": 12,

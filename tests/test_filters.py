@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_gen.collect import Outcome, collect
-from data_gen.filters import Seen, degenerate, fault, repeated, repetition, screened
-from esr_train.recipe import FilterSection
+from data_gen.collect import collect
+from data_gen.filters import ALIKE, Seen, degenerate, fault, repeated, repetition, screened
+from data_gen.sources import Outcome
 from esr_train.transcript import Span, SpanKind, Transcript
 
 OFF, CUE, ANSWER = SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER
@@ -32,15 +32,15 @@ def row(
     ],
 )
 def test_a_detour_that_goes_in_circles_or_is_no_text_is_degenerate(text):
-    assert degenerate(text, 0.5)
-    assert fault(row("a", detour=text), FilterSection()) == "detour degenerate"
+    assert degenerate(text)
+    assert fault(row("a", detour=text)) == "detour degenerate"
 
 
 @pytest.mark.parametrize(
     "text", [OWLS, "3 + 4 = 7, and 7 * 2 = 14.", "Die Eule fliegt nachts.", "- one\n- two\n- three"]
 )
 def test_ordinary_text_is_not(text):
-    assert not degenerate(text, 0.5)
+    assert not degenerate(text)
 
 
 def test_repetition_is_the_share_of_word_triples_said_before():
@@ -52,37 +52,31 @@ def test_repetition_is_the_share_of_word_triples_said_before():
 def test_an_answer_that_says_the_detour_again_is_refused_and_one_that_shares_a_phrase_is_not():
     parrot = f"{OWLS} {BREAD}"
     assert repeated(OWLS, parrot) == 1
-    assert fault(row("a", answer=parrot), FilterSection()) == "answer parrots the detour"
-    assert fault(row("a", answer=f"Owls fly by night. {BREAD}"), FilterSection()) is None
-    assert fault(row("a", answer=parrot), FilterSection(parroting=1.0)) is None
+    assert fault(row("a", answer=parrot)) == "answer parrots the detour"
+    assert fault(row("a", answer=f"Owls fly by night. {BREAD}")) is None
 
 
 def test_a_candidate_refused_before_keeps_its_reason():
-    make = screened(lambda _: [Outcome(None, "detour on-topic"), Outcome(row("a", detour="no " * 20))], FilterSection())
+    make = screened(lambda _: [Outcome(None, "detour on-topic"), Outcome(row("a", detour="no " * 20))])
     assert [outcome.reason for outcome in make([0, 1])] == ["detour on-topic", "detour degenerate"]
 
 
 def test_copies_and_near_copies_are_refused_whatever_their_cue():
-    seen = Seen(0.8)
+    seen = Seen()
     assert seen.again(row("a")) is None
     assert seen.again(row("b", answer=BREAD.upper())) == "duplicate"
     assert seen.again(row("c", cue=" Hold on, that was about owls.")) == "near duplicate"
-    assert seen.again(row("d", answer=BREAD.replace("brown", "dark"))) == "near duplicate"
     assert seen.again(row("e", answer="Buy a loaf at the market on Sunday morning, and slice it thinly.")) is None
 
 
-def test_the_limit_is_that_of_the_exact_similarity():
-    one, other = "a b c d e f g h i j", "a b c d e f g h i k"  # 7 triples in both, 1 in either alone: 7 / 9
-    for limit, reason in ((7 / 9, "near duplicate"), (0.78, None)):
-        seen = Seen(limit)
-        rows = [Transcript(text, "p", (Span(ANSWER, text),), "normal") for text in (one, other)]
-        assert [seen.again(each) for each in rows] == [None, reason]
-
-
-def test_without_a_limit_only_copies_are_refused():
-    seen = Seen(None)
-    assert [seen.again(row("a")), seen.again(row("b", cue=" Oh."))] == [None, None]
-    assert seen.again(row("c")) == "duplicate"
+@pytest.mark.parametrize(("shared", "reason"), [(18, "near duplicate"), (17, None)])
+def test_the_limit_is_that_of_the_exact_similarity(shared, reason):
+    # `shared` triples in both texts and one more in either: 18 / 20 is ALIKE, 17 / 19 is less.
+    assert (shared / (shared + 2) >= ALIKE) == (reason is not None)
+    words = [f"w{number}" for number in range(shared + 2)]
+    rows = [Transcript(end, "p", (Span(ANSWER, " ".join([*words, end])),), "normal") for end in ("x", "y")]
+    seen = Seen()
+    assert [seen.again(each) for each in rows] == [None, reason]
 
 
 def test_repeats_are_counted_in_the_funnel_and_found_again_after_an_interruption(tmp_path: Path):
@@ -94,11 +88,11 @@ def test_repeats_are_counted_in_the_funnel_and_found_again_after_an_interruption
         ]
 
     dies = 99
-    whole = collect("x", 3, make, tmp_path / "whole", 1, Seen(None).again)
+    whole = collect("x", 3, make, tmp_path / "whole", 1, Seen().again)
     assert [each.id for each in whole.transcripts] == ["r0", "r2", "r4"]
     assert whole.funnel == {"kept": 3, "duplicate": 2}
     dies = 3
     with pytest.raises(KeyboardInterrupt):
-        collect("x", 3, make, tmp_path / "cut", 1, Seen(None).again)
+        collect("x", 3, make, tmp_path / "cut", 1, Seen().again)
     dies = 99
-    assert collect("x", 3, make, tmp_path / "cut", 1, Seen(None).again) == whole
+    assert collect("x", 3, make, tmp_path / "cut", 1, Seen().again) == whole

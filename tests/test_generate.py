@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 ROWS = 40
 """Of each source: several chunks for either of two processes."""
 DATA = (
-    f"data={{steered: {{rows: {ROWS}, start: [0, 2], max_new_tokens: 24, max_detour_score: 90, min_answer_score: 0}}, "
-    f"normal: {{rows: {ROWS}, min_answer_score: 0}}}}"
+    f"data={{steered: {{rows: {ROWS}, start: [0, 2], max_new_tokens: 24}}, normal: {{rows: {ROWS}}}, "
+    "max_detour_score: 90, min_answer_score: 0}"
 )
 LAUNCHED = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
 KILLED = """

@@ -1,14 +1,16 @@
 """The shipped prompts and off-topic subjects: enough, distinct, split, and not the paper's."""
 
 import re
+from typing import Any
 
 import pytest
 
-from data_gen.subjects import SUBJECTS, read_subjects, training_subjects
+from data_gen.prompted import SUBJECTS, read_subjects, training_subjects
+from data_gen.sources import Context
 from esr_train.errors import InputError
 from esr_train.files import read_jsonl
 from esr_train.recipe import SplitSection, load_recipe
-from eval.cells import Split, fingerprint, make_pools, read_prompts
+from eval.cells import Pools, Split, fingerprint, make_pools, read_prompts
 from recipes.cli import FOLDER
 
 HOW_TO = FOLDER.parent / "data_gen" / "prompts" / "how-to.jsonl"
@@ -72,14 +74,20 @@ def test_the_splits_are_the_same_every_time_and_share_nothing():
 def test_training_subjects_leave_out_what_is_held_out():
     subjects = ["owls", "Sailing", "bread", "chess openings", "kites", "tea"]
     topics: dict[str, Split] = {"bread": "test", "sewing": "train"}
-    section = SplitSection(validation=0, test=0.2)
-    chosen = training_subjects(subjects, topics, ["OWLS!"], section)
+
+    def context(held_out: list[str]) -> Context:
+        given = Pools(topics, (), (), (), ())
+        splits = SplitSection(validation=0, test=0.2)
+        nothing: Any = None
+        return Context(nothing, nothing, nothing, "all", "m", 0, nothing, given, held_out=held_out, splits=splits)
+
+    chosen = training_subjects(subjects, context(["OWLS!"]))
     assert "bread" not in chosen
     assert "owls" not in chosen
     assert set(chosen) < set(subjects)
-    assert training_subjects(subjects[::-1], topics, ["OWLS!"], section) == chosen[::-1]
+    assert training_subjects(subjects[::-1], context(["OWLS!"])) == chosen[::-1]
     with pytest.raises(InputError, match="no subject is left"):
-        training_subjects(subjects, topics, subjects, section)
+        training_subjects(subjects, context(subjects))
 
 
 def test_subjects_of_one_s_own_come_in_any_kind_of_file(tmp_path):

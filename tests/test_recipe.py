@@ -101,7 +101,7 @@ def test_an_arm_changes_what_it_names_and_keeps_the_rest(small: Path) -> None:
     arm = recipe.for_arm("paper")
     assert (arm.train.loss, arm.train.args) == ("unmasked", {"max_steps": 5, "learning_rate": 0.2})
     assert arm.data.normal.rows == 4
-    assert (arm.data.normal.min_answer_score, arm.model) == (80.0, recipe.model)
+    assert (arm.data.min_answer_score, arm.model) == (80.0, recipe.model)
     assert recipe.train.args == {"max_steps": 5, "learning_rate": 0.1}
 
 

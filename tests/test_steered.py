@@ -2,27 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from random import Random
 
 import pytest
 import torch
 
-from data_gen.collect import Outcome
-from data_gen.context import Context, SteerableLatent
-from data_gen.draws import draw, draw_count, highest
+from data_gen.sources import Context, Cues, Outcome, SteerableLatent
 from data_gen.steered import steered
 from esr_train.errors import InputError
-from esr_train.recipe import Choice, FilterSection, Normal, SteeredSection, load_recipe
+from esr_train.recipe import SteeredSection, load_recipe
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from esr_train.transcript import SaeRef, SpanKind, Transcript
-from eval.cells import Prompt, Side
+from eval.cells import Pools, Prompt, Side
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from recipes.sources import check_held_out
 
 DETOUR = "Owls fly by night. They hunt mice. Their wings are quiet."
 ANSWER = "Knead the dough. Bake it."
-PROMPTS = [Prompt("How do I bake?", "bread")]
+PROMPTS = (Prompt("How do I bake?", "bread"),)
+POOLS = Pools({"bread": "train"}, PROMPTS, (), (), PROMPTS)
 LATENTS = [SteerableLatent(Direction(1, "owls", torch.ones(4) / 2, 1.0, 2.0, SaeRef("r", "i"), 7), 0.5)]
 
 
@@ -62,17 +60,15 @@ class OwlJudge:
 
 
 @pytest.fixture
-def make(llama, tmp_path):
-    cues = tmp_path / "cues.txt"
-    cues.write_text("Wait, that's not right.\n")
-
+def make(llama):
     def rows(
-        count: int = 40, behind=None, name: str = "steered", detour: str = DETOUR, **section
+        count: int = 40, behind=None, detour: str = DETOUR, cue: str = "Wait, that's not right.", **section
     ) -> tuple[Scripted, list[Outcome]]:
         engine = Scripted(llama.tokenizer, **({"behind": behind} if behind else {}), detour=detour)
-        context = Context(engine, OwlJudge(), Sampling(), "all", "m", 0, llama.tokenizer)
-        values = SteeredSection.model_validate({"rows": count, "cues": str(cues), **section})
-        return engine, steered(context, values, FilterSection(), PROMPTS, LATENTS, name)(range(count))
+        cues = Cues({"plain": (cue,)})
+        context = Context(engine, OwlJudge(), Sampling(), "all", "m", 0, llama.tokenizer, POOLS, LATENTS, cues)
+        values = SteeredSection.model_validate({"rows": count, **section})
+        return engine, steered(context, values)(range(count))
 
     return rows
 
@@ -85,69 +81,48 @@ def texts(rows: Sequence[Transcript], kind: SpanKind) -> list[str]:
     return [span.text for row in rows for span in row.spans if span.kind is kind]
 
 
-def test_a_detour_is_cut_at_a_token_wherever_that_falls(make, llama):
-    _, outcomes = make(cut_tokens=[5, 14], at_token=1.0)
-    ids = llama.tokenizer(DETOUR, add_special_tokens=False)["input_ids"]
-    wanted = {llama.tokenizer.decode(ids[:count]).strip() for count in range(5, 15)}
-    found = texts(kept(outcomes), SpanKind.OFF_TOPIC)
-    assert len(found) == 40
-    assert set(found) <= wanted
-    assert len(set(found)) >= 6
-    ends_in_mid_sentence = [not text.endswith(".") for text in found]
-    cues = texts(kept(outcomes), SpanKind.CUE)
-    assert [cue.startswith("\n\n") for cue in cues] == ends_in_mid_sentence
-
-
-def test_lengths_come_from_the_distribution_that_the_recipe_names(make):
-    _, outcomes = make(cut={"values": [1, 3], "weights": [3, 1]}, cut_words=[40, 40], count=200)
+def test_lengths_and_strengths_are_drawn_from_the_ranges_that_the_recipe_names(make):
+    _, outcomes = make(cut=[1, 3], cut_words=[40, 40], strength=[0.9, 1.3], count=200)
     sentences = [text.count(".") for text in texts(kept(outcomes), SpanKind.OFF_TOPIC)]
-    assert set(sentences) == {1, 3}
-    assert 130 <= sentences.count(1) <= 170
-
-
-def test_strengths_come_from_the_distribution_that_the_recipe_names(make):
-    _, outcomes = make(strength={"mean": 1.0, "sd": 0.1, "low": 0.9, "high": 1.3}, count=200)
+    assert all(45 <= sentences.count(count) <= 90 for count in (1, 2, 3))
     multiples = [row.steering.strength.norm / 0.5 for row in kept(outcomes) if row.steering]
     assert len(multiples) == 200
     assert 0.9 <= min(multiples) < 0.95
-    assert max(multiples) <= 1.3
-    assert sum(multiples) / 200 == pytest.approx(1.03, abs=0.03)
+    assert 1.25 < max(multiples) <= 1.3
 
 
-@pytest.mark.parametrize(
-    ("drawn", "low", "high"),
-    [((2, 5), 2, 5), (Normal(mean=3, sd=4, low=1, high=6), 1, 6), (Choice(values=(2, 8)), 2, 8)],
-)
-def test_a_draw_stays_within_its_ends(drawn, low, high):
-    rng = Random(0)
-    counts = {draw_count(rng, drawn) for _ in range(300)}
-    assert (min(counts), max(counts), highest(drawn)) == (low, high, high)
-    assert all(low <= draw(rng, drawn) <= high for _ in range(300))
+def test_a_row_may_have_two_detours_each_with_its_cue(make):
+    engine, outcomes = make(second_detour=0.5, behind=lambda prefix: " " + DETOUR)
+    kinds = [[span.kind for span in row.spans] for row in kept(outcomes)]
+    two = sum(len(each) == 5 for each in kinds)
+    assert 10 <= two <= 30
+    assert all(each[-3:] == list(SpanKind) and each[:2] == list(SpanKind)[:2] for each in kinds)
+    assert sum(bool(request.interventions and request.prefix) for request in engine.requests) == two
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("{mean: 3, sd: 1, low: 4, high: 5}", "low <= mean <= high"),
-        ("{values: []}", "at least 1 item"),
-        ("{values: [1, 2], weights: [1]}", "2 values need as many weights"),
-        ("{middle: 3}", "middle: unknown key"),
-        ("often", r"data\.steered\.cut"),
+        ("[3, 1]", r"data\.steered\.cut: .*the low end comes first"),
+        ("[1.5, 3]", r"data\.steered\.cut\.0: .*integer"),
+        ("[-1, 3]", r"data\.steered\.cut\.0: .*greater than or equal to 0"),
+        ("3", r"data\.steered\.cut: "),
+        ("{values: [1, 3]}", r"data\.steered\.cut: "),
     ],
 )
-def test_a_distribution_that_is_none_is_refused(tmp_path, value, message):
+def test_a_range_that_is_none_is_refused(tmp_path, value, message):
     path = tmp_path / "r.yaml"
     path.write_text("name: a\nmodel: {path: b}\n")
     with pytest.raises(InputError, match=message):
         load_recipe(path, [f"data.steered.cut={value}"])
 
 
-def test_distributions_survive_an_arm_s_overrides(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text("name: a\nmodel: {path: b}\narms: {x: {data: {steered: {cut: {values: [2]}}}}}\n")
-    section = load_recipe(path, ["data.steered.strength={mean: 1, sd: 0.1, low: 0.5, high: 2}"]).for_arm("x").data
-    assert section.steered.cut == Choice(values=(2,))
-    assert section.steered.strength == Normal(mean=1, sd=0.1, low=0.5, high=2)
+def test_rows_whose_latent_or_label_is_held_out_are_refused(make):
+    _, outcomes = make(count=3)
+    with pytest.raises(InputError, match="share 1 latent"):
+        check_held_out(kept(outcomes), Side(latents=frozenset([7])))
+    with pytest.raises(InputError, match="share 1 off-topic subject"):
+        check_held_out(kept(outcomes), Side(latents=frozenset([8]), subjects=frozenset(["Owls"])))
 
 
 def test_an_answer_afresh_does_not_see_the_detour(make):
@@ -172,18 +147,15 @@ def test_a_model_that_is_given_a_stem_writes_its_own_cue(make):
     assert set(texts(kept(outcomes), SpanKind.ANSWER)) == {" " + ANSWER}
 
 
-def test_a_stem_that_the_model_makes_no_cue_of_is_refused(make, tmp_path):
-    path = tmp_path / "soft.txt"
-    path.write_text("I think that I drifted off.\n")
-    _, outcomes = make(correction="stem", cues=str(path), behind=lambda prefix: " knead the dough well. Bake it.")
+def test_a_stem_that_the_model_makes_no_cue_of_is_refused(make):
+    cue = "I think that I drifted off."
+    _, outcomes = make(correction="stem", cue=cue, behind=lambda prefix: " knead the dough well. Bake it.")
     assert {outcome.reason for outcome in outcomes} == {"cue missing"}
 
 
-def test_a_silent_cue_is_not_shortened_and_swallows_no_answer(make, tmp_path):
-    path = tmp_path / "silent.txt"
-    path.write_text("Here is how it works.\n")
+def test_a_silent_cue_is_not_shortened_and_swallows_no_answer(make):
     behind = " Actually, dough is simple. Bake it."
-    _, outcomes = make(correction="stem", cues=str(path), behind=lambda prefix: behind)
+    _, outcomes = make(correction="stem", cue="Here is how it works.", behind=lambda prefix: behind)
     assert set(texts(kept(outcomes), SpanKind.CUE)) == {" Here is how it works."}
     assert set(texts(kept(outcomes), SpanKind.ANSWER)) == {behind}
 
@@ -191,42 +163,6 @@ def test_a_silent_cue_is_not_shortened_and_swallows_no_answer(make, tmp_path):
 def test_an_answer_that_turns_back_again_is_refused(make):
     _, outcomes = make(correction="continued", behind=lambda prefix: f" {ANSWER} Oops, wrong subject. {ANSWER}")
     assert {outcome.reason for outcome in outcomes} == {"answer restarts by itself"}
-
-
-def test_steering_that_stays_on_reaches_the_correction_and_only_answers_on_topic_are_kept(make):
-    engine, outcomes = make(
-        steering_stays=0.5,
-        count=60,
-        behind=lambda prefix: " " + (ANSWER if prefix.startswith("Owls fly by night. Wait") else "More mice."),
-    )
-    steered_on = [request for request in engine.requests if request.prefix]
-    assert all(request.interventions for request in steered_on)
-    assert 18 <= len(steered_on) <= 42
-    rows = kept(outcomes)
-    marked = [row for row in rows if row.meta.get("answer_steered")]
-    refused = [outcome.reason for outcome in outcomes if outcome.reason]
-    assert set(refused) == {"answer off-topic"}
-    assert len(marked) + len(refused) == len(steered_on)
-    assert marked
-    assert all(row.content.startswith("Owls fly by night. Wait") for row in marked)
-    assert all(row.steering for row in rows)
-
-
-def test_a_prefixed_row_has_the_detour_but_is_not_steered(make):
-    _, outcomes = make(name="prefixed")
-    rows = kept(outcomes)
-    assert len(rows) == 40
-    assert all(row.steering is None and row.corrects for row in rows)
-    assert {row.meta["detour"]["latent"] for row in rows} == {7}
-    assert rows[0].id.startswith("prefixed-")
-
-
-def test_a_prefixed_row_whose_detour_is_held_out_is_refused(make):
-    _, outcomes = make(name="prefixed", count=3)
-    with pytest.raises(InputError, match="share 1 latent"):
-        check_held_out(kept(outcomes), Side(latents=frozenset([7])))
-    with pytest.raises(InputError, match="share 1 off-topic subject"):
-        check_held_out(kept(outcomes), Side(latents=frozenset([8]), subjects=frozenset(["Owls"])))
 
 
 def test_a_reply_begins_unsteered_and_its_beginning_is_trained(make):

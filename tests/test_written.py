@@ -10,24 +10,24 @@ from typing import Any
 import pytest
 
 from data_gen.collect import Collected, collect
-from data_gen.context import Context
 from data_gen.inventory import requests
-from data_gen.subjects import read_subjects
-from data_gen.written import PARTS, Task, written
+from data_gen.prompted import ANSWER_WORDS, PARTS, Task, prompted, read_subjects
+from data_gen.sources import Context, read_cues
 from esr_train.errors import InputError, RunError
-from esr_train.files import read_json
-from esr_train.recipe import PromptedSection, load_recipe
+from esr_train.files import read_json, write_jsonl
+from esr_train.recipe import PromptedSection, SplitSection, load_recipe
 from esr_train.restarts import attempts
 from esr_train.steering.engine import Sampling
 from esr_train.transcript import SpanKind
-from eval.cells import Prompt, Side
+from eval.cells import Pools, Prompt, Side
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.llm import ROUNDS, Asker, Cache, Limit
 from eval.llm_clients import InspectLlm
 from recipes.sources import check_held_out
 from tests.llm_stub import KEY, TEXT_FAULTS, TRANSPORT_FAULTS, Faults, LlmStub, Messages
 
-PROMPTS = [Prompt(f"How do I bake loaf number {n}?", "bread") for n in range(6)]
+PROMPTS = tuple(Prompt(f"How do I bake loaf number {n}?", "bread") for n in range(6))
+POOLS = Pools({"bread": "train"}, PROMPTS, (), (), PROMPTS)
 SUBJECTS = ["owls", "kites", "sledges", "the Silk Road"]
 TAKING_BACK = {"Wait,": "that is not right.", "Sorry,": "I got off track.", "Oops,": "wrong subject."}
 CUES = "[plain]\n" + "\n".join(f"{stem} {rest}" for stem, rest in TAKING_BACK.items())
@@ -74,9 +74,22 @@ class World:
         return Asker(llm, Cache(self.folder / "cache"), ledger=self.folder / "prompted.requests.json")
 
     def collect(self, rows: int = ROWS, chunk: int = 6, subjects: Sequence[str] = SUBJECTS, **settings) -> Collected:
-        section = PromptedSection(rows=rows, cues=str(self.folder / "cues.txt"))
-        context: Any = Context(None, TopicJudge(), Sampling(), "all", "m", 0, None)  # type: ignore[arg-type]
-        make = written(context, section, PROMPTS, subjects, self.asker(**settings))
+        write_jsonl(self.folder / "subjects.jsonl", ({"subject": subject} for subject in subjects))
+        section = PromptedSection(rows=rows, writer=self.stub.model, subjects=str(self.folder / "subjects.jsonl"))
+        context = Context(
+            engine=None,  # type: ignore[arg-type]
+            judge=TopicJudge(),
+            sampling=Sampling(),
+            positions="all",
+            model="m",
+            seed=0,
+            tokenizer=None,  # type: ignore[arg-type]
+            prompts=POOLS,
+            cues=read_cues(str(self.folder / "cues.txt")),
+            splits=SplitSection(validation=0, test=0),
+            open_writer=lambda name: self.asker(**settings),
+        )
+        make = prompted(context, section)
         return collect("prompted", rows, make, self.folder / "candidates.jsonl", chunk)
 
     @property
@@ -111,7 +124,7 @@ def test_a_writer_s_rows_have_three_spans_and_say_what_they_are(world):
         assert row.meta["subject"] in row.spans[0].text
         assert row.spans[2].text.endswith(row.prompt)
         assert len(attempts(row.content)) == 2
-        assert (row.source, row.steering, row.meta["model"]) == ("prompted", None, "m")
+        assert (row.source, row.steering, row.meta["model"]) == ("prompted", None, here.stub.model)
     assert len({row.spans[1].text for row in found.transcripts}) == len(TAKING_BACK)
 
 
@@ -233,13 +246,19 @@ def test_no_key_is_in_any_file_or_message(world, tmp_path, capsys):
     assert KEY not in said.out + said.err
 
 
-TASK = Task(PROMPTS[0], "owls", 2, "Wait,", False, 99)
+TASK = Task(PROMPTS[0], "owls", 2, "Wait,", False)
 GOOD = {"detour": "Owls fly.", "acknowledgement": "Wait, that's not right.", "answer": "Knead it."}
 
 
 def test_the_question_names_what_the_row_is_to_be():
     asked = TASK.question()
-    for part in ("2 sentences about owls", 'begin with "Wait,"', "at most 99 words", PROMPTS[0].text, *PARTS):
+    for part in (
+        "2 sentences about owls",
+        'begin with "Wait,"',
+        f"at most {ANSWER_WORDS} words",
+        PROMPTS[0].text,
+        *PARTS,
+    ):
         assert part in asked
 
 
@@ -265,7 +284,7 @@ def test_a_reply_may_have_a_fence_or_words_around_it(form):
 
 
 def test_a_silent_return_is_ours_and_the_writer_writes_two_parts():
-    task = Task(PROMPTS[0], "owls", 1, "Here is how it works.", True, 99)
+    task = Task(PROMPTS[0], "owls", 1, "Here is how it works.", True)
     assert "acknowledgement" not in task.question()
     assert "one sentence about owls" in task.question()
     reply = json.dumps({"detour": "Owls fly.", "answer": "Knead it."})
@@ -282,19 +301,20 @@ def test_rows_about_a_held_out_subject_are_refused(world):
 
 def test_the_shipped_subjects_fit_the_question():
     for subject in read_subjects(None):
-        assert f"about {subject}, in the tone" in Task(PROMPTS[0], subject, 1, "Wait,", False, 9).question()
+        assert f"about {subject}, in the tone" in Task(PROMPTS[0], subject, 1, "Wait,", False).question()
 
 
-def test_a_recipe_names_its_writer_with_or_without_settings(tmp_path):
+def test_a_recipe_names_its_writer_and_says_how_models_are_asked(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("name: a\nmodel: {path: b}\n")
-    short = load_recipe(path, ["data.prompted.writer=openai/x"]).data.prompted.writer
-    long = load_recipe(path, ["data.prompted.writer={model: openai/x, limit_dollars: 3}"]).data.prompted.writer
-    assert short is not None
-    assert long is not None
-    assert (short.model, short.limit_dollars, long.model, long.limit_dollars) == ("openai/x", None, "openai/x", 3.0)
-    with pytest.raises(InputError, match=r"data\.prompted\.writer\.modle: unknown key"):
-        load_recipe(path, ["data.prompted.writer={model: x, modle: y}"])
+    overrides = ["data.prompted.writer=openai/x", "llm={limit_dollars: 3, prices: {openai/x: [1, 5]}}"]
+    recipe = load_recipe(path, overrides)
+    assert recipe.data.prompted.writer == "openai/x"
+    assert (recipe.llm.limit_dollars, recipe.llm.prices, recipe.llm.concurrency) == (3.0, {"openai/x": (1.0, 5.0)}, 16)
+    with pytest.raises(
+        InputError, match=r"data\.prompted\.writr: unknown key \(did you mean data\.prompted\.writer\?\)"
+    ):
+        load_recipe(path, ["data.prompted.writr=x"])
 
 
 def test_what_was_asked_is_in_the_statistics(world):

@@ -37,11 +37,13 @@ def test_a_recipe_s_writer_is_asked_and_its_rows_are_kept(assets, tmp_path, monk
         f"runs={tmp_path}",
         "data.steered.rows=0",
         "data.normal.rows=0",
+        "llm.concurrency=2",
+        f"data.cues={tmp_path / 'cues.txt'}",
     ]
     with LlmStub(writes, Faults(share=0.3)) as stub:
         for name, value in stub.environment().items():
             monkeypatch.setenv(name, value)
-        prompted = {"rows": ROWS, "writer": {"model": stub.model, "concurrency": 2}, "cues": str(tmp_path / "cues.txt")}
+        prompted = {"rows": ROWS, "writer": stub.model}
         recipe = ROOT / "recipes" / "tiny" / "quickstart.yaml"
         assert data(["generate", str(recipe), *overrides, f"data.prompted={json.dumps(prompted)}"]) == 0
         asked = len(stub.requests)

@@ -9,7 +9,6 @@ from peft import get_peft_model
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from data_gen.latent_choice import deal_latents
 from esr_train.files import write_json, write_jsonl
 from esr_train.recipe import Recipe
 from esr_train.training.dataset import TrainingRow, read_rows
@@ -17,6 +16,7 @@ from esr_train.training.injection import LiveInjection
 from esr_train.training.settings import lora_config
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
 from eval.calibration import Threshold, save_thresholds
+from eval.cells import split_latents
 from recipes.resources import World
 from recipes.steering_latents import frozen_directions, save_chosen, threshold_key
 
@@ -98,7 +98,7 @@ def probed(section: Recipe, every: int = 2) -> Recipe:
     found = [Threshold(i, TOPICS[i % len(TOPICS)], 1.0, 3.0, 0.9, 1.1, 20, None) for i in range(LATENTS)]
     world = World(more)
     save_thresholds(more.directory / "thresholds.json", threshold_key(more, world), found)
-    dealt = deal_latents(frozen_directions(world, found), world.pools.topics, more.prompts.splits)
+    dealt = split_latents(frozen_directions(world, found), world.pools.topics, more.prompts.splits)
     splits = {split: [each.latent for each in group] for split, group in dealt.items()}
     save_chosen(more.directory, {"funnel": {}, "splits": splits})
     return more
