@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +20,7 @@ from esr_train.errors import InputError
 from esr_train.files import json_lines, read_json, replacing, write_jsonl
 from esr_train.segments import ImportReport, Style, control_tokens, from_segments, to_segments
 from esr_train.transcript import SpanKind, Transcript, from_json, to_json
-from esr_train.values import errors_at, only_keys, shown, typed
+from esr_train.values import errors_at, shown, typed
 
 Format = Literal["segments", "axolotl", "normal", "messages"]
 
@@ -30,6 +29,15 @@ _TRAINED = ("weight", "train", "training", "trainable")
 """Keys by which files of chats say whether a message carries loss."""
 _MEANINGFUL = re.compile(r"weight|train|mask|loss|tool|function|reason|think|image|audio|refus", re.IGNORECASE)
 """Keys that change what is said or learned; others are remarks."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A span as characters [start, end) of the reply."""
+
+    kind: SpanKind
+    start: int
+    end: int
 
 
 @dataclass
@@ -179,15 +187,13 @@ def _to_messages(transcript: Transcript) -> dict[str, Any]:
 def _from_messages(row: Any, name: str, line: int, report: ImportReport) -> Transcript:
     if not isinstance(row, dict):
         raise TypeError(f"a row is a JSON object, not {type(row).__name__}")
-    messages = typed(row, "messages", list)
-    if not all(isinstance(message, dict) for message in messages):
-        raise TypeError("a message is a JSON object with `role` and `content`")
+    messages = typed(tuple[dict[str, Any], ...], row["messages"], "messages")
     roles = [message["role"] for message in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(f"one prompt and one reply are needed, after at most one system message; roles: {roles}")
     texts = [_content(message, line, report) for message in messages]
     _check_others(row, _ROW_KEYS, "a row", line, report)
-    meta = {} if row.get("meta") is None else dict(typed(row, "meta", dict))
+    meta = {} if row.get("meta") is None else dict(typed(dict, row["meta"], "meta"))
     if "metadata" in row:
         meta["metadata"] = row["metadata"]
     return from_json(
@@ -204,9 +210,7 @@ def _from_messages(row: Any, name: str, line: int, report: ImportReport) -> Tran
 
 
 def _content(message: dict[str, Any], line: int, report: ImportReport) -> str:
-    role, content = message["role"], message["content"]
-    if not isinstance(content, str):
-        raise TypeError(f"the content of the {role} must be text, not {shown(content)}")
+    role, content = message["role"], typed(str, message["content"], f"the {message['role']}'s content")
     if control_tokens(content):
         report.note(line, "control tokens in a message; they are taken for text, and trained as text")
     for key in _TRAINED:
@@ -231,19 +235,11 @@ def _check_others(row: dict[str, Any], keys: Sequence[str], what: str, line: int
 def _cut_reply(row: dict[str, Any], reply: str) -> list[dict[str, Any]]:
     if row.get("spans") is None:
         return [{"kind": "answer", "text": reply}]
-    spans = typed(row, "spans", list)
-    if not all(isinstance(span, dict) for span in spans):
-        raise TypeError("a span is a JSON object with `kind`, `start` and `end`")
-    for span in spans:
-        only_keys(span, ("kind", "start", "end"), "a span")
-    borders = [0, *(typed(span, "end", int) for span in spans)]
-    starts = [typed(span, "start", int) for span in spans]
-    if starts != borders[:-1] or borders[-1] != len(reply) or borders != sorted(borders):
+    spans = typed(tuple[Range, ...], row["spans"], "spans")
+    borders = [0, *(span.end for span in spans)]
+    if [span.start for span in spans] != borders[:-1] or borders[-1] != len(reply) or borders != sorted(borders):
         raise ValueError("the spans do not cover the reply from end to end")
-    return [
-        {"kind": span["kind"], "text": reply[start:end]}
-        for span, (start, end) in zip(spans, pairwise(borders), strict=True)
-    ]
+    return [{"kind": span.kind, "text": reply[span.start : span.end]} for span in spans]
 
 
 def _has_detour(transcript: Transcript) -> bool:

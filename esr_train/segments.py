@@ -34,6 +34,14 @@ _CONTROL = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of rendered text, and whether it carries loss."""
+
+    label: bool
+    text: str
+
+
 @dataclass
 class ImportReport:
     """What an import has read.
@@ -146,10 +154,8 @@ def _refuse_control_tokens(tokens: Sequence[re.Match[str]]) -> None:
 def _read_pieces(row: Any) -> list[Piece]:
     if not isinstance(row, dict):
         raise TypeError(f"a row is a JSON object, not {type(row).__name__}")
-    segments = row["segments"]
-    if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
-        raise TypeError("`segments` is a list of objects with `label` and `text`")
-    return [(typed(segment, "label", bool), typed(segment, "text", str)) for segment in segments]
+    segments = typed(tuple[Segment, ...], row["segments"], "segments")
+    return [(segment.label, segment.text) for segment in segments]
 
 
 def _between(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from esr_train.files import read_jsonl, write_jsonl
-from esr_train.values import only_keys, typed
+from esr_train.values import typed
 
 Source = Literal["steered", "prompted", "normal", "imported"]
 
@@ -72,7 +72,7 @@ class Steering:
         vector: v itself; None where it is a latent's.
 
     Raises:
-        ValueError: unless there is either a latent of an SAE or a vector.
+        ValueError: unless there is either a latent of an SAE or a vector; for a layer or latent below 0.
     """
 
     sae: SaeRef | None
@@ -83,6 +83,8 @@ class Steering:
     vector: VectorRef | None = None
 
     def __post_init__(self) -> None:
+        if min(self.layer, self.latent or 0) < 0:
+            raise ValueError("layer and latent are counted from 0")
         if (self.sae is None) is (self.vector is None) or (self.sae is None) is not (self.latent is None):
             raise ValueError("steering names either `sae` and `latent`, or `vector`")
 
@@ -134,65 +136,20 @@ def from_json(value: Any) -> Transcript:
     """The inverse of `to_json`; `system`, `steering` and `meta` may be left out.
 
     Raises:
-        ValueError, KeyError, TypeError: for anything that is not a transcript; messages name the key.
+        ValueError: for anything that is not a transcript; the message names the key.
     """
     if not isinstance(value, dict):
-        raise TypeError(f"a transcript is a JSON object, not {type(value).__name__}")
-    only_keys(value, ("id", "prompt", "system", "spans", "steering", "source", "meta"), "a transcript")
-    source = value["source"]
-    if source not in get_args(Source):
-        raise ValueError(f"source {source!r} is none of {', '.join(get_args(Source))}")
-    spans = tuple(_span(span) for span in typed(value, "spans", list))
-    if not any(span.text.strip() for span in spans):
+        raise ValueError(f"a transcript is a JSON object, not {type(value).__name__}")
+    steering = value.get("steering")
+    if isinstance(steering, dict):
+        steering = {"sae": None, "latent": None, "label": None, **steering}
+    meta = {} if value.get("meta") is None else value["meta"]
+    transcript = typed(Transcript, {**value, "steering": steering, "meta": meta})
+    if not transcript.content.strip():
         raise ValueError("the reply is empty: no span has text")
-    meta = {} if value.get("meta") is None else dict(typed(value, "meta", dict))
-    if meta.get("threshold") is not None:
-        typed(typed(meta, "threshold", dict), "raw", float)
-    return Transcript(
-        id=typed(value, "id", str),
-        prompt=typed(value, "prompt", str),
-        system=None if value.get("system") is None else typed(value, "system", str),
-        spans=spans,
-        steering=None if value.get("steering") is None else _steering(typed(value, "steering", dict)),
-        source=source,
-        meta=meta,
-    )
-
-
-def _span(value: Any) -> Span:
-    if not isinstance(value, dict):
-        raise TypeError(f"a span is a JSON object, not {type(value).__name__}")
-    only_keys(value, ("kind", "text"), "a span")
-    kind = value["kind"]
-    if kind not in list(SpanKind):
-        raise ValueError(f"span kind {kind!r} is none of {', '.join(SpanKind)}")
-    return Span(SpanKind(kind), typed(value, "text", str))
-
-
-def _steering(value: dict[str, Any]) -> Steering:
-    only_keys(value, ("sae", "vector", "layer", "latent", "label", "strength"), "steering")
-    sae, latent, vector = (value.get(key) for key in ("sae", "latent", "vector"))
-    if sae is not None:
-        only_keys(typed(value, "sae", dict), ("release", "id"), "an SAE's name")
-        sae = SaeRef(typed(sae, "release", str), typed(sae, "id", str))
-        latent = _index(value, "latent")
-    if vector is not None:
-        only_keys(typed(value, "vector", dict), ("file", "sha256"), "a vector's name")
-        vector = VectorRef(typed(vector, "file", str), typed(vector, "sha256", str))
-    label = None if value.get("label") is None else typed(value, "label", str)
-    return Steering(sae, _index(value, "layer"), latent, label, _strength(typed(value, "strength", dict)), vector)
-
-
-def _index(value: dict[str, Any], key: str) -> int:
-    index = typed(value, key, int)
-    if index < 0:
-        raise ValueError(f"{key} is counted from 0, and {index} is less")
-    return index
-
-
-def _strength(value: dict[str, Any]) -> Strength:
-    only_keys(value, ("raw", "norm"), "a strength")
-    return Strength(typed(value, "raw", float), typed(value, "norm", float))
+    if transcript.meta.get("threshold") is not None:
+        typed(float, typed(dict, transcript.meta["threshold"], "meta.threshold").get("raw"), "meta.threshold.raw")
+    return transcript
 
 
 def read_transcripts(path: Path | str) -> list[Transcript]:

@@ -4,27 +4,26 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from enum import EnumType
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from yaml.constructor import ConstructorError
 
 from esr_train.errors import InputError
 
-Value = TypeVar("Value", str, int, float, bool, dict, list)
+Value = TypeVar("Value")
 
 MOST_NESTED = 100
 """Levels of lists and objects in a JSON value; what is nested deeper overflows the stack somewhere."""
-_KINDS = {
-    str: "a text",
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
+_CALLED = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"} | {
+    kind: "a list" for kind in (list, tuple)
 }
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[{}\[\]]|[^\s"{}\[\],:]++', re.DOTALL)
 _NO_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^"\[\]{}]++', re.DOTALL)
@@ -42,34 +41,62 @@ def errors_at(where: str) -> Iterator[None]:
         raise InputError(str(error).rstrip("."), where) from error
 
 
-def typed(row: Mapping[str, Any], key: str, kind: type[Value]) -> Value:
-    """The value of a JSON object under a key, if it is of the kind that is asked.
+def typed(kind: type[Value], value: Any, name: str = "") -> Value:
+    """A JSON value as what is asked for, and nothing else: true is no number, and 5.9 no whole one.
 
-    True is no number, 5.9 no whole one; a whole number is a finite one if a float can hold it.
-
-    Raises:
-        KeyError: if the key is missing.
-        TypeError: naming the key, for a value of another kind.
-    """
-    value = row[key]
-    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        fits = abs(value) <= sys.float_info.max
-        value = float(value) if fits else value
-    if not fits:
-        raise TypeError(f"{key} must be {_KINDS[kind]}, not {shown(value)}")
-    return value
-
-
-def only_keys(row: Mapping[str, Any], keys: Iterable[str], what: str) -> None:
-    """Refuse a JSON object with other keys than these: nobody would read them.
+    Args:
+        kind: a dataclass (a key whose field has a default may be missing, an unknown one may not be there), or what its
+            fields are made of: str, int, float, bool, list, dict, enums, `Literal[...]`, `X | None`, `tuple[...]`,
+            `Mapping[str, ...]`, Any.
+        value: as `parse_json` gives it.
+        name: of the key that holds it.
 
     Raises:
-        ValueError: naming the first such key.
+        ValueError: naming the key.
     """
-    other = next((key for key in row if key not in set(keys)), None)
-    if other is not None:
-        raise ValueError(f"{what} has no key {other!r}, only {', '.join(keys)}")
+    made: Value = _typed(kind, value, name)
+    return made
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        inner = next(part for part in arguments if part is not NoneType)
+        return None if value is None else _typed(inner, value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return kind(**_fields_of(kind, value, f"{name}." if name else ""))  # type: ignore[operator]
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(kinds) == len(value):
+            return tuple(_typed(kinds[i], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin in (Mapping, dict) and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    known = arguments if origin is Literal else tuple(kind) if isinstance(kind, EnumType) else None
+    if known:
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{name} is none of {', '.join(known)}: {shown(value)}")
+        return value if origin is Literal else kind(value)
+    if kind is Any or (type(value) is kind and kind is not float):
+        return value
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return value
+    raise ValueError(f"{name or 'this'} is not {_CALLED.get(origin or kind, 'an object')}: {shown(value)}")
+
+
+def _fields_of(kind: Any, value: dict[str, Any], before: str) -> dict[str, Any]:
+    kinds, required = _fields(kind)
+    if unknown := sorted(value.keys() - kinds.keys()):
+        raise ValueError(f"there is no key {before + unknown[0]!r}, only {', '.join(kinds)}")
+    if missing := sorted(required - value.keys()):
+        raise ValueError(f"the key {before + missing[0]!r} is missing")
+    return {key: _typed(kinds[key], item, before + key) for key, item in value.items()}
+
+
+@lru_cache
+def _fields(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """The fields' types, and the names of those without a default."""
+    plain = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
+    return get_type_hints(kind), plain
 
 
 def shown(value: Any) -> str:
@@ -78,11 +105,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, whole_pairs: bool = True) -> Any:
     """The JSON value in a text, read strictly.
 
     Refused beside what is no JSON: an object with the same key twice, numbers that are not finite (NaN, Infinity,
-    1e999), half of a surrogate pair, and more than `MOST_NESTED` levels.
+    1e999), more than `MOST_NESTED` levels, and, with `whole_pairs`, half of a surrogate pair.
 
     Raises:
         json.JSONDecodeError: with the place of the fault.
@@ -91,7 +118,7 @@ def parse_json(text: str) -> Any:
         raise json.JSONDecodeError(f"nested more than {MOST_NESTED} levels deep", text, 0)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
-        if "\\ud" in text or "\\uD" in text:
+        if whole_pairs and ("\\ud" in text or "\\uD" in text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError:
         raise

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,9 +16,10 @@ from esr_train.recipe import CalibrationSection
 from esr_train.steering.directions import Positions
 from esr_train.steering.engine import Engine, Progress, Request, Sampling
 from esr_train.transcript import SaeRef
+from esr_train.values import typed
 from eval.cells import Prompt, derived_seed, fingerprint
 from eval.judging.judge import Judge, JudgeItem
-from eval.store import RowStore, typed
+from eval.store import RowStore
 from eval.variants import PLAIN, Variant
 
 if TYPE_CHECKING:
@@ -38,6 +39,19 @@ Scores = tuple[float, ...]
 def score_store(path: Path) -> RowStore[Scores]:
     """Where `calibrate` keeps its rounds' scores."""
     return RowStore(path, lambda row: typed(Scores, row.get("scores"), "scores"), lambda scores: {"scores": scores})
+
+
+@dataclass(frozen=True)
+class FrozenThresholds:
+    """What a file of thresholds holds.
+
+    Args:
+        key: what the thresholds depend on.
+        thresholds: those at a bound included.
+    """
+
+    key: dict[str, Any]
+    thresholds: tuple["Threshold", ...]
 
 
 @dataclass(frozen=True)
@@ -327,20 +341,17 @@ def load_thresholds(path: Path | str, key: Mapping[str, Any]) -> list[Threshold]
     Raises:
         InputError: if they were frozen under another key (naming what differs), or the file is malformed.
     """
-    value = read_json(path)
     try:
-        frozen, rows = value["key"], value["thresholds"]
-        names = [each.name for each in fields(Threshold)]
-        thresholds = [Threshold(**{name: row[name] for name in names}) for row in rows]
-    except (TypeError, KeyError) as error:
-        raise InputError(f"this is not a file of thresholds ({error!r})", str(path), "Calibrate again.") from None
+        frozen = typed(FrozenThresholds, read_json(path))
+    except ValueError as error:
+        raise InputError(f"this is not a file of thresholds ({error})", str(path), "Calibrate again.") from None
     wanted = json.loads(json.dumps(key))
-    differing = [name for name in {**wanted, **frozen} if wanted.get(name) != frozen.get(name)]
+    differing = [name for name in {**wanted, **frozen.key} if wanted.get(name) != frozen.key.get(name)]
     if differing:
-        found = "; ".join(f"{name}: {frozen.get(name)!r}, now {wanted.get(name)!r}" for name in differing)
+        found = "; ".join(f"{name}: {frozen.key.get(name)!r}, now {wanted.get(name)!r}" for name in differing)
         raise InputError(
             f"the thresholds were frozen for another {', '.join(differing)} ({found})",
             str(path),
             "Calibrate again in another run directory, or restore the setting.",
         )
-    return thresholds
+    return list(frozen.thresholds)

@@ -1,17 +1,15 @@
 """Trials, and how they and other rows lie on disk: append-only JSONL, a keyed row a line, safe to kill at any time."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar
 
 from esr_train.errors import InputError
 from esr_train.steering.engine import Sampling
+from esr_train.values import parse_json, typed
 from eval.judging.judge import Attempt
 
 Row = TypeVar("Row")
@@ -120,58 +118,6 @@ def trial_from_json(row: Any) -> Trial:
     return typed(Trial, row)
 
 
-def typed(kind: type[Row], value: Any, name: str = "") -> Row:
-    """A JSON value as a dataclass (a key whose field has a default may be missing), or as what its fields are made of.
-
-    Args:
-        kind: dataclass, str, int, float, bool, `X | None`, `tuple[...]` or `Mapping[str, ...]`.
-        value: as `json.loads` gives it.
-        name: of the key that holds it.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    made: Row = _typed(kind, value, name)
-    return made
-
-
-def _typed(kind: Any, value: Any, name: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        inner = next(each for each in arguments if each is not NoneType)
-        return None if value is None else _typed(inner, value, name)
-    if is_dataclass(kind) and isinstance(value, dict):
-        return kind(**_keys(kind, value, f"{name}." if name else ""))  # type: ignore[operator]
-    if origin is tuple and isinstance(value, list | tuple):
-        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-        if len(kinds) == len(value):
-            return tuple(_typed(kinds[i], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is Mapping and isinstance(value, dict):
-        return {key: _typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if type(value) is kind and kind is not float:
-        return value
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return value
-    called = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", tuple: "a list"}
-    raise ValueError(f"{name or 'this'} is not {called.get(origin or kind, 'an object')}: {json.dumps(value)[:40]}")
-
-
-def _keys(kind: Any, value: dict[str, Any], before: str) -> dict[str, Any]:
-    kinds, required = _fields(kind)
-    if unknown := sorted(value.keys() - kinds.keys()):
-        raise ValueError(f"there is no key {before + unknown[0]!r}")
-    if missing := sorted(required - value.keys()):
-        raise ValueError(f"the key {before + missing[0]!r} is missing")
-    return {key: _typed(kinds[key], item, before + key) for key, item in value.items()}
-
-
-@lru_cache
-def _fields(kind: Any) -> tuple[dict[str, Any], set[str]]:
-    """The fields' types, and the names of those without a default."""
-    plain = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
-    return get_type_hints(kind), plain
-
-
 class RowStore(Generic[Row]):
     """Rows under unique keys, in the order in which they were finished: what a loop needs to be resumable.
 
@@ -258,24 +204,16 @@ class RowStore(Generic[Row]):
     def _take(self, line: bytes, where: str) -> None:
         fix = "Restore the file, or delete it: its rows are then made again."
         try:
-            value = json.loads(line, object_pairs_hook=_once)
+            value = parse_json(line.decode(), whole_pairs=False)
             key = value.get("key") if isinstance(value, dict) else None
             if not isinstance(key, str) or not key:
                 raise ValueError("a row is a JSON object with a text under 'key'")
             row = self._read(value)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"not a row of this file ({error})", where, fix) from None
         if key in self._rows:
             raise InputError(f"the key {key!r} was there before", where, fix)
         self._rows[key] = row
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
-    return value
 
 
 def _line(row: dict[str, Any]) -> bytes:

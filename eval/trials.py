@@ -9,9 +9,10 @@ from esr_train.ranks import ALONE, Ranks
 from esr_train.restarts import find_cues
 from esr_train.steering.directions import Positions
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
+from esr_train.values import typed
 from eval.cells import Cell
 from eval.judging.judge import Judge, JudgeItem, Judgement
-from eval.store import Trial, TrialCell, TrialStore, TrialVariant, UsedStrength, typed
+from eval.store import Trial, TrialCell, TrialStore, TrialVariant, UsedStrength
 from eval.variants import PLAIN, Variant
 
 if TYPE_CHECKING:

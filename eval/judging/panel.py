@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from esr_train.values import typed
 from eval.judging.agreement import kappa, krippendorff_alpha
 from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.metrics import METRICS, Gap
-from eval.store import RowStore, Trial, typed
+from eval.store import RowStore, Trial
 from eval.summary import summarise
 
 SCORES = ("first_score", "last_score")
