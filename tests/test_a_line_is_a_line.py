@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from data_gen.cues import read_cues
-from data_gen.subjects import read_subjects
+from data_gen.prompted import read_subjects
+from data_gen.sources import read_cues
 from esr_train.errors import InputError
 from esr_train.files import read_jsonl
 from esr_train.steering.latent_labels import read_labels

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+from esr_train.files import read_lines
+
 QUESTIONS = (
     "How do I {v} the {n}?",
     "What is the best way to {v} the {n} for {t}?",
@@ -130,8 +132,8 @@ Skill = Callable[[Topic, Random], Exchange]
 @cache
 def topics() -> tuple[Topic, ...]:
     """The topics that `topics.txt` lists, in its order."""
-    lines = (Path(__file__).parent / "topics.txt").read_text(encoding="utf-8").splitlines()
-    rows = [[part.strip() for part in line.split("|")] for line in lines if line.strip()]
+    lines = read_lines(Path(__file__).parent / "topics.txt")
+    rows = [[part.strip() for part in line.split("|")] for _, line in lines]
     return tuple(Topic(name, _words(verbs), _words(nouns)) for name, verbs, nouns in rows)
 
 
