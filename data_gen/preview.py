@@ -1,19 +1,18 @@
 """Transcripts and their loss masks, shown to a person: in the terminal, or as a page."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from esr_train.masking import IGNORED, Labelled, Policy, label
+from esr_train.mask_preview import counted, token_texts, visible
+from esr_train.masking import Labelled, Policy, label
 from esr_train.transcript import SpanKind, Transcript
 from eval.report.template import render
 
 STYLES = {SpanKind.OFF_TOPIC: "red", SpanKind.CUE: "bold yellow", SpanKind.ANSWER: "green"}
 TRAINED, MASKED = "green", "dim"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def show(
@@ -41,8 +40,8 @@ def show(
     for transcript in transcripts[:n]:
         console.print()
         console.print(Text(_heading(transcript), "bold"))
-        console.print(Text(_visible(transcript.prompt), "cyan"))
-        pieces = [(_visible(span.text), STYLES[span.kind]) for span in transcript.spans]
+        console.print(Text(visible(transcript.prompt), "cyan"))
+        pieces = [(visible(span.text), STYLES[span.kind]) for span in transcript.spans]
         console.print(Text.assemble(*pieces))
         if tokenizer is not None:
             _print_mask(console, label(tokenizer, transcript, policy))
@@ -80,36 +79,15 @@ def _heading(transcript: Transcript) -> str:
     )
 
 
-def _counts(labelled: Labelled) -> str:
-    return f"{labelled.trained} of {len(labelled.labels)} tokens trained, {labelled.straddling} straddling"
-
-
-def _visible(text: str) -> str:
-    # A reply may hold terminal escapes; shown, they must not act.
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
 def _print_legend(console: Console) -> None:
     pieces = [(f"{kind}  ", STYLES[kind]) for kind in SpanKind]
     console.print(Text.assemble(*pieces, "(with a tokenizer: ", ("trained", TRAINED), " ", ("masked", MASKED), ")"))
 
 
 def _print_mask(console: Console, labelled: Labelled) -> None:
-    pieces = [(_visible(text), TRAINED if trained else MASKED) for text, trained, _ in _tokens(labelled)]
-    console.print(Text(_counts(labelled), "bold"))
+    pieces = [(visible(text), TRAINED if trained else MASKED) for text, trained, _ in token_texts(labelled)]
+    console.print(Text(counted(labelled), "bold"))
     console.print(Text.assemble(*pieces))
-
-
-def _tokens(labelled: Labelled) -> Iterator[tuple[str, bool, int]]:
-    """Each token's text, whether it is trained, and its id.
-
-    Of several tokens that cut up one character, the first has it as text and the others have none.
-    """
-    position = 0
-    rows = zip(labelled.offsets, labelled.labels, labelled.input_ids, strict=True)
-    for (start, end), value, token in rows:
-        yield labelled.text[max(start, position) : end], value != IGNORED, token
-        position = max(position, end)
 
 
 def _row(transcript: Transcript, tokenizer: PreTrainedTokenizerBase | None, policy: Policy) -> dict[str, object]:
@@ -119,6 +97,6 @@ def _row(transcript: Transcript, tokenizer: PreTrainedTokenizerBase | None, poli
         "system": transcript.system,
         "prompt": transcript.prompt,
         "spans": [(str(span.kind), span.text) for span in transcript.spans],
-        "counts": labelled and _counts(labelled),
-        "tokens": None if labelled is None else list(_tokens(labelled)),
+        "counts": labelled and counted(labelled),
+        "tokens": None if labelled is None else list(token_texts(labelled)),
     }

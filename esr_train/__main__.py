@@ -1,4 +1,4 @@
-"""The trainer's door: `accelerate launch -m esr_train RECIPE [key=value ...]`."""
+"""The trainer's entry point: `accelerate launch -m esr_train RECIPE [key=value ...]`."""
 
 import argparse
 import sys
@@ -99,15 +99,15 @@ def _probe(section: Recipe) -> "ProbeFactory | None":
 
 
 def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
+    from esr_train.mask_preview import counted, marked
     from esr_train.models import load_tokenizer
     from esr_train.training.dataset import dump_tokens, packed, read_rows, statistics
-    from esr_train.training.preview import preview
-    from esr_train.training.settings import lora_config, packs, sft_config
+    from esr_train.training.settings import check_lora, lora_config, packs, sft_config
     from esr_train.training.trainer import adapter_folder, data_file
 
     section = recipe.for_arm(arm)
     sft_config(section, adapter_folder(arm, recipe.directory) / "checkpoints")
-    lora_config(section)
+    check_lora(section, lora_config(section))
     tokenizer = load_tokenizer(section.model)
     rows = read_rows(section, data_file(recipe, arm, recipe.directory), tokenizer)
     if options.dump_tokens:
@@ -119,7 +119,8 @@ def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
         if packs(section):
             print(f"packed sequences: {len(packed(rows, section.train.max_length))}")
         for row in rows[: options.rows]:
-            print("\n" + preview(row, colour=sys.stdout.isatty()))
+            print(f"\n{row.labelled.id} ({row.source}): {counted(row.labelled)}")
+            print(marked(row.labelled, colour=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":

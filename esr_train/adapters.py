@@ -90,6 +90,13 @@ def _read(folder: Path, base: str) -> tuple["PeftConfig", dict[str, torch.Tensor
             str(folder),
             "Use LoRA.",
         )
+    changed = getattr(config, "layer_replication", None) or str(getattr(config, "init_lora_weights", True)).lower()
+    if changed not in ("true", "false", "gaussian", "orthogonal", "eva"):
+        raise InputError(
+            f"the adapter belongs to a changed copy of its base model ({changed}), which loading may not make again",
+            str(folder / CONFIG),
+            "Convert it with peft's path_initial_model_for_weight_conversion.",
+        )
     named = config.base_model_name_or_path
     if named and not _same_model(named, base):
         raise InputError(
@@ -97,7 +104,9 @@ def _read(folder: Path, base: str) -> tuple["PeftConfig", dict[str, torch.Tensor
             str(folder),
             f"Set model.path; if they are the same, correct base_model_name_or_path in {CONFIG}.",
         )
-    return config, read_weights(folder)
+    weights = read_weights(folder)
+    _check_trained(weights, str(folder))
+    return config, weights
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -118,27 +127,21 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"the adapter's weights cannot be read ({first_line(error)})", str(file), "Copy them again."
         ) from error
-    if fault := weight_fault(weights):
-        raise InputError(fault, str(file), "Train it again.")
+    for name, weight in weights.items():
+        if weight.numel() == 0:
+            raise InputError(f"the adapter's weight {name} is empty", str(file), "It was not gathered: save it again.")
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"the adapter's weight {name} is not finite", str(file), "Train it again.")
     return weights
 
 
-def weight_fault(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """What makes an adapter's weights useless, in words: one that is empty or not finite, or nothing was trained."""
-    for name, weight in weights.items():
-        if weight.numel() == 0:
-            return f"the adapter's weight {name} is empty: it was not gathered before it was saved"
-        if not bool(weight.isfinite().all()):
-            return f"the adapter's weight {name} is not finite"
+def _check_trained(weights: Mapping[str, torch.Tensor], where: str) -> None:
     # PEFT begins with B = 0, but on embeddings with A = 0.
     up = [weight for name, weight in weights.items() if "lora_B" in name or "lora_embedding_A" in name]
-    if (
-        up
-        and all("lora_" in name or "base_layer" in name for name in weights)
-        and not any(bool(weight.any()) for weight in up)
-    ):
-        return "every B matrix of the adapter is zero, so it changes nothing: it was not trained"
-    return None
+    only_lora = all("lora_" in name or "base_layer" in name for name in weights)
+    if up and only_lora and not any(bool(weight.any()) for weight in up):
+        what = "every B matrix of the adapter is zero, so it changes nothing: it was not trained"
+        raise InputError(what, where, "Train it again.")
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -218,6 +221,7 @@ def check_saved(model: Any, folder: Path, dtype: str) -> None:
 
     try:
         weights = read_weights(folder)
+        _check_trained(weights, str(folder))
         check_keys(weights, model, str(folder))
     except InputError as error:
         raise RunError(f"what was trained cannot be used: {error}") from error

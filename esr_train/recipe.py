@@ -255,7 +255,6 @@ class LiveSection(Section):
     """Live injection: a row's own steering is active in its forward pass."""
 
     strength: Range = Field((0.8, 1.3), description="multiples of the latent's threshold, drawn per row and epoch")
-    positions: Literal["all", "assistant"] = "all"
     share: Fraction = Field(1.0, description="share of the steered rows that are injected")
 
 

@@ -25,12 +25,10 @@ def world(request, tmp_path, family):
 
 def live_over(rows, positions="all", strength=(0.8, 1.3)) -> LiveInjection:
     torch.manual_seed(1)
-    return LiveInjection(
-        LiveSection(positions=positions, strength=strength), torch.randn(len(table(rows)), 64), LAYER, 5
-    )
+    return LiveInjection(LiveSection(strength=strength), torch.randn(len(table(rows)), 64), LAYER, 5, positions)
 
 
-@pytest.mark.parametrize("positions", ["all", "assistant"])
+@pytest.mark.parametrize("positions", ["all", "generated"])
 @pytest.mark.parametrize("flat", [False, True])
 def test_packed_rows_have_the_loss_and_gradients_of_unpacked_ones(world, positions, flat):
     model, rows, pad = world
@@ -63,19 +61,22 @@ def test_the_checks_before_training_pass_on_packed_rows_and_find_a_leak(world, m
 def test_a_packed_batch_says_whose_every_token_is():
     first = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "lengths": [3, 2], "reply_start": [1, 0]}
     second = {"input_ids": [6, 7], "labels": [-100, 7], "lengths": [2], "reply_start": [1]}
-    steering = ({"vector": [4, -1], "reach": [2.0, 0.0], "key": [8, 9]}, {"vector": [3], "reach": [1.0], "key": [7]})
+    steering = (
+        {"vector": [4, -1], "threshold_raw": [2.0, 0.0], "key": [8, 9]},
+        {"vector": [3], "threshold_raw": [1.0], "key": [7]},
+    )
     rows = [{**row, **more} for row, more in zip((first, second), steering, strict=True)]
     batch = Collator(0, packed=True)(rows)
     assert "attention_mask" not in batch
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5], [-100, 7, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
-    assert batch["document"].tolist() == [[0, 0, 0, 1, 1], [2, 2, -1, -1, -1]]
+    assert batch["row"].tolist() == [[0, 0, 0, 1, 1], [2, 2, -1, -1, -1]]
     assert batch["reply"].int().tolist() == [[0, 1, 1, 1, 1], [0, 1, 0, 0, 0]]
     assert batch["vector"].tolist() == [4, -1, 3]
     flat = Collator(0, packed=True, flat=True)(rows)
     assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
-    assert flat["document"].tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+    assert flat["row"].tolist() == [[0, 0, 0, 1, 1, 2, 2]]
 
 
 def test_rows_are_packed_whole_and_close():

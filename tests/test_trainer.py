@@ -21,7 +21,7 @@ from esr_train.errors import InputError
 from esr_train.files import write_json
 from esr_train.recipe import dump_recipe
 from esr_train.training.callbacks import BehaviourProbe, Observation
-from esr_train.training.checkpoints import last_checkpoint
+from esr_train.training.saving import last_checkpoint
 from esr_train.training.settings import lora_config, sft_config
 from esr_train.training.trainer import PATIENCE, train
 
@@ -190,7 +190,7 @@ def test_a_finished_or_begun_training_is_not_continued_with_another_recipe(small
     ],
 )
 def test_settings_that_do_not_exist_or_do_harm_are_refused(tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("esr_train.training.loggers.find_spec", lambda name: None)
+    monkeypatch.setattr("esr_train.training.settings.find_spec", lambda name: None)
     section = recipe(**options)
     with pytest.raises(InputError, match=message):
         _ = sft_config(section, tmp_path), lora_config(section)
@@ -215,10 +215,10 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
     for step in (2, 10):
         write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {})
         (tmp_path / f"checkpoint-{step}" / "rng_state.pth").touch()
-    assert last_checkpoint(tmp_path, 1) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-10"
     assert last_checkpoint(tmp_path, 2) is None
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"log_hist')
-    assert last_checkpoint(tmp_path, 1) == str(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-2"
 
 
 def test_a_dry_run_shows_recipe_figures_and_masks_and_trains_nothing(small, capsys):

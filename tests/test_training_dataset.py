@@ -7,10 +7,10 @@ import pytest
 from training_world import LAYER, recipe, transcripts
 
 from esr_train.errors import InputError, RunError
+from esr_train.mask_preview import marked
 from esr_train.masking import label
 from esr_train.training.batches import Collator, LengthGrouped
 from esr_train.training.dataset import dump_tokens, hold_out, read_rows, singly, statistics, table, to_dataset
-from esr_train.training.preview import preview
 from esr_train.transcript import Span, SpanKind, Transcript, write_transcripts
 
 
@@ -38,7 +38,7 @@ def test_a_row_is_steered_by_its_own_latent_relative_to_the_threshold(tmp_path, 
     rows = rows_of(tmp_path, llama, made)
     columns = to_dataset(singly(rows), table(rows))
     assert columns["vector"][:] == [[0], [1], [-1]]
-    assert columns["reach"][:] == [[4.0], [3.0], [0.0]]
+    assert columns["threshold_raw"][:] == [[4.0], [3.0], [0.0]]
     assert [latent.index for latent in table(rows)] == [0, 1]
     first = rows[0].labelled.offsets[rows[0].reply_start]
     assert rows[0].labelled.text[first[0] :].startswith("First, knead")
@@ -89,10 +89,10 @@ def test_statistics_dump_and_preview_show_what_is_trained(tmp_path, llama):
         "input_ids": list(rows[0].labelled.input_ids),
         "labels": list(rows[0].labelled.labels),
     }
-    coloured = preview(rows[0], colour=True)
+    coloured = marked(rows[0].labelled, colour=True)
     trained_text = " Wait, that's not right. Start by tucking one corner into the other.<|eot_id|>"
     assert f"\033[32m{trained_text}\033[0m" in coloured
-    shown = preview(rows[0], colour=False)
+    shown = marked(rows[0].labelled, colour=False)
     assert shown.rstrip("\n").endswith(f"[[{trained_text}]]")
 
 

@@ -53,9 +53,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     room: list[tuple[int, int]] = []
     packed: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        found = bisect_left(room, (lengths[row], -1))
-        if found < len(room):
-            left, number = room.pop(found)
+        tightest = bisect_left(room, (lengths[row], -1))
+        if tightest < len(room):
+            left, number = room.pop(tightest)
         else:
             left, number = capacity, len(packed)
             packed.append([])
@@ -69,8 +69,8 @@ class Collator:
 
     The batch holds `input_ids` and `labels` [sequences, positions], and `attention_mask` or, where rows are packed,
     `position_ids` of the same shape, which begin at 0 with every row and with every padding token: from their
-    breaks transformers infers who may see whom. For the steering it holds `document` (the row's number in the batch,
-    -1 for padding) and `reply` [sequences, positions], and `vector`, `reach` and `key` [rows].
+    breaks transformers infers who may see whom. For the steering it holds `row` (the row's index in the batch, -1
+    for padding) and `reply` [sequences, positions], and `vector`, `threshold_raw` and `key` [rows].
 
     Args:
         pad_token_id: fills `input_ids`; labels are filled with -100.
@@ -91,37 +91,37 @@ class Collator:
         labels = _padded([piece.labels for piece in pieces], IGNORED)
         if not (labels[:, 1:] != IGNORED).any():
             raise RunError("a batch has no trained token: its loss would be 0 whatever the model says.")
-        document = _padded([piece.document for piece in pieces], -1)
+        row = _padded([piece.row for piece in pieces], -1)
         batch = {"input_ids": _padded([piece.input_ids for piece in pieces], self._pad), "labels": labels}
         if self._packed:
-            batch["position_ids"] = _padded([piece.place for piece in pieces], 0)
+            batch["position_ids"] = _padded([piece.position for piece in pieces], 0)
         else:
-            batch["attention_mask"] = (document >= 0).long()
+            batch["attention_mask"] = (row >= 0).long()
         columns = {
             name: torch.tensor([value for sequence in sequences for value in sequence[name]])
-            for name in ("vector", "reach", "key")
+            for name in ("vector", "threshold_raw", "key")
         }
-        return {**batch, **columns, "document": document, "reply": _padded([piece.reply for piece in pieces], False)}
+        return {**batch, **columns, "row": row, "reply": _padded([piece.reply for piece in pieces], False)}
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One sequence, everything [positions]: tokens, labels, whose token it is, its place in the row, if in a reply."""
+    """One sequence, everything [positions]: tokens, labels, the token's row, its position in it, if in a reply."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    document: torch.Tensor
-    place: torch.Tensor
+    row: torch.Tensor
+    position: torch.Tensor
     reply: torch.Tensor
 
     @staticmethod
     def of(sequence: dict[str, Any], first: int) -> "_Piece":
         lengths = torch.tensor(sequence["lengths"])
-        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        place = torch.arange(len(document)) - (lengths.cumsum(0) - lengths)[document]
-        reply = place >= torch.tensor(sequence["reply_start"])[document]
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        position = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+        reply = position >= torch.tensor(sequence["reply_start"])[row]
         ids, labels = torch.tensor(sequence["input_ids"]), torch.tensor(sequence["labels"])
-        return _Piece(ids, labels, document + first, place, reply)
+        return _Piece(ids, labels, row + first, position, reply)
 
 
 def _numbered(sequences: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""What is measured while training: speed, use of the hardware, memory; and the behavioural probe."""
+"""What is told while training: speed, use of the hardware, memory; the behavioural probe; loggers' files and runs."""
 
 import re
 import resource
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from esr_train.files import read_jsonl, write_jsonl
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a probe found.
+    """What a probe has measured.
 
     Args:
         figures: to log, such as the restart rate with and without steering.
@@ -170,13 +171,13 @@ class BehaviourProbe(TrainerCallback):
     ) -> None:
         if state.global_step % self._every:
             return
-        found = self._observe(state.global_step, model, state.is_world_process_zero)
+        observation = self._observe(state.global_step, model, state.is_world_process_zero)
         if state.is_world_process_zero:
-            self._write(state.global_step, found.samples)
-        asked = control.should_log
-        self._log({f"probe_{key}": value for key, value in found.figures.items()})
+            self._write(state.global_step, observation.samples)
+        should_log = control.should_log
+        self._log({f"probe_{key}": value for key, value in observation.figures.items()})
         # Logging takes back the wish to log, and this step's loss may still be waiting for it.
-        control.should_log = asked
+        control.should_log = should_log
 
     def _observe(self, step: int, model: Any, logged: bool) -> Observation:
         training, random_state = model.training, torch.get_rng_state()
@@ -193,3 +194,18 @@ class BehaviourProbe(TrainerCallback):
         # A run that goes on from a checkpoint comes by some steps again.
         kept = [row for row in before if row["step"] < step]
         write_jsonl(self._samples, [*kept, *({"step": step, **sample} for sample in samples)])
+
+
+def keep_events(trainer: Trainer, folder: Path) -> None:
+    """Let tensorboard write to a folder of its own; by default it is among the checkpoints, which are removed."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(folder)
+
+
+def end_runs(args: TrainingArguments) -> None:
+    """Close wandb's run, which would otherwise take the next arm's figures as its own."""
+    if "wandb" in (args.report_to or []):
+        import wandb
+
+        wandb.finish()

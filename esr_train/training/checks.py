@@ -1,7 +1,7 @@
 """Before the first step: the injection reaches its layer exactly, and gradients the adapters below it."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ LEAK = 1e-3
 """Relative change of a logit that bfloat16 kernels may show without any leak."""
 
 
-class Watch:
+class InjectionRecorder:
     """Records a layer's output before and after the injection, and which adapter weights got gradient.
 
     Enter it inside the steering, so that its second hook runs after the steering's.
@@ -35,12 +35,11 @@ class Watch:
         adapters = [(name, weight) for name, weight in model.named_parameters() if "lora_B" in name]
         self._adapters = [weight for name, weight in adapters if _layer_of(name) <= layer]
         self._handles: list[RemovableHandle] = []
+        self._with_gradient = 0
         self.before: torch.Tensor | None = None
         self.after: torch.Tensor | None = None
-        self.reached = 0
-        self.expected = len(self._adapters)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "InjectionRecorder":
         self._handles = [
             self._module.register_forward_hook(self._keep_before, prepend=True),
             self._module.register_forward_hook(self._keep_after),
@@ -64,7 +63,7 @@ class Watch:
             self.after = _hidden(output).detach().clone()
 
     def _count(self, gradient: torch.Tensor) -> None:
-        self.reached += bool(gradient.ne(0).any())
+        self._with_gradient += bool(gradient.ne(0).any())
 
     def verify(self, delta: torch.Tensor) -> None:
         """Compare with what was asked for.
@@ -81,19 +80,19 @@ class Watch:
         wrong = (wanted != self.after).any(dim=-1).sum().item()
         if wrong:
             raise RunError(f"live injection: {wrong} tokens did not get the steering they were to get.")
-        if self.reached < self.expected:
+        if self._with_gradient < len(self._adapters):
             raise RunError(
-                f"live injection: {self.reached} of {self.expected} adapter matrices up to the steered layer "
-                "received gradient, so the model cannot learn from what it is given there."
+                f"live injection: {self._with_gradient} of {len(self._adapters)} adapter matrices up to the steered "
+                "layer received gradient, so the model cannot learn from what it is given there."
             )
 
 
 @contextmanager
-def verified(watch: Watch, delta: torch.Tensor) -> Iterator[None]:
-    """Watch a forward and backward pass and compare with `delta` (see `Watch.verify`) when the block ends."""
-    with watch:
+def verified(recorder: InjectionRecorder, delta: torch.Tensor) -> Iterator[None]:
+    """Record a forward and backward pass and compare with `delta` (see `verify`) when the block ends."""
+    with recorder:
         yield
-    watch.verify(delta)
+    recorder.verify(delta)
 
 
 def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) -> None:
@@ -107,37 +106,29 @@ def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) 
     Raises:
         RunError: naming what does not hold: Δh exact, gradient below the layer, strength 0 changes nothing.
     """
-    training, states = model.training, _random_states()
-    dropout = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     columns = {name: batch[name] for name in COLUMNS}
     inputs = {name: value for name, value in batch.items() if name not in COLUMNS}
-    programs = live.programs(columns, epoch=0)
-    owner, reply = live.placement(columns)
-    # Not evaluation mode, in which bitsandbytes repacks 4-bit weights on the CPU.
-    model.train()
-    for module in dropout:
-        module.eval()
+    added = live.interventions(columns, epoch=0)
     try:
-        with SteeringHook(model, programs) as hook, Watch(model, live.layer) as watch:
-            hook.set_rows(owner, reply)
-            _loss(model, inputs).backward()
-        watch.verify(live.delta(programs, owner))
-        _check_strength_zero(model, inputs, programs, owner)
+        with _without_dropout(model):
+            with (
+                SteeringHook(model, added) as hook,
+                verified(InjectionRecorder(model, live.layer), live.delta(added, columns)),
+            ):
+                hook.set_rows(columns["row"], columns["reply"])
+                _loss(model, inputs).backward()
+            zero = [tuple(Add(add.layer, add.vector * 0.0) for add in adds) for adds in added]
+            with torch.no_grad(), SteeringHook(model, zero) as hook:
+                hook.set_rows(columns["row"])
+                steered = _loss(model, inputs)
+            with torch.no_grad():
+                plain = _loss(model, inputs)
     finally:
         model.zero_grad(set_to_none=True)
-        model.train(training)
-        _restore(states)
-
-
-def _check_strength_zero(
-    model: Any, inputs: dict[str, torch.Tensor], programs: Sequence[Sequence[Add]], owner: torch.Tensor
-) -> None:
-    nothing = [tuple(Add(add.layer, add.vector * 0.0) for add in program) for program in programs]
-    with torch.no_grad():
-        plain = _loss(model, inputs)
-        with SteeringHook(model, nothing) as hook:
-            hook.set_rows(owner)
-            steered = _loss(model, inputs)
+        torch.set_rng_state(states[0])
+        if states[1]:
+            torch.cuda.set_rng_state_all(states[1])
     if not torch.equal(plain, steered):
         raise RunError(f"live injection: strength 0 changes the loss ({plain.item()} -> {steered.item()}).")
 
@@ -153,27 +144,34 @@ def check_packing(model: Any, batch: dict[str, torch.Tensor]) -> None:
     Raises:
         RunError: if other tokens in the first row change what the model says at the end of the last one.
     """
-    document, ids = batch["document"][:1], batch["input_ids"][:1]
+    row, ids = batch["row"][:1], batch["input_ids"][:1]
     positions = batch["position_ids"][:1]
-    length = int((document[0] >= 0).sum())
-    other = torch.where(document == document[0, 0], (ids + 1) % bare_model(model).config.vocab_size, ids)
-    training = model.training
-    dropout = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    model.train()
-    for module in dropout:
-        module.eval()
-    try:
-        said, changed = (
+    length = int((row[0] >= 0).sum())
+    other = torch.where(row == row[0, 0], (ids + 1) % bare_model(model).config.vocab_size, ids)
+    with _without_dropout(model):
+        logits, changed = (
             model(input_ids=tokens[:, :length], position_ids=positions[:, :length], use_cache=False).logits[0, -1]
             for tokens in (ids, other)
         )
-    finally:
-        model.train(training)
-    if (said - changed).abs().max() > LEAK * said.abs().max():
+    if (logits - changed).abs().max() > LEAK * logits.abs().max():
         raise RunError(
             "packing: a row sees the rows that are packed before it. Leave out train.args.packing, or take another "
             "model.attn_implementation."
         )
+
+
+@contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    """Training mode but for dropout; not evaluation mode, in which bitsandbytes repacks 4-bit weights on the CPU."""
+    training = model.training
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -185,15 +183,5 @@ def _hidden(output: Any) -> torch.Tensor:
 
 
 def _layer_of(name: str) -> int:
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else -1
-
-
-def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _restore(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1]:
-        torch.cuda.set_rng_state_all(states[1])
+    number = re.search(r"\.layers\.(\d+)\.", name)
+    return int(number[1]) if number else -1

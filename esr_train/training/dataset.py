@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,26 @@ from esr_train.masking import Labelled, label
 from esr_train.recipe import Recipe
 from esr_train.template import render
 from esr_train.training.batches import best_fit
-from esr_train.transcript import SaeRef, Steering, Transcript
+from esr_train.transcript import SaeRef, Steering, Transcript, VectorRef
 
 HELD_OUT = 0.05
 """Share of the rows whose loss is watched where `train.args.eval_strategy` asks for it (the paper's)."""
 
 
 @dataclass(frozen=True)
-class Latent:
-    """One entry of the table of steering vectors."""
+class VectorSource:
+    """Where a row's steering vector comes from: a latent of an SAE, or a file of one's own (index 0)."""
 
-    sae: SaeRef
+    origin: SaeRef | VectorRef
     layer: int
     index: int
+
+    @staticmethod
+    def of(steering: Steering) -> "VectorSource":
+        """The source that a transcript names."""
+        origin = steering.sae or steering.vector
+        assert origin is not None
+        return VectorSource(origin, steering.layer, steering.latent or 0)
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,15 @@ class TrainingRow:
     Args:
         labelled: its tokens and labels.
         source: the transcript's.
-        latent: what steered it; None for an unsteered row.
-        reach: strength, in decoder rows, that counts as one times the threshold.
+        vector: what steered it; None for an unsteered row.
+        threshold_raw: strength, in decoder rows, that counts as one times the threshold.
         reply_start: index of the first token that holds some of the reply; 0 for an unsteered row.
     """
 
     labelled: Labelled
     source: str
-    latent: Latent | None
-    reach: float
+    vector: VectorSource | None
+    threshold_raw: float
     reply_start: int
 
     @property
@@ -78,18 +85,16 @@ def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) ->
 def _row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> TrainingRow:
     labelled = label(tokenizer, transcript, recipe.train.loss, recipe.train.max_length)
     steering = transcript.steering
-    if steering is None or steering.sae is None or steering.latent is None:
-        if steering and recipe.train.live:
-            raise InputError("a vector of one's own cannot be injected", f"row {transcript.id!r}", "Drop train.live.")
+    if steering is None:
         return TrainingRow(labelled, transcript.source, None, 0.0, 0)
-    latent = Latent(steering.sae, steering.layer, steering.latent)
-    start = _reply_start(tokenizer, labelled, transcript)
-    return TrainingRow(labelled, transcript.source, latent, _reach(transcript, steering), start)
-
-
-def _reach(transcript: Transcript, steering: Steering) -> float:
     threshold = transcript.meta.get("threshold")
-    return float(threshold["raw"]) if threshold else steering.strength.raw
+    return TrainingRow(
+        labelled,
+        transcript.source,
+        VectorSource.of(steering),
+        float(threshold["raw"]) if threshold else steering.strength.raw,
+        _reply_start(tokenizer, labelled, transcript),
+    )
 
 
 def _reply_start(tokenizer: PreTrainedTokenizerBase, labelled: Labelled, transcript: Transcript) -> int:
@@ -98,7 +103,7 @@ def _reply_start(tokenizer: PreTrainedTokenizerBase, labelled: Labelled, transcr
 
 
 def _check_steering(rows: Sequence[TrainingRow], data: Path) -> None:
-    layers = {row.latent.layer for row in rows if row.latent}
+    layers = {row.vector.layer for row in rows if row.vector}
     if not layers:
         raise InputError(
             "no row was steered, so there is nothing to inject",
@@ -107,33 +112,33 @@ def _check_steering(rows: Sequence[TrainingRow], data: Path) -> None:
         )
     if len(layers) > 1:
         raise InputError(f"rows are steered at different layers ({sorted(layers)})", str(data))
-    zero = next((row.labelled.id for row in rows if row.latent and row.reach <= 0), None)
+    zero = next((row.labelled.id for row in rows if row.vector and row.threshold_raw <= 0), None)
     if zero is not None:
         raise InputError(f"row {zero!r} has a steering strength that is not positive", str(data))
 
 
-def table(rows: Sequence[TrainingRow]) -> list[Latent]:
-    """The latents that occur, each once, in a stable order."""
-    found = {row.latent for row in rows if row.latent}
-    return sorted(found, key=lambda latent: (latent.sae.release, latent.sae.id, latent.index))
+def table(rows: Sequence[TrainingRow]) -> list[VectorSource]:
+    """The vectors that occur, each once, in a stable order."""
+    sources = {row.vector for row in rows if row.vector}
+    return sorted(sources, key=lambda source: (type(source.origin).__name__, astuple(source.origin), source.index))
 
 
-def to_dataset(sequences: Sequence[Sequence[TrainingRow]], latents: Sequence[Latent]) -> Dataset:
+def to_dataset(sequences: Sequence[Sequence[TrainingRow]], sources: Sequence[VectorSource]) -> Dataset:
     """Sequences of one or more rows as columns: tokens and labels one after the other, the rest a list of the rows'.
 
-    `length` is the sequence's, `lengths` are the rows'; `vector` is the place in `latents` (-1: unsteered), `reach`
-    the strength in decoder rows at one times the threshold, `reply_start` the first reply token of the row, `key` a
-    number that stands for the id in random draws.
+    `length` is the sequence's, `lengths` are the rows'; `vector` is the index in `sources` (-1: unsteered),
+    `threshold_raw` the strength in decoder rows at one times the threshold, `reply_start` the first reply token of the
+    row, `key` a number that stands for the id in random draws.
     """
-    place = {latent: index for index, latent in enumerate(latents)}
+    indices = {source: index for index, source in enumerate(sources)}
     return Dataset.from_dict(
         {
             "input_ids": [[token for row in rows for token in row.labelled.input_ids] for rows in sequences],
             "labels": [[token for row in rows for token in row.labelled.labels] for rows in sequences],
             "length": [sum(len(row.labelled.input_ids) for row in rows) for rows in sequences],
             "lengths": [[len(row.labelled.input_ids) for row in rows] for rows in sequences],
-            "vector": [[place[row.latent] if row.latent else -1 for row in rows] for rows in sequences],
-            "reach": [[row.reach for row in rows] for rows in sequences],
+            "vector": [[indices[row.vector] if row.vector else -1 for row in rows] for rows in sequences],
+            "threshold_raw": [[row.threshold_raw for row in rows] for rows in sequences],
             "reply_start": [[row.reply_start for row in rows] for rows in sequences],
             "key": [[row_key(row.labelled.id) for row in rows] for rows in sequences],
         }
@@ -165,9 +170,9 @@ def hold_out(rows: Sequence[TrainingRow], share: float = HELD_OUT) -> tuple[list
     if len(rows) < 2:
         raise InputError("one row cannot be both trained on and held out", "train.args.eval_strategy")
     order = sorted(rows, key=lambda row: row_key(row.labelled.id))
-    chosen = {row.labelled.id for row in order[: max(1, round(share * len(rows)))]}
-    kept = [row for row in rows if row.labelled.id not in chosen]
-    return kept, [row for row in rows if row.labelled.id in chosen]
+    held_out = {row.labelled.id for row in order[: max(1, round(share * len(rows)))]}
+    kept = [row for row in rows if row.labelled.id not in held_out]
+    return kept, [row for row in rows if row.labelled.id in held_out]
 
 
 def statistics(rows: Sequence[TrainingRow]) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def statistics(rows: Sequence[TrainingRow]) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "rows per source": dict(sorted(Counter(row.source for row in rows).items())),
-        "steered rows": sum(row.latent is not None for row in rows),
+        "steered rows": sum(row.vector is not None for row in rows),
         "tokens": tokens,
         "trained tokens": round(sum(row.trained for row in rows) / tokens, 4),
         "longest row": {"id": longest.labelled.id, "tokens": len(longest.labelled.input_ids)},

@@ -8,42 +8,60 @@ import numpy as np
 import torch
 
 from esr_train.errors import InputError
-from esr_train.models import check_layer, hidden_size
+from esr_train.models import check_layer, hidden_size, local_path
+from esr_train.provenance import sha256
 from esr_train.recipe import LiveSection
 from esr_train.steering.direction_files import load_sae
-from esr_train.steering.directions import Add
+from esr_train.steering.direction_files import load_vectors as read_vectors
+from esr_train.steering.directions import Add, LoadedSae, Positions
 from esr_train.steering.hook import SteeringHook
-from esr_train.training.dataset import Latent
-from esr_train.transcript import SaeRef
+from esr_train.training.dataset import VectorSource
+from esr_train.transcript import SaeRef, VectorRef
 
-COLUMNS = ("vector", "reach", "key", "document", "reply")
+COLUMNS = ("vector", "threshold_raw", "key", "row", "reply")
 """The steering columns of a batch; the model never sees them."""
 
 
-def load_vectors(latents: Sequence[Latent]) -> torch.Tensor:
-    """The latents' decoder rows, [latents, d_model] float32 on the CPU.
+def load_vectors(sources: Sequence[VectorSource]) -> torch.Tensor:
+    """What one unit of strength adds: decoder rows or vectors of one's own, [sources, d_model] float32 on the CPU.
 
     Call it before the model is loaded: under ZeRO-3 that changes how modules are made, which sae-lens does not
     survive.
 
     Raises:
-        InputError: an SAE that cannot be loaded, a latent it does not have, or a row steered at another layer than the
-            SAE's.
+        InputError: what cannot be loaded, a latent that its SAE does not have, a row steered at another layer than the
+            SAE's, a file of vectors that has changed, or vectors of different widths.
     """
-    loaded: dict[SaeRef, Any] = {}
+    saes: dict[SaeRef, LoadedSae] = {}
     rows = []
-    for latent in latents:
-        if latent.sae not in loaded:
-            loaded[latent.sae] = load_sae(latent.sae)
-        if latent.layer != loaded[latent.sae].layer:
+    for source in sources:
+        if isinstance(source.origin, VectorRef):
+            rows.append(_own_vector(source.origin, source.layer))
+            continue
+        sae = saes.setdefault(source.origin, saes.get(source.origin) or load_sae(source.origin))
+        if source.layer != sae.layer:
             raise InputError(
-                f"rows were steered at layer {latent.layer} with latents of an SAE of layer {loaded[latent.sae].layer} "
-                f"({latent.sae.release} / {latent.sae.id})",
+                f"rows were steered at layer {source.layer} with latents of an SAE of layer {sae.layer} "
+                f"({source.origin.release} / {source.origin.id})",
                 "steering.layer of the training rows",
                 "Name the layer of the SAE, or the SAE of the layer.",
             )
-        rows.append(loaded[latent.sae].row(latent.index).cpu())
+        rows.append(sae.row(source.index).cpu())
+    if len(widths := sorted({len(row) for row in rows})) > 1:
+        raise InputError(f"vectors of different widths steer the rows ({widths})", "steering of the training rows")
     return torch.stack(rows)
+
+
+def _own_vector(reference: VectorRef, layer: int) -> torch.Tensor:
+    file = local_path(reference.file)
+    if file is None:
+        raise InputError("the file of a row's steering vector does not exist", reference.file, "Put it back.")
+    if sha256(file) != reference.sha256:
+        raise InputError("this is not the vector that the rows were steered with", str(file), "Put the old file back.")
+    vectors = read_vectors(file, layer)
+    if len(vectors) > 1:
+        raise InputError(f"a row is steered by one vector, and here are {len(vectors)}", str(file), "Save one a file.")
+    return vectors[0].unit * vectors[0].length
 
 
 def draw(seed: int, key: int, epoch: int) -> tuple[float, float]:
@@ -64,10 +82,14 @@ class LiveInjection:
         vectors: decoder rows, [latents, d_model].
         layer: the decoder layer whose output is steered.
         seed: of the strengths.
+        positions: which tokens of a row are steered; `generated` means those of its reply.
     """
 
-    def __init__(self, settings: LiveSection, vectors: torch.Tensor, layer: int, seed: int) -> None:
-        self.settings, self.vectors, self.layer, self.seed = settings, vectors, layer, seed
+    def __init__(
+        self, settings: LiveSection, vectors: torch.Tensor, layer: int, seed: int, positions: Positions = "all"
+    ) -> None:
+        self.settings, self.vectors, self.layer = settings, vectors, layer
+        self.seed, self.positions = seed, positions
 
     def check_fits(self, model: Any) -> None:
         """Refuse vectors of another width, or a layer that the model does not have.
@@ -76,28 +98,32 @@ class LiveInjection:
             InputError: naming both sizes.
         """
         check_layer(model, self.layer, "steering.layer of the training rows")
-        found, width = self.vectors.shape[1], hidden_size(model)
-        if found != width:
+        width, wanted = self.vectors.shape[1], hidden_size(model)
+        if width != wanted:
             raise InputError(
-                f"the rows' SAE is {found} wide, the model's residual stream {width}",
+                f"the rows' SAE is {width} wide, the model's residual stream {wanted}",
                 "train.live",
                 "Train on rows that were made with this model.",
             )
 
-    def strength(self, key: int, reach: float, epoch: int) -> float:
-        """A row's strength in this epoch, in decoder rows; 0 where the row is not in the injected share."""
-        chosen, place = draw(self.seed, key, epoch)
-        low, high = self.settings.strength
-        return reach * (low + place * (high - low)) if chosen < self.settings.share else 0.0
+    def is_injected(self, key: int, epoch: int) -> bool:
+        """Whether a row is in the injected share of this epoch."""
+        return draw(self.seed, key, epoch)[0] < self.settings.share
 
-    def programs(self, columns: dict[str, torch.Tensor], epoch: int) -> list[tuple[Add, ...]]:
-        """One program for each row of a batch, packed or not; empty for an unsteered row."""
-        programs: list[tuple[Add, ...]] = []
-        rows = zip(*(columns[name].tolist() for name in ("vector", "reach", "key")), strict=True)
-        for vector, reach, key in rows:
-            strength = self.strength(key, reach, epoch) if vector >= 0 else 0.0
-            programs.append((Add(self.layer, self.vectors[vector] * strength),) if strength else ())
-        return programs
+    def strength(self, key: int, threshold_raw: float, epoch: int) -> float:
+        """A row's strength in this epoch, in decoder rows; 0 where it is not injected."""
+        low, high = self.settings.strength
+        factor = low + draw(self.seed, key, epoch)[1] * (high - low)
+        return threshold_raw * factor if self.is_injected(key, epoch) else 0.0
+
+    def interventions(self, columns: dict[str, torch.Tensor], epoch: int) -> list[tuple[Add, ...]]:
+        """What is added in each row of a batch, packed or not; nothing in an unsteered row."""
+        added: list[tuple[Add, ...]] = []
+        rows = zip(*(columns[name].tolist() for name in ("vector", "threshold_raw", "key")), strict=True)
+        for vector, threshold_raw, key in rows:
+            strength = self.strength(key, threshold_raw, epoch) if vector >= 0 else 0.0
+            added.append((Add(self.layer, self.vectors[vector] * strength, self.positions),) if strength else ())
+        return added
 
     @contextmanager
     def steering(self, model: Any, inputs: dict[str, Any], epoch: int) -> Iterator[None]:
@@ -106,24 +132,22 @@ class LiveInjection:
         The block must enclose the backward pass: gradient checkpointing runs the steered layer again in it.
         """
         columns = {name: inputs.pop(name) for name in COLUMNS}
-        programs = self.programs(columns, epoch)
-        if not any(programs):
+        added = self.interventions(columns, epoch)
+        if not any(added):
             yield
             return
-        owner, reply = self.placement(columns)
-        with SteeringHook(model, programs) as hook:
-            hook.set_rows(owner, reply)
+        with SteeringHook(model, added) as hook:
+            hook.set_rows(columns["row"], columns["reply"])
             yield
 
-    def placement(self, columns: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Owner (-1: nobody) and reply mask of every token, both [sequences, positions]."""
-        document, reply = columns["document"], columns["reply"]
-        if self.settings.positions == "assistant":
-            return torch.where(reply, document, -1), reply
-        return document, reply
+    def delta(self, added: Sequence[Sequence[Add]], columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What every token is to get, [sequences, positions, d_model] float32 on the CPU.
 
-    def delta(self, programs: Sequence[Sequence[Add]], owner: torch.Tensor) -> torch.Tensor:
-        """What every token gets under these programs, [rows, positions, d_model] float32 on the CPU."""
+        Args:
+            added: from `interventions`.
+            columns: the batch's.
+        """
         nothing = torch.zeros(self.vectors.shape[1])
-        rows = [program[0].vector if program else nothing for program in programs]
-        return torch.stack([*rows, nothing])[owner.cpu()]
+        rows = torch.stack([*(each[0].vector if each else nothing for each in added), nothing])
+        row = columns["row"].cpu()
+        return rows[row if self.positions == "all" else torch.where(columns["reply"].cpu(), row, -1)]

@@ -1,5 +1,7 @@
-"""The trained adapter: saved whole or not at all, compared with the model in memory, described, uploaded."""
+"""Checkpoints, and the trained adapter: saved whole or not at all, described, uploaded."""
 
+import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -8,13 +10,56 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 
-from esr_train.adapters import CONFIG, check_saved
+from esr_train.adapters import CONFIG, check_keys, check_saved, read_weights
 from esr_train.errors import InputError, RunError, first_line
 from esr_train.files import replacing, write_json
 from esr_train.recipe import Recipe
 
 PRIVATE_FILES = ("checkpoints/*", ".saving/*", "tensorboard/*")
 """What lies in an adapter's folder and is not part of the adapter."""
+
+
+def last_checkpoint(folder: Path, world_size: int) -> Path | None:
+    """The newest checkpoint that was written to its end; None if there is none.
+
+    The trainer writes `trainer_state.json` last and every process its random state; a killed run may leave a
+    folder without them.
+    """
+    whole = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _is_whole(path, world_size)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path, world_size: int) -> bool:
+    try:
+        _state(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return len(list(checkpoint.glob("rng_state*.pth"))) == world_size
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def check_checkpoint(checkpoint: Path, model: Any) -> None:
+    """Refuse to go on from a checkpoint that is not finite, or not this model's.
+
+    Args:
+        checkpoint: from `last_checkpoint`.
+        model: with the adapter that is to be trained on.
+
+    Raises:
+        InputError: naming the weight, or the step whose loss was not finite.
+    """
+    fix = f"Remove {checkpoint.parent} to begin anew, with a lower learning rate."
+    try:
+        check_keys(read_weights(checkpoint), model, str(checkpoint))
+    except InputError as error:
+        raise InputError(error.what, error.where, fix) from error
+    for entry in _state(checkpoint).get("log_history", []):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(entry.get(name, 0.0)):
+                raise InputError(f"at step {entry.get('step')} the {name} was {entry[name]}", str(checkpoint), fix)
 
 
 def save_adapter(trainer: Any, folder: Path, record: dict[str, Any]) -> None:

@@ -1,28 +1,39 @@
-"""A recipe's `train` section as SFTConfig and LoraConfig: our defaults, and what may not be set."""
+"""A recipe's `train` section as SFTConfig and LoraConfig: our defaults, and which fields do what they say here."""
 
-import dataclasses
 import difflib
 import inspect
+import math
+import os
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 from trl import SFTConfig
 
-from esr_train.errors import InputError
+from esr_train.errors import InputError, first_line
+from esr_train.models import decoder_layers, load_config
 from esr_train.recipe import Recipe
-from esr_train.training.loggers import check_installed
 
 LORA_DEFAULTS: dict[str, Any] = {
     "r": 32,
     "lora_alpha": 16,
     "lora_dropout": 0.05,
     "target_modules": "all-linear",
-    "bias": "none",
-    "task_type": "CAUSAL_LM",
 }
 """The paper's adapter."""
+
+LORA_FIELDS = frozenset(
+    re.findall(
+        r"\w+",
+        """r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern
+        alpha_pattern use_rslora use_dora init_lora_weights""",
+    )
+)
+"""What may be set of LoraConfig; every one is tested to do what it says."""
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,
@@ -33,14 +44,37 @@ DEFAULTS: dict[str, Any] = {
     "train_sampling_strategy": "group_by_length",
     "logging_steps": 10,
     "save_strategy": "epoch",
+    "save_total_limit": 1,
     "report_to": "none",
 }
 """The paper's optimisation, with rows of like length batched together."""
 
-DECIDED_ELSEWHERE = {
+FIELDS = frozenset(
+    re.findall(
+        r"\w+",
+        """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
+        adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps per_device_train_batch_size
+        gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs neftune_noise_alpha loss_type
+        tf32 full_determinism torch_empty_cache_steps
+
+        packing packing_strategy train_sampling_strategy dataloader_num_workers dataloader_pin_memory
+        dataloader_persistent_workers dataloader_prefetch_factor dataloader_drop_last
+
+        eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end
+        metric_for_best_model save_strategy save_steps save_total_limit logging_strategy logging_steps
+        logging_first_step report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+        push_to_hub hub_model_id hub_private_repo
+
+        ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers""",
+    )
+)
+"""What may be set of SFTConfig; the others are refused, with a reason where there is one."""
+
+REASONS = {
     "output_dir": "The run directory decides where files go.",
     "bf16": "Set model.dtype.",
     "fp16": "Half precision overflows in these models; set model.dtype to bfloat16 or float32.",
+    "bf16_full_eval": "Held-out rows are evaluated in model.dtype.",
     "use_cpu": "Set model.device to cpu.",
     "max_length": "Set train.max_length.",
     "seed": "Set the recipe's seed.",
@@ -48,21 +82,40 @@ DECIDED_ELSEWHERE = {
     "deepspeed": "Launch with `accelerate launch --config_file recipes/accelerate/zero2.yaml`.",
     "fsdp": "Launch with DeepSpeed: `accelerate launch --config_file recipes/accelerate/zero3.yaml`.",
     "resume_from_checkpoint": "Training continues from the last checkpoint by itself.",
-    "remove_unused_columns": "The trainer chooses the columns.",
+    "save_only_model": "Training could not go on from such a checkpoint.",
+    "ignore_data_skip": "A training that goes on would see other rows.",
+    "chat_template_path": "The tokenizer's own template is trained; put another into the model's folder.",
+    "dataset_text_field": "Rows come from transcripts; see train.data.",
     "dataset_kwargs": "The trainer prepares the rows.",
+    "remove_unused_columns": "The trainer chooses the columns.",
     "completion_only_loss": "Set train.loss.",
     "assistant_only_loss": "Set train.loss.",
+    "label_smoothing_factor": "The loss is that of train.loss.",
+    "pad_to_multiple_of": "Rows are padded to the longest of their batch. Set train.args.packing to pad less.",
     "padding_free": "Set train.args.packing, which pads next to nothing.",
     "eval_packing": "Held-out rows are not packed.",
+    "truncation_mode": "Rows are never truncated; raise train.max_length.",
     "eos_token": "The chat template's end-of-turn token is trained.",
     "pad_token": "The tokenizer's padding token is used.",
+    "use_liger_kernel": "Its layers are not those that are steered and measured.",
+    "torch_compile": "Compiled layers may run without the hook that steers them.",
+    "model_init_kwargs": "Set the recipe's model section.",
+    "greater_is_better": "The best checkpoint is that of the lowest held-out loss.",
     "auto_find_batch_size": "A changed batch size is another experiment; set per_device_train_batch_size.",
     "hub_token": "A recipe is published with its adapter. Use `hf auth login` or the variable HF_TOKEN.",
     "hub_strategy": "The finished adapter alone is uploaded.",
     "hub_always_push": "The finished adapter alone is uploaded.",
     "hub_revision": "The finished adapter goes to the main branch.",
-    "truncation_mode": "Rows are never truncated; raise train.max_length.",
+    "trainable_token_indices": "Tokens of their own are neither merged nor served; LoRA layers alone are trained.",
+    "modules_to_save": "Layers trained whole are not served; LoRA layers alone are trained.",
+    "bias": "These models have no biases.",
+    "task_type": "It is CAUSAL_LM.",
 }
+
+LOGGERS = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""What each logger needs one of."""
+
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps")
 
 
 def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
@@ -73,28 +126,24 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
         directory: where checkpoints go.
 
     Raises:
-        InputError: an unknown key (near matches are named), one that is decided elsewhere, a value that
-            SFTConfig refuses, or packing that cuts rows.
+        InputError: a key that does not exist (near matches are named) or does not do here what it says, a value that
+            the trainer, its optimiser or its schedule refuses, packing that cuts rows, or a logger that is not there.
     """
     given = dict(recipe.train.args)
-    fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
-    _refuse_unknown(given, fields, "train.args", "SFTConfig")
-    for key in given:
-        if key in DECIDED_ELSEWHERE:
-            raise InputError("this is not set here", f"train.args.{key}", DECIDED_ELSEWHERE[key])
+    _refuse_fields(given, FIELDS, SFTConfig, "train.args")
     if given.pop("packing", False) and (strategy := given.pop("packing_strategy", "bfd")) != "bfd":
         raise InputError(
             f"the packing strategy {strategy!r} cuts rows, and with them detours from their corrections",
             "train.args.packing_strategy",
             "Leave it out: bfd packs whole rows.",
         )
-    # The trainer would upload checkpoints and a card of its own; see `training.hub`.
+    _check_values(given)
+    # The trainer would upload checkpoints and a card of its own; see `training.saving`.
     given.pop("push_to_hub", None)
     on_cpu = trains_on_cpu(recipe)
     values = {
         **DEFAULTS,
         "gradient_checkpointing": not on_cpu,
-        "save_total_limit": 1,
         **given,
         "output_dir": str(directory),
         "seed": recipe.seed,
@@ -109,26 +158,123 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
     }
     try:
         args = SFTConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train.args") from error
-    check_installed(args)
+        _try_optimiser(args)
+    # Each library refuses a value in its own way.
+    except Exception as error:
+        raise InputError(f"the trainer refuses these settings ({first_line(error)})", "train.args") from error
+    for name, packages in LOGGERS.items():
+        if name in (args.report_to or []) and not any(find_spec(package) for package in packages):
+            fix = f"`pip install {name}`, or take another."
+            raise InputError(f"{name} is not installed", "train.args.report_to", fix)
     return args
+
+
+def _check_values(given: dict[str, Any]) -> None:
+    for key in _COUNTS:
+        if key in given and not (isinstance(given[key], int) and given[key] >= 1):
+            raise InputError("this must be a whole number from 1 on", f"train.args.{key}")
+    if given.get("metric_for_best_model", "eval_loss") not in ("loss", "eval_loss"):
+        fix = "Leave it out: the held-out loss is what is measured."
+        raise InputError("there is no such metric", "train.args.metric_for_best_model", fix)
+    if given.get("loss_type", "nll") not in ("nll", "dft"):
+        raise InputError("there is no such loss", "train.args.loss_type", "It is nll or dft.")
+
+
+def _try_optimiser(args: SFTConfig) -> None:
+    """Make an optimiser and a schedule as the trainer will, so that what they refuse is refused now."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    schedule: Any = args.lr_scheduler_kwargs or {}
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=kind([weight], **{**options, "lr": args.learning_rate}),
+        num_warmup_steps=args.get_warmup_steps(100),
+        num_training_steps=100,
+        scheduler_specific_kwargs=schedule,
+    )
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
     """The adapter's settings: the paper's, the recipe's `train.lora` above them.
 
     Raises:
-        InputError: an unknown key or a value that LoraConfig refuses.
+        InputError: a key that does not exist or does not do here what it says, or a value that LoRA refuses.
     """
     given = dict(recipe.train.lora)
-    _refuse_unknown(given, set(inspect.signature(LoraConfig).parameters), "train.lora", "LoraConfig")
-    if given.get("r", 1) < 1:
-        raise InputError("the rank must be at least 1", "train.lora.r")
+    _refuse_fields(given, LORA_FIELDS, LoraConfig, "train.lora")
+    values = {**LORA_DEFAULTS, **given}
+    start = values.get("init_lora_weights", True)
+    if start not in (True, "gaussian"):
+        what = f"{start!r} changes the base model's weights, needs data, or steers before anything is trained"
+        raise InputError(what, "train.lora.init_lora_weights", "Take true or gaussian.")
+    for key, lowest, below in (("r", 1, math.inf), ("lora_alpha", 1e-6, math.inf), ("lora_dropout", 0, 1)):
+        value = values[key]
+        whole = isinstance(value, int) or key != "r"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (whole and lowest <= value < below):
+            raise InputError(f"{value!r} is out of range", f"train.lora.{key}", f"It begins at {lowest:g}.")
     try:
-        return LoraConfig(**{**LORA_DEFAULTS, **given})
+        return LoraConfig(**values, task_type="CAUSAL_LM")
     except (TypeError, ValueError) as error:
-        raise InputError(f"LoRA refuses these settings ({str(error).splitlines()[0]})", "train.lora") from error
+        raise InputError(f"LoRA refuses these settings ({first_line(error)})", "train.lora") from error
+
+
+def check_lora(recipe: Recipe, lora: LoraConfig) -> None:
+    """Refuse LoRA settings that name what the model does not have; of these PEFT ignores all but some.
+
+    Raises:
+        InputError: naming the module, pattern or layer.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(recipe.model))
+    names, layers = [name for name, _ in model.named_modules()], len(decoder_layers(model))
+    for key in ("target_modules", "exclude_modules"):
+        listed = getattr(lora, key)
+        for part in listed if isinstance(listed, set | list) else []:
+            if not any(name == part or name.endswith(f".{part}") for name in names):
+                raise InputError(f"the model has no module {part!r}", f"train.lora.{key}", "Such as q_proj.")
+    numbers = lora.layers_to_transform if lora.layers_to_transform is not None else []
+    for number in [numbers] if isinstance(numbers, int) else numbers:
+        if not 0 <= number < layers:
+            raise InputError(f"the model has no layer {number}", "train.lora.layers_to_transform", f"It has {layers}.")
+    try:
+        tuned = get_peft_model(model, lora)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"LoRA refuses these settings ({first_line(error)})", "train.lora") from error
+    changed = [name.partition(".lora_A")[0] for name, _ in tuned.named_parameters() if ".lora_A" in name]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in changed):
+                raise InputError(f"no LoRA layer is called {pattern!r}", f"train.lora.{key}")
+
+
+def check_launch(recipe: Recipe, args: SFTConfig) -> None:
+    """Refuse what does not go together: quantisation, where training runs, and how it was launched.
+
+    Raises:
+        InputError: naming the key.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None and wants_deepspeed():
+        raise InputError(
+            "accelerate was told to use DeepSpeed, yet it is not active", None, "Unset ACCELERATE_USE_CPU."
+        )
+    if recipe.train.quantization and args.use_cpu and (args.eval_strategy != "no" or recipe.train.probe):
+        raise InputError(
+            "on the CPU, bitsandbytes repacks 4-bit weights when they are evaluated, and training would go on wrong",
+            "train.quantization",
+            "Leave out train.args.eval_strategy and train.probe, or use an accelerator.",
+        )
+    if recipe.train.quantization and plugin is not None and plugin.zero_stage == 3:
+        raise InputError(
+            "NF4 weights cannot be sharded by ZeRO-3",
+            "train.quantization",
+            "Launch with recipes/accelerate/zero2.yaml or ddp.yaml.",
+        )
+
+
+def wants_deepspeed() -> bool:
+    """Whether `accelerate launch` was told to use DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def packs(recipe: Recipe) -> bool:
@@ -141,9 +287,13 @@ def trains_on_cpu(recipe: Recipe) -> bool:
     return recipe.model.device == "cpu" or not torch.cuda.is_available()
 
 
-def _refuse_unknown(given: dict[str, Any], known: set[str], where: str, kind: str) -> None:
+def _refuse_fields(given: dict[str, Any], allowed: frozenset[str], kind: type, where: str) -> None:
+    known = sorted(inspect.signature(kind).parameters)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=3)
-            fix = f"Did you mean {' or '.join(near)}?" if near else f"See the fields of {kind}."
-            raise InputError(f"{kind} has no field of this name", f"{where}.{key}", fix)
+            near = difflib.get_close_matches(key, known, n=3)
+            fix = f"Did you mean {' or '.join(near)}?" if near else f"See the fields of {kind.__name__}."
+            raise InputError(f"{kind.__name__} has no field of this name", f"{where}.{key}", fix)
+        if key not in allowed:
+            what = "this is not set here" if key in REASONS else "this field is not known to do here what it says"
+            raise InputError(what, f"{where}.{key}", REASONS.get(key, "Leave it out."))

@@ -1,7 +1,7 @@
 """Training one arm: TRL's SFTTrainer on labelled rows, with live injection, resumed where it stopped."""
 
 import functools
-import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,21 +16,51 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Printer
 from trl import SFTConfig, SFTTrainer
 
 from esr_train.adapters import is_complete
-from esr_train.errors import InputError, RunError
+from esr_train.errors import InputError, RunError, first_line
 from esr_train.files import read_json, write_json
 from esr_train.masking import IGNORED
 from esr_train.models import load_model, load_tokenizer
 from esr_train.provenance import RESULT, provenance, refuse_changes
 from esr_train.recipe import Recipe
 from esr_train.training.batches import Collator, LengthGrouped
-from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress, flops_per_token
-from esr_train.training.checkpoints import last_checkpoint, remove_checkpoints
-from esr_train.training.checks import Watch, check_flow, check_packing, verified
-from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows, singly, table, to_dataset
+from esr_train.training.callbacks import (
+    BehaviourProbe,
+    Meter,
+    Probe,
+    Progress,
+    end_runs,
+    flops_per_token,
+    keep_events,
+)
+from esr_train.training.checks import InjectionRecorder, check_flow, check_packing, verified
+from esr_train.training.dataset import (
+    TrainingRow,
+    hold_out,
+    packed,
+    read_rows,
+    row_key,
+    singly,
+    table,
+    to_dataset,
+)
 from esr_train.training.injection import COLUMNS, LiveInjection, load_vectors
-from esr_train.training.loggers import end_runs, keep_events
-from esr_train.training.saving import create_repository, repository, save_adapter, upload
-from esr_train.training.settings import lora_config, packs, sft_config, trains_on_cpu
+from esr_train.training.saving import (
+    check_checkpoint,
+    create_repository,
+    last_checkpoint,
+    repository,
+    save_adapter,
+    upload,
+)
+from esr_train.training.settings import (
+    check_launch,
+    check_lora,
+    lora_config,
+    packs,
+    sft_config,
+    trains_on_cpu,
+    wants_deepspeed,
+)
 
 ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
 """Given the model in training and its tokenizer, makes the behavioural probe."""
@@ -46,16 +76,19 @@ PATIENCE = 3
 
 
 class EsrTrainer(SFTTrainer):
-    """SFTTrainer on collated rows with steering columns.
+    """SFTTrainer on collated rows with steering columns, which stops at the first loss or gradient that is not finite.
 
     Args:
         live: steers the rows in their forward and backward pass; None for plain training.
         meter: counts tokens for the log.
+        names: the rows' ids by their keys.
     """
 
-    def __init__(self, *, live: LiveInjection | None, meter: Meter, **arguments: Any) -> None:
+    def __init__(self, *, live: LiveInjection | None, meter: Meter, names: dict[int, str], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._live, self._meter = live, meter
+        self._live, self._meter, self._names = live, meter, names
+        self._batch: list[str] = []
+        self._step_rows: list[str] = []
         # Elsewhere the injection is checked before training; DeepSpeed's backward pass must be its own.
         self._unchecked = live is not None and self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self._parameters = count_parameters(self.model)
@@ -64,11 +97,13 @@ class EsrTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch, both under the rows' steering."""
-        self._meter.count(int((inputs["document"] >= 0).sum()), int((inputs["labels"] != IGNORED).sum()))
+        self._meter.count(int((inputs["row"] >= 0).sum()), int((inputs["labels"] != IGNORED).sum()))
         epoch = int(self.state.epoch or 0)
-        watching = self._watching(model, inputs, epoch)
-        with self._steering(model, inputs, epoch), watching:
-            return super().training_step(model, inputs, num_items_in_batch)
+        verifying = self._verifying(model, inputs, epoch)
+        with self._steering(model, inputs, epoch), verifying:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_rows += self._batch
+        return loss
 
     def prediction_step(
         self,
@@ -81,6 +116,32 @@ class EsrTrainer(SFTTrainer):
         with self._steering(model, inputs, 0):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """The loss of a micro-batch.
+
+        Raises:
+            RunError: naming the rows, if it is not finite; nothing has been learned of them then.
+        """
+        result = super().compute_loss(*arguments, **options)
+        self._require_finite("loss", result[0] if isinstance(result, tuple) else result, self._batch)
+        return result
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # The trainer asks for it right before each step of the optimiser.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            self._require_finite("gradient", torch.as_tensor(norm), self._step_rows)
+        self._step_rows = []
+        return norm
+
+    def _require_finite(self, what: str, value: torch.Tensor, rows: Sequence[str]) -> None:
+        if not bool(value.detach().isfinite().all()):
+            raise RunError(
+                f"step {self.state.global_step + 1}: the {what} is {value.item()}, in one of the rows "
+                f"{', '.join(map(repr, rows))}. Training stops before it learns that. Look at these rows and the "
+                "strength at which they are steered; if they are sound, lower the learning rate."
+            )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speed, memory and the share of trained tokens to a training log."""
         if "loss" in logs:
@@ -91,19 +152,19 @@ class EsrTrainer(SFTTrainer):
         """Operations spent on a batch, by the formula of `flops_per_token`."""
         return int(flops_per_token(self._parameters) * inputs["input_ids"].numel())
 
-    def _watching(self, model: Any, inputs: dict[str, Any], epoch: int) -> AbstractContextManager[object]:
+    def _verifying(self, model: Any, inputs: dict[str, Any], epoch: int) -> AbstractContextManager[object]:
         """Under DeepSpeed, check the injection in the first micro-batch that has a steered row."""
         if self._live is None or not self._unchecked:
             return nullcontext()
         columns = {name: inputs[name] for name in COLUMNS}
-        programs = self._live.programs(columns, epoch)
-        if not any(programs):
+        added = self._live.interventions(columns, epoch)
+        if not any(added):
             return nullcontext()
         self._unchecked = False
-        owner, _ = self._live.placement(columns)
-        return verified(Watch(model, self._live.layer), self._live.delta(programs, owner))
+        return verified(InjectionRecorder(model, self._live.layer), self._live.delta(added, columns))
 
     def _steering(self, model: Any, inputs: dict[str, Any], epoch: int) -> AbstractContextManager[None]:
+        self._batch = [self._names[key] for key in inputs["key"].tolist()]
         if self._live is not None:
             return self._live.steering(model, inputs, epoch)
         for name in COLUMNS:
@@ -163,7 +224,7 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
     data, hub = data_file(recipe, arm, directory), repository(section)
     # Before the model is loaded: under ZeRO-3 this is what shards it while it loads.
     args = sft_config(section, folder / "checkpoints")
-    _refuse_combinations(section, args)
+    check_launch(section, args)
     tokenizer = load_tokenizer(section.model)
     rows = read_rows(section, data, tokenizer)
     plugin = args.deepspeed_plugin
@@ -176,7 +237,10 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
         live = live_injection(section, rows)
         model = load_model(section.model, quantization=section.train.quantization, for_training=True)
         trainer = build_trainer(section, args, model, tokenizer, rows, live, probe)
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints", args.world_size))
+        checkpoint = last_checkpoint(folder / "checkpoints", args.world_size)
+        if checkpoint:
+            check_checkpoint(checkpoint, trainer.model)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         save_adapter(trainer, folder, record)
         _close(trainer, folder, keep="save_total_limit" in section.train.args)
     if hub and is_main_process:
@@ -188,8 +252,9 @@ def live_injection(recipe: Recipe, rows: Sequence[TrainingRow]) -> LiveInjection
     """The injection that the recipe's `train.live` asks for; call it before the model is loaded."""
     if recipe.train.live is None:
         return None
-    latents = table(rows)
-    return LiveInjection(recipe.train.live, load_vectors(latents), latents[0].layer, recipe.seed)
+    sources = table(rows)
+    vectors, positions = load_vectors(sources), recipe.engine.positions
+    return LiveInjection(recipe.train.live, vectors, sources[0].layer, recipe.seed, positions)
 
 
 def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
@@ -201,26 +266,6 @@ def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
         refuse_changes(read_json(begun), record, folder)
     elif args.process_index == 0:
         write_json(begun, record)
-
-
-def _refuse_combinations(recipe: Recipe, args: SFTConfig) -> None:
-    plugin = args.deepspeed_plugin
-    if plugin is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise InputError(
-            "accelerate was told to use DeepSpeed, yet it is not active", None, "Unset ACCELERATE_USE_CPU."
-        )
-    if recipe.train.quantization and args.use_cpu and (args.eval_strategy != "no" or recipe.train.probe):
-        raise InputError(
-            "on the CPU, bitsandbytes repacks 4-bit weights when they are evaluated, and training would go on wrong",
-            "train.quantization",
-            "Leave out train.args.eval_strategy and train.probe, or use an accelerator.",
-        )
-    if recipe.train.quantization and plugin is not None and plugin.zero_stage == 3:
-        raise InputError(
-            "NF4 weights cannot be sharded by ZeRO-3",
-            "train.quantization",
-            "Launch with recipes/accelerate/zero2.yaml or ddp.yaml.",
-        )
 
 
 def build_trainer(
@@ -243,76 +288,67 @@ def build_trainer(
         live: from `live_injection`.
         probe: makes the behavioural probe.
     """
-    training, watched = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
-    latents, together = table(rows), packs(recipe)
-    sequences = packed(training, recipe.train.max_length) if together else singly(training)
+    training, held_out = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
+    sources, is_packed = table(rows), packs(recipe)
+    sequences = packed(training, recipe.train.max_length) if is_packed else singly(training)
     if live:
         live.check_fits(model)
     lora = lora_config(recipe)
+    check_lora(recipe, lora)
+    is_flat = is_packed and recipe.model.attn_implementation == "flash_attention_2"
     try:
         trainer = EsrTrainer(
             live=live,
             meter=Meter(count_parameters(model), args.world_size, trains_on_cpu(recipe)),
+            names={row_key(row.labelled.id): row.labelled.id for row in rows},
             model=model,
             args=args,
-            data_collator=Collator(tokenizer.pad_token_id, together, flat=together and _is_flash(recipe)),
-            train_dataset=to_dataset(sequences, latents),
-            eval_dataset=to_dataset(singly(watched), latents) if watched else None,
+            data_collator=Collator(tokenizer.pad_token_id, is_packed, is_flat),
+            train_dataset=to_dataset(sequences, sources),
+            eval_dataset=to_dataset(singly(held_out), sources) if held_out else None,
             processing_class=tokenizer,
             peft_config=lora,
             callbacks=[Progress()],
         )
     except ValueError as error:
-        raise InputError(f"the trainer refuses these settings ({str(error).splitlines()[0]})", "train") from error
-    trainer.remove_callback(PrinterCallback)
-    keep_events(trainer, Path(str(args.output_dir)).parent / EVENTS)
-    _assert_deepspeed(trainer)
-    if args.load_best_model_at_end:
-        trainer.add_callback(EarlyStoppingCallback(PATIENCE))
-    if recipe.train.probe:
-        _add_probe(trainer, tokenizer, recipe.train.probe.every, probe)
+        raise InputError(f"the trainer refuses these settings ({first_line(error)})", "train") from error
+    _add_callbacks(trainer, recipe, tokenizer, probe)
+    if wants_deepspeed() and trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        # ACCELERATE_USE_CPU makes accelerate leave DeepSpeed out without a word.
+        raise RunError(f"DeepSpeed was asked for, but accelerate runs {trainer.accelerator.distributed_type}.")
     if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
-        _check_before_training(trainer, training, latents, live, together)
+        _check_before_training(trainer, training, live, is_packed)
     return trainer
 
 
-def _add_probe(trainer: EsrTrainer, tokenizer: PreTrainedTokenizerBase, every: int, probe: ProbeFactory | None) -> None:
-    if probe is None:
-        if trainer.is_world_process_zero():
-            print("train.probe is left out: `train` was given nothing that steers and judges.", file=sys.stderr)
-        return
-    samples = Path(str(trainer.args.output_dir)).parent / SAMPLES
-    log = functools.partial(Trainer.log, trainer)
-    made = probe(trainer.model, tokenizer)
-    trainer.add_callback(BehaviourProbe(made, every, log, samples))
-
-
-def _is_flash(recipe: Recipe) -> bool:
-    return recipe.model.attn_implementation == "flash_attention_2"
-
-
-def _assert_deepspeed(trainer: EsrTrainer) -> None:
-    # ACCELERATE_USE_CPU makes accelerate leave DeepSpeed out without a word.
-    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    found = trainer.accelerator.distributed_type
-    if wanted and found != DistributedType.DEEPSPEED:
-        raise RunError(f"DeepSpeed was asked for, but accelerate runs {found}.")
+def _add_callbacks(
+    trainer: EsrTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, probe: ProbeFactory | None
+) -> None:
+    folder = Path(str(trainer.args.output_dir)).parent
+    trainer.remove_callback(PrinterCallback)
+    keep_events(trainer, folder / EVENTS)
+    if trainer.args.load_best_model_at_end:
+        trainer.add_callback(EarlyStoppingCallback(PATIENCE))
+    if recipe.train.probe and probe:
+        log = functools.partial(Trainer.log, trainer)
+        made = probe(trainer.model, tokenizer)
+        trainer.add_callback(BehaviourProbe(made, recipe.train.probe.every, log, folder / SAMPLES))
+    elif recipe.train.probe and trainer.is_world_process_zero():
+        print("train.probe is left out: `train` was given nothing that steers and judges.", file=sys.stderr)
 
 
 def _check_before_training(
-    trainer: EsrTrainer,
-    rows: Sequence[TrainingRow],
-    latents: Sequence[Any],
-    live: LiveInjection | None,
-    together: bool,
+    trainer: EsrTrainer, rows: Sequence[TrainingRow], live: LiveInjection | None, is_packed: bool
 ) -> None:
+    """Check packing and injection on two short rows, the first of them steered if any is."""
     by_length = sorted(rows, key=lambda row: len(row.labelled.input_ids))
-    first = next((row for row in by_length if row.latent), by_length[0]) if live else by_length[0]
+    steered = (row for row in by_length if live and row.vector and live.is_injected(row_key(row.labelled.id), epoch=0))
+    first = next(steered, by_length[0])
     other = next((row for row in by_length if row is not first), first)
-    sequences = [[first, other]] if together else [[first], [other]]
-    batch = trainer.data_collator(list(to_dataset(sequences, latents)))
+    sequences = [[first, other]] if is_packed else [[first], [other]]
+    batch = trainer.data_collator(list(to_dataset(sequences, table(rows))))
     placed = {name: value.to(trainer.args.device) for name, value in batch.items()}
-    if together:
+    if is_packed:
         check_packing(trainer.model, placed)
     if live:
         check_flow(trainer.model, placed, live)
@@ -322,6 +358,6 @@ def _close(trainer: EsrTrainer, folder: Path, keep: bool) -> None:
     end_runs(trainer.args)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero() and not keep:
-        remove_checkpoints(folder / "checkpoints")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if trainer.args.world_size > 1 or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         trainer.accelerator.end_training()

@@ -7,7 +7,7 @@ from training_world import LAYER, gradients, read_six, with_adapter
 from esr_train.errors import RunError
 from esr_train.recipe import LiveSection
 from esr_train.training.batches import Collator
-from esr_train.training.checks import Watch, check_flow
+from esr_train.training.checks import InjectionRecorder, check_flow
 from esr_train.training.dataset import singly, table, to_dataset
 from esr_train.training.injection import COLUMNS, LiveInjection, draw
 
@@ -24,26 +24,29 @@ def world(tmp_path, family):
 def test_every_steered_token_gets_exactly_its_own_vector_and_no_other_token_anything(world):
     model, batch, live = world
     inputs = dict(batch)
-    with live.steering(model, inputs, epoch=3), Watch(model, LAYER) as watch, torch.no_grad():
+    with live.steering(model, inputs, epoch=3), InjectionRecorder(model, LAYER) as recorder, torch.no_grad():
         model(**inputs)
     for row in range(6):
-        strength = live.strength(int(batch["key"][row]), float(batch["reach"][row]), epoch=3)
+        strength = live.strength(int(batch["key"][row]), float(batch["threshold_raw"][row]), epoch=3)
         assert (strength > 0) == (row < 4)
         vector = live.vectors[batch["vector"][row]] * strength
         real = batch["attention_mask"][row].bool()
-        assert torch.equal(watch.after[row, real], watch.before[row, real] + vector)
-        assert torch.equal(watch.after[row, ~real], watch.before[row, ~real])
+        assert torch.equal(recorder.after[row, real], recorder.before[row, real] + vector)
+        assert torch.equal(recorder.after[row, ~real], recorder.before[row, ~real])
 
 
-def test_assistant_positions_begin_at_the_first_reply_token(world):
-    _, batch, live = world
-    settings = LiveSection(positions="assistant")
-    owner, _ = LiveInjection(settings, live.vectors, LAYER, 5).placement(batch)
+def test_generated_positions_begin_at_the_first_reply_token(world):
+    model, batch, live = world
+    generated = LiveInjection(live.settings, live.vectors, LAYER, 5, "generated")
+    added, inputs = generated.interventions(batch, epoch=0), dict(batch)
+    with generated.steering(model, inputs, 0), InjectionRecorder(model, LAYER) as recorder, torch.no_grad():
+        model(**inputs)
+    steered = (recorder.after != recorder.before).any(-1)
+    assert torch.equal(steered, (generated.delta(added, batch) != 0).any(-1))
     for row in range(4):
         start, length = int(batch["reply"][row].nonzero()[0]), int(batch["attention_mask"][row].sum())
-        wanted = [-1] * start + [row] * (length - start) + [-1] * (owner.shape[1] - length)
         assert 0 < start < length
-        assert owner[row].tolist() == wanted
+        assert steered[row].tolist() == [start <= i < length for i in range(steered.shape[1])]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
