@@ -8,7 +8,7 @@ from typing import Any
 from data_gen.inventory import Inventory, funnel_parts, lines
 from esr_train.errors import InputError
 from esr_train.files import read_json, replacing
-from esr_train.recipe import Recipe, load_recipe
+from esr_train.recipe import AskingJudgeSection, Recipe, load_recipe
 from esr_train.transcript import Transcript
 from eval.llm import Spent
 
@@ -124,7 +124,7 @@ def _made(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
     said = [
         f"Model: `{recipe.model.path}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else ""),
         f"SAE: `{recipe.sae.release}`, `{recipe.sae.id}`" if recipe.sae else "",
-        f"Judge: {judge.kind}" + (f", `{judge.model}`" if judge.model else ""),
+        f"Judge: {judge.kind}" + (f", `{judge.model}`" if isinstance(judge, AskingJudgeSection) else ""),
         f"Writer of prompted rows: `{recipe.data.prompted.writer}`" if recipe.data.prompted.writer else "",
         f"Prompts: `{recipe.prompts.path}`" if recipe.prompts else "",
         f"Seed: {recipe.seed}",

@@ -1,6 +1,5 @@
 """Labels for latents that nobody has labelled: words of the text on which they are most active, or a name for it."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from esr_train.errors import InputError
 from esr_train.steering.directions import LoadedSae
 from esr_train.steering.readout import Peaks, peaks, with_bos
 from eval.cells import derived_seed
+from eval.judging.replies import read_reply
 from eval.llm import Asker
 
 EXAMPLES = 8
@@ -130,12 +130,13 @@ def name_latents(rows: Sequence[Row], namer: Asker, least: float = 0) -> list[Ro
 
 
 def _named(_: int, reply: str) -> tuple[str, float]:
-    start = reply.find("{")
-    try:
-        found, _end = json.JSONDecoder(strict=False).raw_decode(reply[max(start, 0) :])
-        label, concreteness = found["label"], float(found["concreteness"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"it is not a JSON object with label and concreteness ({error})") from None
-    if not isinstance(label, str) or not label.strip() or not 0 <= concreteness <= 100:
-        raise ValueError("label must be a text that is not empty, concreteness a number from 0 to 100")
-    return " ".join(label.split()), concreteness
+    return read_reply(reply, _label)
+
+
+def _label(values: dict[str, Any]) -> tuple[str, float]:
+    label, concreteness = values.get("label"), values.get("concreteness")
+    if not isinstance(label, str) or not label.strip():
+        raise ValueError("label must be a text that is not empty")
+    if isinstance(concreteness, bool) or not isinstance(concreteness, int | float) or not 0 <= concreteness <= 100:
+        raise ValueError("concreteness must be a number from 0 to 100")
+    return " ".join(label.split()), float(concreteness)

@@ -1,11 +1,11 @@
 """Off-policy rows (the paper's way): a detour that the model would not have written here, a cue, and an answer."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from data_gen.sources import (
     SEEDS,
@@ -27,6 +27,7 @@ from esr_train.tables import read_rows
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt, deal_subjects, fingerprint
 from eval.judging.judge import JudgeItem
+from eval.judging.replies import read_reply
 from eval.llm import Answer
 
 SUBJECTS = Path(__file__).parent / "prompts" / "subjects.txt"
@@ -172,7 +173,9 @@ class Task:
         Raises:
             ValueError: saying what is wrong with it, for the writer to read.
         """
-        values = _object(text)
+        return read_reply(text, self._parts, self.prompt.text)
+
+    def _parts(self, values: dict[str, Any]) -> dict[str, str]:
         found = {name: value.strip() for name in self.parts if isinstance(value := values.get(name), str)}
         missing = [name for name in self.parts if not found.get(name)]
         if missing:
@@ -239,20 +242,6 @@ def _task(context: Context, pairs: _Pairs, number: int) -> Task:
     silent = split_cue(cue) is None
     sentences = rng.randint(*SENTENCES)
     return Task(prompt, subject, sentences, cue if silent else stem(rng, cue), silent)
-
-
-def _object(text: str) -> dict[str, object]:
-    """The JSON object in a reply, which may stand in a fence or between words."""
-    start = text.find("{")
-    if start < 0:
-        raise ValueError("there is no JSON object in it")
-    try:
-        found, _ = json.JSONDecoder(strict=False).raw_decode(text[start:])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the JSON object is broken ({error.msg})") from None
-    if not isinstance(found, dict):
-        raise ValueError("it is not a JSON object")
-    return found
 
 
 def read_subjects(path: str | None) -> list[str]:

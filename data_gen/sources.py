@@ -18,7 +18,7 @@ from esr_train.steering.engine import Completion, Engine, Progress, Request, Sam
 from esr_train.steering.interventions import Intervention
 from esr_train.transcript import Span, SpanKind, Steering, Transcript
 from eval.cells import Pools, Prompt
-from eval.judging.judge import Judge, JudgeItem
+from eval.judging.judge import Judge, JudgeItem, first_scores
 from eval.llm import Asker
 
 if TYPE_CHECKING:
@@ -171,8 +171,7 @@ class Context:
 
     def scores(self, items: Sequence[JudgeItem]) -> list[float | None]:
         """The score of each response taken as one attempt; None where the judge failed."""
-        judgements = self.judge.judge(items)
-        return [None if each.error or not each.attempts else each.attempts[0].score for each in judgements]
+        return first_scores(self.judge, items)
 
     def detour_fault(self, score: float | None) -> str | None:
         """Why a detour with this score is refused; None if it is not."""

@@ -28,6 +28,7 @@ from esr_train.values import parse_yaml
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Score = Annotated[float, Field(ge=0, le=100)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 
@@ -96,27 +97,82 @@ class LatentsSection(Section):
 
 
 class JudgeSection(Section):
-    """Who scores responses. `lexical` counts topic words; `model` and `local` ask a language model."""
+    """Who scores responses; each kind has a section of its own, see `eval.judging.judge.register_judge`."""
 
-    kind: Literal["lexical", "model", "local"] = "lexical"
-    vocabulary: str | None = Field(None, description="lexical: JSON file, topic -> words")
-    model: str | None = Field(
-        None, description="model: a name of inspect_ai's model API; local: folder or hub id, run by our own engine"
+    kind: str
+
+
+class LexicalJudgeSection(JudgeSection):
+    """Topic words are counted: exact and free."""
+
+    kind: Literal["lexical"] = "lexical"
+    vocabulary: str | None = Field(None, description="JSON file, topic -> words")
+
+
+class AskingJudgeSection(JudgeSection):
+    """What the judges have in common that ask a language model; `llm` says how it is asked."""
+
+    model: str = Field(
+        description="model: a name of inspect_ai's model API, its key stands in the environment; "
+        "local: a folder or hub id, run by our own engine"
     )
     temperature: Annotated[float, Field(ge=0)] | None = Field(0.0, description="None: the model takes none")
-    max_tokens: AtLeastOne = Field(2048, description="of an answer, reasoning included")
-    concurrency: AtLeastOne = Field(16, description="questions that are open at once; local: rows of a batch")
-    timeout: AtLeastOne = Field(120, description="seconds until an open question is sent again")
-    price: tuple[float, float] | None = Field(None, description="dollars per million tokens read and written")
     repeat: Count = Field(0, description="another number asks anew what was answered before, as a test-retest")
 
 
-class LlmSection(Section):
-    """How language models are asked that write rows."""
+class ModelJudgeSection(AskingJudgeSection):
+    """Any language model of inspect_ai's model API is asked."""
 
-    concurrency: AtLeastOne = Field(16, description="questions that are open at once")
-    limit_dollars: Positive | None = Field(None, description="dollars at most for a source's rows; needs a price")
-    prices: dict[str, tuple[float, float]] = Field(
+    kind: Literal["model"] = "model"
+
+
+class LocalJudgeSection(AskingJudgeSection):
+    """A language model on this machine is asked, through the recipe's engine."""
+
+    kind: Literal["local"] = "local"
+
+    @model_validator(mode="after")
+    def _a_repeat_can_differ(self) -> "LocalJudgeSection":
+        if self.repeat and not self.temperature:
+            raise ValueError("a local model at temperature 0 says the same again: remove repeat, or set a temperature")
+        return self
+
+
+JUDGE_SECTIONS: dict[str, type[JudgeSection]] = {
+    "lexical": LexicalJudgeSection,
+    "model": ModelJudgeSection,
+    "local": LocalJudgeSection,
+}
+"""Kind of judge -> its section; further kinds are added by `eval.judging.judge.register_judge`."""
+
+
+def _judge_of_its_kind(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("kind", "lexical")
+    section = JUDGE_SECTIONS.get(kind) if isinstance(kind, str) else None
+    if section is None:
+        near = get_close_matches(str(kind), JUDGE_SECTIONS, 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{kind!r} is no kind of judge ({', '.join(JUDGE_SECTIONS)}){meant}")
+    for key in value:
+        owners = [other for other, each in JUDGE_SECTIONS.items() if key in each.model_fields]
+        if owners and kind not in owners:
+            raise ValueError(f"a judge of kind {kind!r} has no key {key!r}; one of kind {' or '.join(owners)} has")
+    return section.model_validate(value)
+
+
+Judge = Annotated[SerializeAsAny[JudgeSection], BeforeValidator(_judge_of_its_kind)]
+
+
+class LlmSection(Section):
+    """How language models are asked, judges and writer alike."""
+
+    concurrency: AtLeastOne = Field(16, description="questions that are open at once; local: rows of a batch")
+    limit_dollars: Positive | None = Field(
+        None, description="what all of a run's questions may cost, interruptions or not; open ones still count"
+    )
+    prices: dict[str, tuple[NotNegative, NotNegative]] = Field(
         default_factory=dict, description="model -> dollars per million tokens read and written"
     )
 
@@ -396,10 +452,8 @@ class Recipe(Section):
     model: ModelSection
     sae: SaeSection | None = None
     latents: LatentsSection = LatentsSection()
-    judge: JudgeSection = JudgeSection()
-    judges: tuple[JudgeSection, ...] = Field(
-        (), description="further judges of the same trials: how far do they agree?"
-    )
+    judge: Judge = LexicalJudgeSection()
+    judges: tuple[Judge, ...] = Field((), description="further judges of the same trials: how far do they agree?")
     llm: LlmSection = LlmSection()
     prompts: PromptsSection | None = None
     engine: EngineSection = EngineSection()
@@ -425,6 +479,14 @@ class Recipe(Section):
                     raise ValueError(
                         f"arms.{name}.conditions: {condition!r} goes on from the arm's 'steered' responses"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _judges_differ(self) -> "Recipe":
+        for number, section in enumerate(self.judges):
+            if section in (self.judge, *self.judges[:number]):
+                retest = "give each its own repeat" if "repeat" in type(section).model_fields else "it finds the same"
+                raise ValueError(f"judges.{number}: this judge is there already; remove it ({retest})")
         return self
 
     @model_validator(mode="after")
@@ -520,8 +582,12 @@ def _key(location: tuple[int | str, ...]) -> str:
 
 def _keys(model: type[Section], prefix: str = "") -> Iterator[str]:
     """Every key of a section with the keys below it, dotted."""
-    fields = data_section().model_fields if model is DataSection else model.model_fields
-    for name, field in fields.items():
+    open_ended: dict[type[Section], list[type[Section]]] = {
+        DataSection: [data_section()],
+        JudgeSection: [*JUDGE_SECTIONS.values()],
+    }
+    models = open_ended.get(model, [model])
+    for name, field in (item for each in models for item in each.model_fields.items()):
         yield prefix + name
         for part in (field.annotation, *get_args(field.annotation)):
             if isinstance(part, type) and issubclass(part, Section):

@@ -14,6 +14,8 @@ import re
 
 Range = tuple[int, int]
 """Start and end of a stretch of text, in characters, end excluded."""
+LEADING_MARKS = " \t\n*_#>-("
+"""What may stand before the first word of a response without being text."""
 
 _END = re.compile(r"[.!?…]+[\"')\]”*_]*(?=\s|$)|\n+")
 _BREAK = re.compile(r"\s*(?:—|–|--|\s-\s|\.\.\.|…|;)\s*|,\s+(?:and |but )?(?=(?:wait|hold on|oops|scratch)\b)", re.I)
@@ -236,7 +238,7 @@ def attempts(response: str) -> list[Range]:
 
     A restart with nothing before it is not a second attempt; an empty response is one empty attempt.
     """
-    starts = [start for start, _ in find_cues(response) if response[:start].strip(" \t\n*_#>-(")]
+    starts = [start for start, _ in find_cues(response) if response[:start].strip(LEADING_MARKS)]
     return list(zip([0, *starts], [*starts, len(response)], strict=True))
 
 

@@ -18,7 +18,7 @@ from esr_train.steering.engine import Engine, Progress, Request, Sampling
 from esr_train.transcript import SaeRef
 from esr_train.values import typed
 from eval.cells import Prompt, derived_seed, fingerprint
-from eval.judging.judge import Judge, JudgeItem
+from eval.judging.judge import Judge, JudgeItem, first_scores
 from eval.store import RowStore
 from eval.variants import PLAIN, Variant
 
@@ -280,9 +280,7 @@ class _Lockstep:
             JudgeItem(prompt.text, completion.text, latent.label)
             for (latent, _, prompt, _), completion in zip(asked, completions, strict=True)
         ]
-        first = [
-            None if each.error or not each.attempts else each.attempts[0].score for each in self.judge.judge(items)
-        ]
+        first = first_scores(self.judge, items)
         groups = [first[start : start + count] for start in range(0, len(first), count)]
         return [[score for score in group if score is not None] for group in groups]
 

@@ -1,35 +1,95 @@
-"""Questions to a language model that are asked until the answer can be used, and never twice once it could."""
+"""Questions to a language model, asked until the answer can be used, and never twice once it could.
 
+Sending, waiting, trying again and structured output are inspect_ai's. The ledger of requests and dollars is ours, and
+so are the kept answers: inspect_ai's own cache keeps unusable answers as well, in one place for all runs, and as
+pickles, which nobody should load from a folder that was passed on.
+"""
+
+import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from esr_train.errors import InputError
+from pydantic import BaseModel
+
+from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, replacing, write_json
+from esr_train.recipe import LlmSection
+from esr_train.steering.engine import Engine, Request, Sampling
+
+if TYPE_CHECKING:
+    from inspect_ai.model import Model
 
 Value = TypeVar("Value")
 ROUNDS = 6
 """How often a question is asked in all, if its answers cannot be used."""
+RETRIES = 5
+"""How often a request is sent again each time, if the API refuses, fails or does not answer."""
+TIMEOUT = 120
+"""Seconds until an open request is given up and sent again."""
+MAX_TOKENS = 2048
+"""Of a reply, reasoning included."""
+OUTAGE = 8
+"""If none of this many questions is answered, the model is out of reach, and asking on would waste the run."""
+HOPELESS = {401: "the key is refused", 403: "the key has no access", 404: "there is no such model"}
+STRUCTURED = ("anthropic", "google", "grok", "mistral", "openai")
+"""Providers that are told the form of an answer; one whose API refuses that is asked without."""
+PRICES = {
+    "anthropic/claude-haiku-4-5": (1.0, 5.0),
+    "anthropic/claude-sonnet-4-5": (3.0, 15.0),
+    "openai/gpt-4.1": (2.0, 8.0),
+    "openai/gpt-4.1-mini": (0.4, 1.6),
+    "openai/gpt-4o": (2.5, 10.0),
+    "openai/gpt-4o-mini": (0.15, 0.6),
+}
+"""Dollars per million tokens read and written, of 2026-11; check them: `llm.prices` in a recipe overrules them."""
+LEDGER = ".requests.json"
+"""How the name of a ledger's file ends."""
+ENGINE_QUESTIONS = 128
+"""Questions that a local model is asked at once: its replies are on disk after so many."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for a question: a text, or why there is none."""
+    """What came back for a question: a text or why there is none, tokens, and requests lost since the last reply."""
 
     text: str | None
     error: str | None = None
+    read: int = 0
+    written: int = 0
+    lost: int = 0
 
 
-Answered = Callable[[int, Reply], None]
-"""Told of a question's place and its reply, as soon as that comes."""
+Answered = Callable[[int, Reply], bool]
+"""Told of a question's index and its reply as soon as that comes; False: send no further question."""
 
 
-def ignored(place: int, reply: Reply) -> None:
-    """An `Answered` that does nothing."""
+class Llm(Protocol):
+    """A language model that answers single messages.
+
+    Attributes:
+        name: the model's.
+        settings: whatever else decides what it answers (JSON values).
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+    def ask(self, questions: Sequence[str], answered: Answered, form: type[BaseModel] | None = None) -> None:
+        """Ask for a reply to each question, in the given form if the model can be held to one.
+
+        Raises:
+            InputError: if no question can ever be answered, such as for want of a key.
+        """
+        ...
 
 
 @dataclass
@@ -57,65 +117,60 @@ class Spent:
 
     def __str__(self) -> str:
         parts = [f"{self.asked:,} asked", f"{self.cached:,} from the cache"]
-        if self.lost:
-            parts.append(f"{self.lost:,} without reply")
-        if self.refused:
-            parts.append(f"{self.refused:,} replies refused")
-        if self.failed:
-            parts.append(f"{self.failed:,} failed")
+        told = ((self.lost, "without reply"), (self.refused, "replies refused"), (self.failed, "failed"))
+        parts += [f"{count:,} {words}" for count, words in told if count]
         parts.append(f"{self.read:,} tokens read, {self.written:,} written")
-        if self.dollars is not None:
-            parts.append(f"${self.dollars:,.2f}")
-        return "; ".join(parts)
+        return "; ".join(parts if self.dollars is None else [*parts, f"${self.dollars:,.2f}"])
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What questions may cost in all; None is no limit. Requests that are open when it is reached still count."""
+class Ledger:
+    """What a model was asked and what that cost; a later run goes on counting.
 
-    tokens: int | None = None
-    dollars: float | None = None
+    Args:
+        model: its name in inspect_ai's model API.
+        section: prices and limit.
+        file: kept up to date with every reply, its name ends in `LEDGER`; None counts in memory.
+        folder: all ledgers below it share the limit; None: this one has it alone.
 
-    def reached(self, spent: Spent) -> bool:
-        """Whether nothing more may be asked.
-
-        Raises:
-            InputError: if dollars are limited and replies came of which nobody knows the price.
-        """
-        if self.dollars is not None and spent.asked and spent.dollars is None:
-            raise InputError(
-                "dollars are limited, but what this model costs is not known",
-                "limit_dollars",
-                "Set `price` (dollars per million tokens read and written), or limit tokens instead.",
-            )
-        tokens = self.tokens is not None and spent.read + spent.written >= self.tokens
-        return tokens or (self.dollars is not None and (spent.dollars or 0.0) >= self.dollars)
-
-
-class Llm(Protocol):
-    """A language model that answers single messages.
-
-    Attributes:
-        name: the model's.
-        spent: counted by whoever asks and by the model itself.
+    Raises:
+        InputError: if dollars are limited and nobody knows the model's price.
     """
 
-    name: str
-    spent: Spent
+    def __init__(
+        self, model: str, section: LlmSection | None = None, file: Path | None = None, folder: Path | None = None
+    ) -> None:
+        section = section or LlmSection()
+        self.limit, self.file, self.folder = section.limit_dollars, file, folder
+        self.spent = Spent(**read_json(file)) if file and file.is_file() else Spent()
+        self._price = section.prices.get(model) or PRICES.get(re.sub(r"-\d{4}-?\d\d-?\d\d$", "", model))
+        if self.limit is not None and not self._price:
+            raise InputError(
+                f"dollars are limited, but what {model} costs is not known",
+                "llm.limit_dollars",
+                f"Set llm.prices: {{{model}: [READ, WRITTEN]}}, in dollars per million tokens, or remove the limit.",
+            )
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Whatever else decides what it answers (JSON values)."""
-        ...
+    def count(self, reply: Reply) -> None:
+        """Enter a reply."""
+        self.spent.asked += reply.text is not None
+        self.spent.lost += reply.lost
+        self.spent.read += reply.read
+        self.spent.written += reply.written
+        if self._price:
+            cost = (reply.read * self._price[0] + reply.written * self._price[1]) / 1e6
+            self.spent.dollars = (self.spent.dollars or 0.0) + cost
 
-    def ask(self, questions: Sequence[str], answered: "Answered" = ignored) -> list[Reply]:
-        """One reply a question, in order; `answered` is called with the place and the reply as each comes.
+    def write(self) -> None:
+        """Bring the file up to date."""
+        if self.file:
+            write_json(self.file, asdict(self.spent))
 
-        Raises:
-            InputError: if no question can ever be answered, such as for want of a key.
-            RunError: if none of many questions was answered: the model is out of reach; if a limit is reached.
-        """
-        ...
+    def dollars_left(self) -> float:
+        """What may be spent yet in all; other processes may be spending it, too."""
+        if self.limit is None:
+            return float("inf")
+        others = set(self.folder.rglob(f"*{LEDGER}")) - {self.file} if self.folder else ()
+        return self.limit - (self.spent.dollars or 0.0) - sum(read_json(each)["dollars"] or 0.0 for each in others)
 
 
 @dataclass(frozen=True)
@@ -128,67 +183,27 @@ class Answer(Generic[Value]):
     replied: bool = True
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Usable answers on disk, one small file each; any number of processes may share the folder.
-
-    Args:
-        folder: made when the first answer is kept.
-    """
-
-    folder: Path
-
-    def get(self, key: str) -> str | None:
-        """The kept text; an unreadable file counts as none."""
-        try:
-            found = json.loads(self._path(key).read_text(encoding="utf-8"))["answer"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return found if isinstance(found, str) else None
-
-    def put(self, key: str, model: str, text: str) -> None:
-        """Keep a text; the file is there whole or not at all."""
-        with replacing(self._path(key)) as file:
-            json.dump({"model": model, "answer": text}, file, ensure_ascii=True)
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.json"
-
-
 @dataclass
 class Asker:
     """Asks a model until each answer can be parsed; usable answers are kept on disk.
 
     Args:
         llm: who is asked.
-        cache: where answers are kept; None keeps none.
-        repeat: another number asks anew what is in the cache already.
-        rounds: how often a question is asked at most.
+        ledger: of requests and costs.
+        folder: of kept answers, which any number of processes may share; None keeps none.
+        repeat: another number asks anew what is kept already.
         label: shown with the progress.
-        ledger: file of what was spent so far, kept up to date with every reply and read again by a later run.
     """
 
     llm: Llm
-    cache: Cache | None = None
+    ledger: Ledger
+    folder: Path | None = None
     repeat: int = 0
-    rounds: int = ROUNDS
-    label: str = field(default="asking", kw_only=True)
-    ledger: Path | None = field(default=None, kw_only=True)
+    label: str = "asking"
 
-    def __post_init__(self) -> None:
-        """Go on counting where an earlier run stopped."""
-        if self.ledger and self.ledger.is_file():
-            earlier = Spent(**read_json(self.ledger))
-            for name, count in asdict(earlier).items():
-                if count is not None:
-                    setattr(self.spent, name, count)
-
-    @property
-    def spent(self) -> Spent:
-        """What was asked so far."""
-        return self.llm.spent
-
-    def ask(self, questions: Sequence[str], parse: Callable[[int, str], Value]) -> list[Answer[Value]]:
+    def ask(
+        self, questions: Sequence[str], parse: Callable[[int, str], Value], form: type[BaseModel] | None = None
+    ) -> list[Answer[Value]]:
         """The parsed answer of each question, in order.
 
         A reply that `parse` refuses is asked for again, with the reason put behind the question. What was seen
@@ -196,84 +211,244 @@ class Asker:
 
         Args:
             questions: whole messages.
-            parse: takes a question's place and a reply's text; raises ValueError for a reply it cannot use.
+            parse: takes a question's index and a reply's text; raises ValueError for a reply it cannot use.
+            form: what the replies are to look like; see `Llm.ask`.
+
+        Raises:
+            RunError: if the limit is reached, or none of many questions was answered; what came until then is kept.
         """
-        keys = [self._key(question) for question in questions]
-        answers = [self._kept(place, key, parse) for place, key in enumerate(keys)]
+        answers = [_parsed(index, self._kept(question), parse) for index, question in enumerate(questions)]
+        spent = self.ledger.spent
+        spent.cached += sum(answer.value is not None for answer in answers)
         texts = list(questions)
-        for _ in range(self.rounds):
-            pending = [place for place, answer in enumerate(answers) if answer.value is None]
-            if not pending:
-                break
 
-            def take(number: int, reply: Reply, pending: list[int] = pending) -> None:
-                place = pending[number]
-                answers[place] = self._taken(keys[place], _parsed(place, reply, parse))
+        def take(index: int, reply: Reply) -> None:
+            answer = answers[index] = _parsed(index, reply, parse)
+            self.ledger.count(reply)
+            if answer.value is not None:
+                self._keep(questions[index], answer.text)
+            elif answer.replied:
+                spent.refused += 1
+                reason = (
+                    f"An earlier reply could not be used: {answer.error}. Reply anew, in exactly the form asked for."
+                )
+                texts[index] = f"{questions[index]}\n\n{reason}"
+            self.ledger.write()
 
-            self._round([texts[place] for place in pending], take)
-            for place in pending:
-                if answers[place].replied and answers[place].value is None:
-                    texts[place] = again(questions[place], str(answers[place].error))
-        self.spent.failed += sum(answer.value is None for answer in answers)
-        self._write()
+        for _ in range(ROUNDS):
+            pending = [index for index, answer in enumerate(answers) if answer.value is None]
+            if pending:
+                self._round(pending, texts, take, form)
+        spent.failed += sum(answer.value is None for answer in answers)
+        self.ledger.write()
         return answers
 
-    def _round(self, questions: Sequence[str], take: Answered) -> None:
+    def _round(
+        self,
+        indices: list[int],
+        texts: list[str],
+        take: Callable[[int, Reply], None],
+        form: type[BaseModel] | None,
+    ) -> None:
         """Ask once. A reply is taken when it comes, so that an interruption loses those alone that are open."""
         from tqdm import tqdm
 
-        taken: set[int] = set()
-        with tqdm(
-            total=len(questions), desc=self.label, unit="answer", leave=False, delay=1, dynamic_ncols=True
-        ) as bar:
+        left, before, replies = self.ledger.dollars_left(), self.ledger.spent.dollars or 0.0, list[Reply]()
+        with tqdm(total=len(indices), desc=self.label, unit="answer", leave=False, delay=1, dynamic_ncols=True) as bar:
 
-            def answered(number: int, reply: Reply) -> None:
-                taken.add(number)
-                take(number, reply)
-                bar.set_postfix_str(str(self.spent), refresh=False)
+            def answered(number: int, reply: Reply) -> bool:
+                replies.append(reply)
+                take(indices[number], reply)
+                bar.set_postfix_str(str(self.ledger.spent), refresh=False)
                 bar.update()
+                return (self.ledger.spent.dollars or 0.0) - before < left
 
-            for number, reply in enumerate(self.llm.ask(questions, answered)):
-                if number not in taken:
-                    take(number, reply)
+            if left > 0:
+                self.llm.ask([texts[index] for index in indices], answered, form)
+        kept = "What is finished is kept; "
+        if len(replies) < len(indices):
+            raise RunError(
+                f"{self.llm.name}: the limit of ${self.ledger.limit:g} is reached ({self.ledger.spent}). {kept}raise "
+                "llm.limit_dollars and run the same command again to go on."
+            )
+        if len(replies) >= OUTAGE and all(reply.text is None for reply in replies):
+            raise RunError(
+                f"{self.llm.name} answered none of {len(replies)} questions, the last time with: {replies[-1].error}. "
+                f"{kept}run the same command again when it can be reached."
+            )
 
-    def _taken(self, key: str, answer: Answer[Value]) -> Answer[Value]:
-        if answer.value is None:
-            self.spent.refused += answer.replied
-        elif self.cache:
-            self.cache.put(key, self.llm.name, answer.text)
-        self._write()
-        return answer
-
-    def _write(self) -> None:
-        if self.ledger:
-            write_json(self.ledger, asdict(self.spent))
-
-    def _kept(self, place: int, key: str, parse: Callable[[int, str], Value]) -> Answer[Value]:
-        text = self.cache.get(key) if self.cache else None
-        if text is None:
-            return Answer(None)
-        answer = _parsed(place, Reply(text), parse)
-        self.spent.cached += answer.value is not None
-        return answer
-
-    def _key(self, question: str) -> str:
+    def _file(self, question: str) -> Path | None:
         told = [self.llm.name, self.llm.settings, self.repeat, question]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return self.folder / key[:2] / f"{key}.json" if self.folder else None
+
+    def _kept(self, question: str) -> Reply:
+        """The kept answer; an unreadable file counts as none."""
+        file = self._file(question)
+        try:
+            text = json.loads(file.read_text(encoding="utf-8"))["answer"] if file else None
+        except (OSError, ValueError, KeyError, TypeError):
+            text = None
+        return Reply(text if isinstance(text, str) else None)
+
+    def _keep(self, question: str, text: str) -> None:
+        """Keep an answer; its file is there whole or not at all."""
+        if file := self._file(question):
+            with replacing(file) as opened:
+                json.dump({"model": self.llm.name, "answer": text}, opened, ensure_ascii=True)
 
 
-def again(question: str, why: str) -> str:
-    """The question as it is put after a reply that could not be used."""
-    return f"{question}\n\nAn earlier reply could not be used: {why}. Reply anew, in exactly the form asked for."
-
-
-def _parsed(place: int, reply: Reply, parse: Callable[[int, str], Value]) -> Answer[Value]:
+def _parsed(index: int, reply: Reply, parse: Callable[[int, str], Value]) -> Answer[Value]:
     if reply.text is None:
         return Answer(None, "", reply.error, replied=False)
     try:
-        return Answer(parse(place, reply.text), reply.text)
+        return Answer(parse(index, reply.text), reply.text)
     except ValueError as error:
         return Answer(None, reply.text, str(error).rstrip("."))
+
+
+class InspectLlm:
+    """Asks through inspect_ai's model API; keys and addresses come from the environment, as it documents.
+
+    Args:
+        name: such as `anthropic/claude-haiku-4-5`, `openai/…`, `google/…`, `openrouter/…`, `vllm/…`, `hf/…`,
+            `ollama/…`, or `openai-api/NAME/…` for any compatible server.
+        temperature: 0 is greedy; None leaves it to the model (some take none).
+        concurrency: questions that are open at once.
+    """
+
+    def __init__(self, name: str, temperature: float | None = 0.0, concurrency: int = 16) -> None:
+        self.name, self.concurrency = name, concurrency
+        self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": MAX_TOKENS}
+        self._structured = name.startswith(tuple(f"{provider}/" for provider in STRUCTURED))
+        self._lost = 0
+        self._lock = threading.Lock()
+        self._runner: asyncio.Runner | None = None
+        self._model: Model | None = None
+
+    def ask(self, questions: Sequence[str], answered: Answered, form: type[BaseModel] | None = None) -> None:
+        """See `Llm.ask`."""
+        with self._lock:
+            # One event loop for the client's whole life: its connections belong to the loop they were opened in.
+            self._runner = self._runner or asyncio.Runner()
+            _run(self._runner, self._ask_all(deque(enumerate(questions)), answered, form))
+
+    async def _ask_all(self, pending: deque[tuple[int, str]], answered: Answered, form: type[BaseModel] | None) -> None:
+        model = self._model = self._model or self._open()
+
+        async def work() -> None:
+            while pending:
+                index, question = pending.popleft()
+                if not answered(index, await self._ask(model, question, form if self._structured else None)):
+                    pending.clear()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.concurrency, len(pending))):
+                    group.create_task(work())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _ask(self, model: "Model", question: str, form: type[BaseModel] | None) -> Reply:
+        from inspect_ai.model import GenerateConfig, ResponseSchema
+        from inspect_ai.util import json_schema
+        from tenacity import RetryError
+
+        schema = ResponseSchema(name=form.__name__.lower(), json_schema=json_schema(form)) if form else None
+        try:
+            output = await model.generate(question, config=GenerateConfig(response_schema=schema))
+        except Exception as failure:
+            cause = (failure.last_attempt.exception() if isinstance(failure, RetryError) else None) or failure
+            error = _plain(getattr(cause, "provider_message", None) or str(cause) or type(cause).__name__)
+            status = getattr(cause, "status_code", None)
+            if status in HOPELESS:
+                raise InputError(f"{HOPELESS[status]} ({error})", self.name, "Check the key and the name.") from None
+            if form and status in (400, 422):
+                self._structured = False
+                return await self._ask(model, question, None)
+            return Reply(None, error, lost=self._lost_since())
+        usage = output.usage
+        if usage is None:
+            return Reply(output.completion, lost=self._lost_since())
+        read = usage.input_tokens + (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
+        return Reply(output.completion, None, read, usage.output_tokens, self._lost_since())
+
+    def _lost_since(self) -> int:
+        lost, self._lost = self._lost, 0
+        return lost
+
+    def _open(self) -> "Model":
+        try:
+            from inspect_ai.model import GenerateConfig, get_model
+
+            config = GenerateConfig(
+                **self.settings, max_retries=RETRIES, max_connections=self.concurrency, attempt_timeout=TIMEOUT
+            )
+            model = get_model(self.name, config=config, memoize=False)
+        except Exception as error:
+            raise InputError(
+                _plain(str(getattr(error, "message", error))),
+                self.name,
+                "It needs inspect_ai (pip install '.[llm]'), the provider's package, its key, and one of its models.",
+            ) from None
+        should_retry = model.should_retry
+
+        def counted(failure: BaseException) -> bool:
+            self._lost += 1
+            return should_retry(failure)
+
+        model.should_retry = counted  # type: ignore[method-assign, assignment]
+        # The vendors' own clients would send a failed request again by themselves, where nobody counts it.
+        client: Any = getattr(model.api, "client", None)
+        if hasattr(client, "max_retries"):
+            client.max_retries = 0
+        return model
+
+
+class EngineLlm:
+    """Asks a model on this machine through our own engine.
+
+    Args:
+        name: the model's.
+        open_engine: loads it when the first question is asked.
+        temperature: 0 is greedy.
+        repeat: another number draws other replies.
+    """
+
+    def __init__(self, name: str, open_engine: Callable[[], Engine], temperature: float = 0.0, repeat: int = 0) -> None:
+        self.name, self.open_engine, self._repeat = name, open_engine, repeat
+        self.settings: dict[str, Any] = {"engine": "local", "temperature": temperature, "max_tokens": MAX_TOKENS}
+        self._sampling = Sampling(temperature, max_new_tokens=MAX_TOKENS)
+        self._engine: Engine | None = None
+
+    def ask(self, questions: Sequence[str], answered: Answered, form: type[BaseModel] | None = None) -> None:
+        """See `Llm.ask`; a question's seed is drawn from its text, so that neighbours change nothing."""
+        engine = self._engine = self._engine or self.open_engine()
+        for start in range(0, len(questions), ENGINE_QUESTIONS):
+            texts = questions[start : start + ENGINE_QUESTIONS]
+            requests = [Request(str(index), text, seed=self._seed(text)) for index, text in enumerate(texts, start)]
+            for index, made in enumerate(engine.generate(requests, self._sampling), start):
+                answered(index, Reply(made.text, None, made.prompt_tokens, len(made.token_ids)))
+
+    def _seed(self, text: str) -> int:
+        drawn = f"{text}#{self._repeat}" if self._repeat else text
+        return int(hashlib.sha256(drawn.encode("utf-8", "backslashreplace")).hexdigest()[:8], 16) >> 1
+
+
+def _run(runner: asyncio.Runner, work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end; in another thread if this one has an event loop at work, as a notebook does."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return runner.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(runner.run, work)
+        try:
+            future.result()
+        except KeyboardInterrupt:
+            for task in asyncio.all_tasks(runner.get_loop()):
+                runner.get_loop().call_soon_threadsafe(task.cancel)
+            raise
 
 
 def without_secrets(text: str) -> str:
@@ -282,3 +457,10 @@ def without_secrets(text: str) -> str:
         if len(value) >= 8 and name.upper().endswith(("KEY", "TOKEN", "SECRET", "PASSWORD")):
             text = text.replace(value, "***")
     return text
+
+
+def _plain(text: str) -> str:
+    """A message of an API as one line without markup, secrets and its tail."""
+    text = re.sub(r"\[/?(?:bold|blue|red|italic)\]", "", without_secrets(text))
+    text = " ".join(text.split()).removeprefix("ERROR: ").rstrip(".")
+    return text if len(text) <= 300 else text[:300] + " …"

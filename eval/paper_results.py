@@ -12,7 +12,7 @@ from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.restarts import find_cues
 from eval.judging.judge import Attempt
-from eval.judging.quotes import locate
+from eval.judging.rubric import locate
 from eval.store import Trial, TrialCell, UsedStrength
 
 _NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*100)?\s*")

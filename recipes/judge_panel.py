@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from esr_train.errors import InputError
 from esr_train.files import write_json
+from eval.judging.agreement import agreement, judge_again, judgement_store
 from eval.judging.judge import Judge
-from eval.judging.panel import agreement, judge_again, judgement_store
 from eval.progress import progress_bar
 from eval.store import Trial
 from recipes.pipeline import Experiment
@@ -31,7 +31,7 @@ def write_agreement(top: Experiment, parts: Sequence[Experiment], rows: Mapping[
             raise InputError(
                 f"the judge {judge.name} is named twice",
                 f"judges.{number}",
-                "Remove it, or set `repeat: 1` to ask it a second time (test-retest).",
+                "Remove it; a model is asked a second time (test-retest) under another `repeat`.",
             )
         panel[judge.name] = _judged(judge, parts)
     write_json(path, agreement(panel, top.recipe.eval.bootstrap, top.recipe.seed))

@@ -7,6 +7,7 @@ from esr_train.files import write_jsonl
 from esr_train.recipe import Recipe
 from esr_train.steering.direction_files import check_fits
 from esr_train.tables import read_rows
+from eval.llm import LEDGER
 from recipes.resources import World, located
 from recipes.sources import open_writer
 
@@ -34,6 +35,6 @@ def write_labels(
     check_fits(world.sae, model)
     rows = label_latents(model, world.tokenizer, world.sae, found, latents, recipe.seed, recipe.engine.batch_rows)
     if namer:
-        ledger = out.with_suffix(".requests.json")
+        ledger = out.with_suffix(LEDGER)
         rows = name_latents(rows, open_writer(namer, recipe.llm, recipe.runs, ledger, temperature=0.0), least)
     return write_jsonl(out, rows)

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,7 @@ from esr_train.steering.readout import measure_residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
-from eval.judging.judge import Judge
-from eval.judging.lexical import LexicalJudge
-from eval.judging.model_judge import ModelJudge
-from eval.llm import Llm
-from eval.llm_clients import EngineLlm, InspectLlm
+from eval.judging.judge import Judge, JudgeContext, open_judge
 from recipes.servers import Servers
 
 NORM_TEXTS = 64
@@ -89,27 +85,13 @@ class World:
         return [self._judge(section, f"judges.{number}") for number, section in enumerate(self.recipe.judges)]
 
     def _judge(self, section: JudgeSection, key: str) -> Judge:
-        if section.kind == "lexical":
-            return LexicalJudge.from_file(located(required(section.vocabulary, f"{key}.vocabulary")))
-        llm = self._llm(section, required(section.model, f"{key}.model"))
-        return ModelJudge(llm, Path(self.recipe.runs) / "judge-cache", section.repeat)
+        recipe = self.recipe
+        cache = Path(recipe.runs) / "judge-cache"
+        return open_judge(section, JudgeContext(key, recipe.llm, cache, recipe.directory, self._engine_on, located))
 
-    def _llm(self, section: JudgeSection, name: str) -> Llm:
-        if section.kind == "local":
-            open_ = partial(self._engine_on, name, section.concurrency)
-            return EngineLlm(name, open_, section.temperature or 0.0, section.max_tokens)
-        return InspectLlm(
-            name,
-            temperature=section.temperature,
-            max_tokens=section.max_tokens,
-            concurrency=section.concurrency,
-            timeout=section.timeout,
-            price=section.price,
-        )
-
-    def _engine_on(self, path: str, rows: int) -> Engine:
+    def _engine_on(self, path: str) -> Engine:
         """An engine on a judge's own model, beside the one under test; on that one itself if the judge is the same."""
-        beside = self.recipe.model
+        beside, rows = self.recipe.model, self.recipe.llm.concurrency
         vllm = self.recipe.engine.kind == "vllm"
         if path == beside.path and not (vllm and path in self._servers.own):
             return self.base
@@ -137,7 +119,7 @@ class World:
         recipe, sae = self.recipe, self.recipe.sae
         return _hashes(
             recipe.prompts.path if recipe.prompts else None,
-            recipe.judge.vocabulary,
+            getattr(recipe.judge, "vocabulary", None),
             sae.labels if sae else None,
             f"{recipe.model.path}/model.safetensors",
             f"{sae.release}/{sae.id}/sae_weights.safetensors" if sae else None,

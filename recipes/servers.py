@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from esr_train.models import local_path
-from esr_train.recipe import ModelSection, Recipe
+from esr_train.recipe import LocalJudgeSection, ModelSection, Recipe
 
 if TYPE_CHECKING:
     from esr_train.steering.vllm.vllm_server import VllmServer
@@ -63,7 +63,7 @@ class Servers:
         A judge on the base model shares that one's server, unless an arm's whole model takes its place meanwhile.
         """
         recipe = self.recipe
-        named = {each.model for each in (recipe.judge, *recipe.judges) if each.kind == "local" and each.model}
+        named = {each.model for each in (recipe.judge, *recipe.judges) if isinstance(each, LocalJudgeSection)}
         replaced = any(arm.model or arm.merged for arm in recipe.arms.values())
         return named if replaced else named - {recipe.model.path}
 

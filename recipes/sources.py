@@ -12,8 +12,7 @@ from esr_train.recipe import DataSection, LlmSection, Recipe, SourceSection
 from esr_train.steering.engine import Progress
 from esr_train.transcript import Transcript
 from eval.cells import Side, check_disjoint
-from eval.llm import Asker, Cache, Limit
-from eval.llm_clients import InspectLlm
+from eval.llm import Asker, InspectLlm, Ledger
 from recipes.resources import World, located
 
 
@@ -58,7 +57,7 @@ def make_context(
         max_detour_score=data.max_detour_score,
         held_out=held_out,
         splits=world.required_prompts.splits,
-        open_writer=partial(open_writer, section=recipe.llm, runs=recipe.runs, ledger=ledger),
+        open_writer=partial(open_writer, section=recipe.llm, runs=recipe.runs, ledger=ledger, run=recipe.directory),
         progress=progress,
     )
 
@@ -74,16 +73,16 @@ def chunk_rows(recipe: Recipe, section: SourceSection) -> int:
     return min(section.rows, 2 * recipe.llm.concurrency) if writer_of(section) else recipe.engine.batch_rows
 
 
-def open_writer(name: str, section: LlmSection, runs: str, ledger: Path, temperature: float = 1.0) -> Asker:
-    """Who asks the language model `name`; its answers are kept for all runs, so that none is paid for twice."""
-    llm = InspectLlm(
-        name,
-        temperature=temperature,
-        concurrency=section.concurrency,
-        price=section.prices.get(name),
-        limit=Limit(dollars=section.limit_dollars),
-    )
-    return Asker(llm, Cache(Path(runs) / "writer-cache"), label="writer", ledger=ledger)
+def open_writer(
+    name: str, section: LlmSection, runs: str, ledger: Path, run: Path | None = None, temperature: float = 1.0
+) -> Asker:
+    """Who asks the language model `name`; its answers are kept for all runs, so that none is paid for twice.
+
+    Args:
+        run: folder whose ledgers share the limit in dollars; None: this one has it alone.
+    """
+    llm = InspectLlm(name, temperature, section.concurrency)
+    return Asker(llm, Ledger(name, section, ledger, run), Path(runs) / "writer-cache", label="writer")
 
 
 def source_files(data: DataSection, section: SourceSection) -> dict[str, str]:

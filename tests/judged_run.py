@@ -13,14 +13,14 @@ from typing import Any
 
 from esr_train.files import write_json
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
+from eval import llm
 from eval.cells import Prompt, make_cells, unsteered
 from eval.judging.lexical import LexicalJudge
 from eval.judging.model_judge import ModelJudge
-from eval.llm_clients import InspectLlm
 from eval.store import TrialStore
 from eval.summary import summarise
 from eval.trials import run_trials
-from tests.llm_stub import LlmStub
+from tests.llm_stub import LlmStub, without_waiting
 from tests.test_trials import STEERER, FakeDirection
 
 LEXICAL = LexicalJudge({"sailing": ["mast", "jib", "rope"], "baking": ["dough", "oven", "flour"]})
@@ -59,7 +59,9 @@ class WordyEngine:
 
 def evaluate(folder: Path) -> None:
     """Run or go on with the evaluation in a folder; the stub's address and key are in the environment."""
-    judge = ModelJudge(InspectLlm(LlmStub.model, concurrency=4, timeout=5, wait=0.01), folder / "cache")
+    without_waiting()
+    llm.TIMEOUT = 5
+    judge = ModelJudge(llm.InspectLlm(LlmStub.model, concurrency=4), folder / "cache")
     rows = {}
     for arm in ("base", "tuned"):
         store = TrialStore(folder / "trials" / f"{arm}.jsonl")

@@ -65,6 +65,7 @@ class LlmStub:
         answer: messages ({"role", "content"}) -> the assistant's text.
         faults: what goes wrong.
         subject: what makes two requests the same to `faults`; all their messages unless given.
+        refuses: settings of a request that it answers with an error of the client's.
     """
 
     model = "openai-api/stub/oracle"
@@ -74,8 +75,11 @@ class LlmStub:
         answer: Callable[[Messages], str],
         faults: Faults | None = None,
         subject: Callable[[Messages], str] = lambda messages: json.dumps(messages, sort_keys=True),
+        refuses: Sequence[str] = (),
     ) -> None:
-        self.answer, self.faults, self.subject = answer, faults or Faults(), subject
+        self.answer, self.faults, self.subject, self.refuses = answer, faults or Faults(), subject, refuses
+        self.bodies: list[dict[str, Any]] = []
+        """Every request as it came, those that were refused, too."""
         self.requests: list[Messages] = []
         """The messages of every request, in the order of arrival."""
         self.met: Counter[str] = Counter()
@@ -86,8 +90,7 @@ class LlmStub:
         self._seen: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
 
     @property
     def url(self) -> str:
@@ -99,6 +102,7 @@ class LlmStub:
         return {"STUB_API_KEY": KEY, "STUB_BASE_URL": self.url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
     def __enter__(self) -> "LlmStub":
+        without_waiting()
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
@@ -130,6 +134,22 @@ class LlmStub:
         self._closing.wait()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    """More than any client asks at once: a connection that is turned away is a fault that nobody ordered."""
+
+
+def without_waiting() -> None:
+    """Have inspect_ai send failed requests again at once, in this process; it waits for three seconds and more."""
+    from inspect_ai.model import _retry
+
+    async def at_once(seconds: float) -> None:
+        return
+
+    _retry._sleep = at_once
+
+
 def _handler(stub: LlmStub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -138,6 +158,10 @@ def _handler(stub: LlmStub) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.headers.get("Authorization") != f"Bearer {KEY}":
                 self._send(401, {"error": {"message": "Incorrect API key provided.", "type": "invalid_request_error"}})
+                return
+            stub.bodies.append(body)
+            if unknown := [name for name in stub.refuses if name in body]:
+                self._send(400, {"error": {"message": f"unknown: {unknown}", "type": "invalid_request_error"}})
                 return
             stub.opened(1)
             try:

@@ -32,7 +32,8 @@ class Oracle:
         found, label = sections(question), _LABEL.search(question)
         prompt = found.pop("QUESTION")
         if "TEXT" not in found:
-            return json.dumps({"scores": [self._judged(prompt, part).attempts[0].score for part in found.values()]})
+            scores = [self._judged(prompt, part).attempts[0].score for part in found.values()]
+            return json.dumps({"scores": [round(score or 0) for score in scores]})
         judged = self._judged(prompt, found["TEXT"], label[1] if label else None)
         if '"course"' in question:
             recovers = judged.flags["silent_recovery"]
@@ -44,7 +45,7 @@ class Oracle:
 
     def _split(self, text: str, judged: Judgement) -> dict[str, object]:
         attempts = [
-            {"begins": " ".join(text[each.start : each.end].split()[:8]), "score": each.score}
+            {"begins": " ".join(text[each.start : each.end].split()[:8]), "score": round(each.score or 0)}
             for each in judged.attempts
         ]
         flags = {name: judged.flags[name] for name in ("degenerate", "hijacked") if name in judged.flags}

@@ -9,9 +9,10 @@ import pytest
 
 from eval.judging.judge import JudgeItem
 from eval.judging.lexical import LexicalJudge
-from eval.judging.model_judge import ModelJudge, read_cut, united
-from eval.judging.rubric import Parts, Split, digest, parts_question, read_answer, split_question, whole_question
-from eval.llm import Reply, Spent
+from eval.judging.model_judge import Cut, ModelJudge, read_cut, united
+from eval.judging.replies import read_reply
+from eval.judging.rubric import digest, parts_question, split_question, whole_question
+from eval.llm import Answered, Reply
 from tests.llm_stub import HARMLESS, TEXT_FAULTS, spoiled
 from tests.oracle import Oracle, sections
 
@@ -28,11 +29,13 @@ class Model:
     settings: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, answer: Callable[[str], str | None]) -> None:
-        self.answer, self.questions, self.spent = answer, list[str](), Spent()
+        self.answer, self.questions = answer, list[str]()
 
-    def ask(self, questions: Sequence[str], answered: Callable[[], None] = lambda: None) -> list[Reply]:
+    def ask(self, questions: Sequence[str], answered: Answered, form: Any = None) -> None:
         self.questions += questions
-        return [Reply(text, None if text is not None else "timed out") for text in map(self.answer, questions)]
+        for index, question in enumerate(questions):
+            text = self.answer(question)
+            answered(index, Reply(text, None if text is not None else "timed out"))
 
 
 def oracle(overlooks: bool = False) -> Callable[[str], str]:
@@ -97,6 +100,10 @@ def test_a_split_with_nothing_before_it_is_no_second_attempt():
     assert united("\n\n  Sorry, I drifted off. Raise the mast.", [0, 4]) == [(0, 41)]
 
 
+def cut_of(attempts: list[tuple[str, Any]], response: str = RESTART) -> Cut:
+    return read_cut(JudgeItem(PROMPT, response), json.loads(fixed(attempts)("")))
+
+
 @pytest.mark.parametrize(
     "begins",
     [
@@ -108,40 +115,43 @@ def test_a_split_with_nothing_before_it_is_no_second_attempt():
     ],
 )
 def test_a_quotation_is_found_though_it_is_not_exact(begins: str):
-    assert read_cut(JudgeItem(PROMPT, RESTART), fixed([("Knead", 1), (begins, 2)])("")).starts == (0, 17)
+    assert cut_of([("Knead", 1), (begins, 2)]).starts == (0, 17)
 
 
 def test_the_same_words_twice_are_two_places():
     response = "Dough. Let me start over. Flour. Let me start over. Mast."
-    cut = read_cut(JudgeItem(PROMPT, response), fixed([("Dough", 1), ("Let me start", 2), ("Let me start", 3)])(""))
+    cut = cut_of([("Dough", 1), ("Let me start", 2), ("Let me start", 3)], response)
     assert [response[start:][:3] for start in cut.starts] == ["Dou", "Let", "Let"]
     assert len(set(cut.starts)) == 3
 
 
 def test_a_quotation_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="no attempt can begin with 'Never mind all of that"):
-        read_cut(JudgeItem(PROMPT, RESTART), fixed([("Knead", 1), ("Never mind all of that", 2)])(""))
+        cut_of([("Knead", 1), ("Never mind all of that", 2)])
 
 
-GOOD = {"attempts": [{"begins": "Knead", "score": 12}], "degenerate": False}
+GOOD = json.dumps({"attempts": [{"begins": "Knead", "score": 12}], "degenerate": False})
+
+
+def read(reply: str) -> Cut:
+    return read_reply(reply, lambda values: read_cut(JudgeItem(PROMPT, RESTART), values))
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        json.dumps(GOOD),
-        f"```json\n{json.dumps(GOOD, indent=2)}\n```",
-        f"Let me think about {{this}}. Here it is: {json.dumps(GOOD)} I hope that helps {{}}.",
-        json.dumps(GOOD).replace("12", '"12"'),
-        json.dumps(GOOD).replace("12", '" 12/100 "'),
-        json.dumps(GOOD).replace("12", "12.0"),
-        json.dumps({**GOOD, "note": "more than was asked"}),
-        json.dumps(GOOD).replace("false", '"no"'),
+        GOOD,
+        f"```json\n{GOOD}\n```",
+        f"Let me think about {{this}}. Here it is: {GOOD} I hope that helps {{}}.",
+        GOOD.replace("12", '"12"'),
+        GOOD.replace("12", '" 12/100 "'),
+        GOOD.replace("12", "12.0"),
+        GOOD.replace("}]", '}], "note": "more than was asked"'),
+        GOOD.replace("false", '"no"'),
     ],
 )
 def test_an_answer_is_read_whatever_stands_around_it(text: str):
-    assert read_answer(text, Split).attempts[0].score == 12
-    assert read_answer(text, Split).degenerate is False
+    assert read(text) == Cut((0,), (12.0,), False, None)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +160,13 @@ def test_an_answer_is_read_whatever_stands_around_it(text: str):
         ("", "it is empty"),
         ("   \n", "it is empty"),
         ("The score is 12.", "no whole JSON object"),
-        (json.dumps(GOOD)[:40], "no whole JSON object"),
-        (json.dumps(GOOD).replace("12", "101"), "attempts.0.score: .*less than or equal to 100"),
-        (json.dumps(GOOD).replace("12", "-1"), "attempts.0.score: .*greater than or equal to 0"),
-        (json.dumps(GOOD).replace("12", '"high"'), "attempts.0.score: .*valid number"),
-        (json.dumps(GOOD).replace("12", "NaN"), "attempts.0.score: "),
-        (json.dumps(GOOD).replace("12", "true"), "attempts.0.score: .*number was expected"),
-        (json.dumps(GOOD).replace("12", "null"), "attempts.0.score"),
+        (GOOD[:40], "no whole JSON object in it: it is cut off"),
+        (GOOD.replace("12", "101"), "attempts.0.score: a whole number from 0 to 100 is asked for, not 101"),
+        (GOOD.replace("12", "-1"), "attempts.0.score: a whole number from 0 to 100 is asked for, not -1"),
+        (GOOD.replace("12", '"high"'), "attempts.0.score: a whole number from 0 to 100 is asked for, not 'high'"),
+        (GOOD.replace("12", "NaN"), "attempts.0.score: a whole number"),
+        (GOOD.replace("12", "true"), "attempts.0.score: a whole number from 0 to 100 is asked for, not True"),
+        (GOOD.replace("12", "null"), "attempts.0.score: a whole number"),
         ('{"attempts": [], "degenerate": false}', "attempts: .*at least 1"),
         ('{"attempts": [{"begins": "Knead"}], "degenerate": false}', "attempts.0.score: field required"),
         ('{"attempts": [{"begins": "Knead", "score": 3}]}', "degenerate: field required"),
@@ -166,7 +176,7 @@ def test_an_answer_is_read_whatever_stands_around_it(text: str):
 )
 def test_an_answer_that_cannot_be_used_is_refused_with_the_reason(text: str, problem: str):
     with pytest.raises(ValueError, match=problem):
-        read_answer(text, Split)
+        read(text)
 
 
 def test_a_wrong_number_of_parts_is_refused_and_asked_again():
@@ -174,7 +184,6 @@ def test_a_wrong_number_of_parts_is_refused_and_asked_again():
     whole = oracle(overlooks=True)
     found = judged(lambda question: next(replies) if "PART 1" in question else whole(question), RESTART)
     assert [each.score for each in found.attempts] == [1, 2]
-    assert read_answer('{"scores": [0, 100]}', Parts).scores == [0, 100]
 
 
 @pytest.mark.parametrize("fault", TEXT_FAULTS)
@@ -230,7 +239,7 @@ def test_only_a_label_brings_up_hijacking():
     assert judged(oracle(), RESTART, label="baking").flags["hijacked"] is False
     assert "hijacked" not in judged(oracle(), RESTART).flags
     with pytest.raises(ValueError, match="hijacked: field required"):
-        read_cut(JudgeItem(PROMPT, RESTART, "baking"), json.dumps(GOOD))
+        read_cut(JudgeItem(PROMPT, RESTART, "baking"), json.loads(GOOD))
 
 
 def test_an_empty_response_scores_nothing_and_costs_nothing():

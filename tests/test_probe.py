@@ -9,7 +9,7 @@ from training_world import SAE, probed, recipe, write_world
 
 from esr_train.__main__ import main
 from esr_train.errors import InputError
-from esr_train.recipe import JudgeSection, dump_recipe
+from esr_train.recipe import LocalJudgeSection, dump_recipe
 from esr_train.steering.direction_files import load_sae
 from esr_train.steering.engine import Sampling
 from esr_train.training.trainer import train
@@ -77,7 +77,7 @@ def test_a_judge_of_our_own_is_not_loaded_beside_several_processes(tmp_path, lla
     monkeypatch.chdir(tmp_path)
     write_world(tmp_path, llama)
     section = probed(recipe())
-    local = section.model_copy(update={"judge": JudgeSection(kind="local", model="model")})
+    local = section.model_copy(update={"judge": LocalJudgeSection(model="model")})
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"train\.probe: the probe's judge cannot be loaded"):
         calibrated_probe(local)

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from eval.judging.panel import agreement
+from eval.judging.agreement import agreement
 from eval.report.figures import draw_figures
 from eval.report.material import Material
 from eval.report.page import write_report

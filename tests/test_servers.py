@@ -21,7 +21,7 @@ def calls(monkeypatch) -> list[str]:
     return made
 
 
-def recipe(judge: dict | None = None, arms: dict | None = None, kind: str = "vllm") -> Recipe:
+def recipe(judge: dict | None = None, arms: dict | None = None, kind: str = "vllm", concurrency: int = 16) -> Recipe:
     model = {"path": LLAMA, "dtype": "float32", "device": "cpu"}
     return Recipe.model_validate(
         {
@@ -29,6 +29,7 @@ def recipe(judge: dict | None = None, arms: dict | None = None, kind: str = "vll
             "model": model,
             "engine": {"kind": kind, "batch_rows": 8},
             "judge": {"kind": "local", **judge} if judge else {"kind": "lexical"},
+            "llm": {"concurrency": concurrency},
             "arms": {"tuned": {}, **(arms or {})},
         }
     )
@@ -58,13 +59,13 @@ def test_a_whole_model_takes_the_place_of_the_one_before(calls):
 
 def test_a_judge_on_the_same_model_shares_its_server(calls):
     world = World(recipe({"model": LLAMA}))
-    assert world.judge._asker.llm.open().server is world.base.server
+    assert world.judge._asker.llm.open_engine().server is world.base.server
     assert world.base.server.memory is None
 
 
 def test_a_judge_on_another_model_has_a_server_beside_it(calls):
-    world = World(recipe({"model": GEMMA, "concurrency": 5}))
-    judge = world.judge._asker.llm.open()
+    world = World(recipe({"model": GEMMA}, concurrency=5))
+    judge = world.judge._asker.llm.open_engine()
     assert (judge.server.section.path, judge.server.rows, judge.tokenizer.name_or_path) == (GEMMA, 5, GEMMA)
     assert judge.server.memory == world.base.server.memory == pytest.approx(0.45)
     assert not any(call.startswith("stop") for call in calls)
@@ -74,7 +75,7 @@ def test_a_judge_on_another_model_has_a_server_beside_it(calls):
 
 def test_a_judge_on_the_base_model_has_its_own_where_an_arm_takes_the_base_models_place(calls):
     world = World(recipe({"model": LLAMA}, {"merged": {"of": "tuned", "merged": True}}))
-    judge = world.judge._asker.llm.open()
+    judge = world.judge._asker.llm.open_engine()
     assert judge.server is not world.base.server
     calls.clear()
     world.engine(None, instead=GEMMA)
@@ -90,6 +91,6 @@ def test_room_is_made_for_an_adapter_that_is_there_already(calls, tmp_path):
 
 def test_the_transformers_engine_has_none(calls):
     world = World(recipe({"model": GEMMA}, kind="transformers"))
-    assert isinstance(world.judge._asker.llm.open(), TransformersEngine)
+    assert isinstance(world.judge._asker.llm.open_engine(), TransformersEngine)
     world.stop()
     assert calls == []

@@ -15,14 +15,14 @@ from data_gen.prompted import ANSWER_WORDS, PARTS, Task, prompted, read_subjects
 from data_gen.sources import Context, read_cues
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, write_jsonl
-from esr_train.recipe import PromptedSection, SplitSection, load_recipe
+from esr_train.recipe import LlmSection, PromptedSection, SplitSection, load_recipe
 from esr_train.restarts import attempts
 from esr_train.steering.engine import Sampling
 from esr_train.transcript import SpanKind
+from eval import llm
 from eval.cells import Pools, Prompt, Side
 from eval.judging.judge import Attempt, JudgeItem, Judgement
-from eval.llm import ROUNDS, Asker, Cache, Limit
-from eval.llm_clients import InspectLlm
+from eval.llm import ROUNDS, Asker, InspectLlm, Ledger
 from recipes.sources import check_held_out
 from tests.llm_stub import KEY, TEXT_FAULTS, TRANSPORT_FAULTS, Faults, LlmStub, Messages
 
@@ -69,9 +69,9 @@ class World:
         folder.mkdir(exist_ok=True)
         (folder / "cues.txt").write_text(CUES)
 
-    def asker(self, **settings: Any) -> Asker:
-        llm = InspectLlm(self.stub.model, **{"timeout": 120, "wait": 0.01, "concurrency": 4, **settings})
-        return Asker(llm, Cache(self.folder / "cache"), ledger=self.folder / "prompted.requests.json")
+    def asker(self, concurrency: int = 4, **limits: Any) -> Asker:
+        ledger = Ledger(self.stub.model, LlmSection(**limits), self.folder / "prompted.requests.json")
+        return Asker(InspectLlm(self.stub.model, concurrency=concurrency), ledger, self.folder / "cache")
 
     def collect(self, rows: int = ROWS, chunk: int = 6, subjects: Sequence[str] = SUBJECTS, **settings) -> Collected:
         write_jsonl(self.folder / "subjects.jsonl", ({"subject": subject} for subject in subjects))
@@ -143,10 +143,11 @@ def test_with_every_fault_the_same_rows_come_out_and_every_request_is_in_the_boo
 
 
 @pytest.mark.slow
-def test_a_request_that_is_never_answered_is_given_up_counted_and_sent_again(world):
+def test_a_request_that_is_never_answered_is_given_up_counted_and_sent_again(world, monkeypatch):
+    monkeypatch.setattr(llm, "TIMEOUT", 10)
     with LlmStub(writes, Faults(script=["hang"])) as stub:
         here = world(stub)
-        found = here.collect(rows=2, chunk=2, timeout=10)
+        found = here.collect(rows=2, chunk=2)
         assert stub.met["hang"] == 2
     assert found.funnel == {"kept": 2}
     assert here.ledger["lost"] >= 2
@@ -169,7 +170,7 @@ def test_an_answer_that_stays_malformed_and_one_that_never_comes_are_counted_wit
 
 
 def test_a_writer_that_is_gone_ends_the_run_with_what_it_said_and_the_run_goes_on_later(world, monkeypatch):
-    monkeypatch.setattr("eval.llm_clients.TRIES", 2)
+    monkeypatch.setattr(llm, "RETRIES", 1)
     with LlmStub(writes, Faults(script=["500"] * 50)) as stub:
         here = world(stub)
         with pytest.raises(RunError, match=r"answered none of 8 questions.*scripted 500"):
@@ -183,10 +184,10 @@ def test_a_writer_that_is_gone_ends_the_run_with_what_it_said_and_the_run_goes_o
 def test_an_interrupted_run_pays_for_no_answer_twice(world, monkeypatch):
     with LlmStub(writes) as stub:
         wanted = world(stub, "whole").collect()
-    put, kept = Cache.put, []
+    keep, kept = Asker._keep, []
 
-    def dying(self: Cache, *parts: str) -> None:
-        put(self, *parts)
+    def dying(self: Asker, *parts: str) -> None:
+        keep(self, *parts)
         kept.append(parts)
         if len(kept) == 8:
             raise KeyboardInterrupt
@@ -194,7 +195,7 @@ def test_an_interrupted_run_pays_for_no_answer_twice(world, monkeypatch):
     with LlmStub(writes) as stub:
         here = world(stub, "cut")
         with monkeypatch.context() as patch:
-            patch.setattr(Cache, "put", dying)
+            patch.setattr(Asker, "_keep", dying)
             with pytest.raises(KeyboardInterrupt):
                 here.collect(concurrency=1)
         assert len(stub.requests) == 8
@@ -204,36 +205,21 @@ def test_an_interrupted_run_pays_for_no_answer_twice(world, monkeypatch):
 
 
 def test_a_limit_ends_the_run_in_time_and_counts_over_interruptions(world):
+    prices = {LlmStub.model: (10_000.0, 50_000.0)}
     with LlmStub(writes) as stub:
-        wanted = world(stub, "free").collect()
+        wanted = world(stub, "free").collect(prices=prices)
         whole = world(stub, "free").ledger
-    tokens = whole["read"] + whole["written"]
+    assert whole["dollars"] == pytest.approx((whole["read"] + 5 * whole["written"]) / 100)
     with LlmStub(writes) as stub:
         here = world(stub, "limited")
-        limit = Limit(tokens=tokens // 2)
+        limit = whole["dollars"] / 2
         for _ in range(2):
-            with pytest.raises(RunError, match=r"the limit is reached \(\d+ asked.* raise the limit"):
-                here.collect(limit=limit, concurrency=2)
-        spent = here.ledger["read"] + here.ledger["written"]
-        assert tokens // 2 <= spent <= tokens // 2 + 3 * tokens // ROWS
+            with pytest.raises(RunError, match=r"limit of \$[\d.]+ is reached \(\d+ asked.* raise llm\.limit_dollars"):
+                here.collect(prices=prices, limit_dollars=limit, concurrency=2)
+        assert limit <= here.ledger["dollars"] <= limit + 3 * whole["dollars"] / ROWS
         assert len(stub.requests) == here.ledger["asked"]
-        assert here.collect(limit=Limit(tokens=2 * tokens)).transcripts == wanted.transcripts
+        assert here.collect(prices=prices, limit_dollars=4 * limit).transcripts == wanted.transcripts
         assert len(stub.requests) == ROWS
-
-
-def test_dollars_are_counted_by_the_price_and_limited(world):
-    with LlmStub(writes) as stub:
-        here = world(stub)
-        with pytest.raises(RunError, match=r"\$0\.\d\d"):
-            here.collect(price=(10.0, 50.0), limit=Limit(dollars=0.01), concurrency=1)
-        spent = here.ledger
-        assert spent["dollars"] == pytest.approx((10 * spent["read"] + 50 * spent["written"]) / 1e6)
-        assert 0.01 <= spent["dollars"] < 0.02
-
-
-def test_a_limit_in_dollars_needs_a_price(world):
-    with LlmStub(writes) as stub, pytest.raises(InputError, match=r"limit_dollars: .* not known\. Set `price`"):
-        world(stub).collect(limit=Limit(dollars=1.0))
 
 
 def test_no_key_is_in_any_file_or_message(world, tmp_path, capsys):
@@ -265,8 +251,8 @@ def test_the_question_names_what_the_row_is_to_be():
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ("No.", "no JSON object"),
-        ('{"detour": "x"', "the JSON object is broken"),
+        ("No.", "no whole JSON object"),
+        ('{"detour": "x"', "it is cut off"),
         (json.dumps({**GOOD, "answer": " "}), "no text under 'answer'"),
         (json.dumps({**GOOD, "detour": ["x"]}), "no text under 'detour'"),
         (json.dumps({**GOOD, "acknowledgement": "Wait here with me."}), "must take something back"),

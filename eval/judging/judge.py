@@ -1,8 +1,13 @@
-"""What a judge is given and what it says. A judge never sees which arm wrote a response."""
+"""What a judge is given and what it says, and the registry of kinds. A judge never sees which arm wrote a response."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from esr_train.errors import InputError
+from esr_train.recipe import JUDGE_SECTIONS, JudgeSection, LlmSection, ModelJudgeSection
+from esr_train.steering.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -51,22 +56,101 @@ class Judgement:
     flags: Mapping[str, bool | None] = field(default_factory=dict)
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The judgement as it stands in a trial row."""
-        return {
-            "attempts": [{"start": a.start, "end": a.end, "score": a.score} for a in self.attempts],
-            "judge": self.judge,
-            "judge_raw": self.raw,
-            "flags": dict(self.flags),
-            "error": self.error,
-        }
-
 
 class Judge(Protocol):
-    """Splits responses into attempts and scores each for answering the prompt, 0-100."""
+    """Splits responses into attempts and scores each for answering the prompt, 0-100.
+
+    Attributes:
+        name: tells apart whatever judges differently: kind, model, settings.
+    """
 
     name: str
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Judgement]:
         """One judgement an item, in order; failures come back as `error`, they are not raised."""
         ...
+
+
+def _no_engine(path: str) -> Engine:
+    raise InputError("there is no engine here on which a local judge could run", path, "Take a judge of kind model.")
+
+
+@dataclass(frozen=True)
+class JudgeContext:
+    """What a judge may need beside its section of the recipe.
+
+    Args:
+        key: of the recipe under which the section stands, for messages.
+        llm: how language models are asked.
+        cache: folder in which usable answers are kept for all runs; None keeps none.
+        run: folder of the run, in which requests and costs are counted; None counts in memory.
+        open_engine: hub id or folder of a model -> an engine on it.
+        locate: a path in the recipe -> the file it names.
+    """
+
+    key: str = "judge"
+    llm: LlmSection = field(default_factory=LlmSection)
+    cache: Path | None = None
+    run: Path | None = None
+    open_engine: Callable[[str], Engine] = _no_engine
+    locate: Callable[[str], Path] = Path
+
+
+AnySection = TypeVar("AnySection", bound=JudgeSection)
+_FACTORIES: dict[str, Callable[[Any, JudgeContext], Judge]] = {}
+
+
+def register_judge(
+    kind: str, section: type[AnySection]
+) -> Callable[[Callable[[AnySection, JudgeContext], Judge]], Callable[[AnySection, JudgeContext], Judge]]:
+    """Register what opens a kind of judge, as a decorator; a recipe may then say `judge: {kind: KIND, …}`.
+
+    Args:
+        kind: its name in a recipe.
+        section: its keys there; a class of its own, with `kind: Literal[KIND] = KIND`.
+    """
+
+    def register(factory: Callable[[AnySection, JudgeContext], Judge]) -> Callable[[AnySection, JudgeContext], Judge]:
+        JUDGE_SECTIONS[kind] = section
+        _FACTORIES[kind] = factory
+        return factory
+
+    return register
+
+
+def open_judge(section: JudgeSection, context: JudgeContext) -> Judge:
+    """The judge that a section of a recipe describes; no model is loaded before it is asked.
+
+    Raises:
+        InputError: if a file that it names cannot be read, or a price is missing that a limit needs.
+    """
+    return _FACTORIES[section.kind](section, context)
+
+
+def judge_responses(
+    judge: Judge | str, prompts: Sequence[str], responses: Sequence[str], labels: Sequence[str | None] | None = None
+) -> list[Judgement]:
+    """Judge responses, one judgement each; also within a running event loop, such as a notebook's.
+
+    Args:
+        judge: a judge, or the name of a model of inspect_ai's model API, whose key stands in the environment.
+        prompts: what each response answers.
+        responses: one for each prompt.
+        labels: what each response was steered to; None: nothing, or unknown.
+
+    Raises:
+        InputError: if there are not as many of each, or the judge refuses its input.
+        RunError: if a judge's model is out of reach.
+    """
+    labels = [None] * len(prompts) if labels is None else labels
+    if not len(prompts) == len(responses) == len(labels):
+        raise InputError(f"{len(prompts)} prompts, {len(responses)} responses and {len(labels)} labels do not pair up")
+    if isinstance(judge, str):
+        judge = open_judge(ModelJudgeSection(model=judge), JudgeContext())
+    return judge.judge([JudgeItem(*each) for each in zip(prompts, responses, labels, strict=True)])
+
+
+def first_scores(judge: Judge, items: Sequence[JudgeItem]) -> list[float | None]:
+    """The score of each response's first attempt, None where the judge failed."""
+    judgements = judge.judge(items)
+    return [None if each.error or not each.attempts else each.attempts[0].score for each in judgements]

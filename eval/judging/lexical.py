@@ -10,8 +10,9 @@ from pathlib import Path
 
 from esr_train.errors import InputError
 from esr_train.files import read_json
+from esr_train.recipe import LexicalJudgeSection
 from esr_train.restarts import attempts, find_cues, sentences
-from eval.judging.judge import Attempt, JudgeItem, Judgement
+from eval.judging.judge import Attempt, JudgeContext, JudgeItem, Judgement, register_judge
 
 EVERY_WORD = "_words"
 """Key of the vocabulary file under which every word of the language may stand."""
@@ -154,6 +155,15 @@ class LexicalJudge:
                 length = 1
             at += length
         return found
+
+
+@register_judge("lexical", LexicalJudgeSection)
+def _open_lexical(section: LexicalJudgeSection, context: JudgeContext) -> LexicalJudge:
+    if section.vocabulary is None:
+        raise InputError(
+            "this key is missing from the recipe", f"{context.key}.vocabulary", "Add it; see `esr recipes show`."
+        )
+    return LexicalJudge.from_file(context.locate(section.vocabulary))
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,35 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from esr_train.restarts import attempts, find_cues
-from eval.judging.judge import Attempt, JudgeItem, Judgement
-from eval.judging.quotes import locate
+from pydantic import BaseModel
+
+from esr_train.recipe import LocalJudgeSection, ModelJudgeSection
+from esr_train.restarts import LEADING_MARKS, Range, attempts, find_cues
+from eval.judging.judge import Attempt, JudgeContext, JudgeItem, Judgement, register_judge
+from eval.judging.replies import read_reply
 from eval.judging.rubric import (
     Parts,
     Split,
     Whole,
+    begins_at,
     digest,
+    filled,
+    locate,
     parts_question,
-    read_answer,
     split_question,
     whole_question,
 )
-from eval.llm import Answer, Asker, Cache, Llm
+from eval.llm import LEDGER, Answer, Asker, EngineLlm, InspectLlm, Ledger, Llm
 
+Value = TypeVar("Value")
 _NEAR_WORDS = 3
 """A restart that the model begins at most this many words before the one in the text is the same."""
 
@@ -36,6 +45,20 @@ class Cut:
     hijacked: bool | None
 
 
+@dataclass
+class _Case:
+    """A response on its way through the questions: the answers so far, and its attempts once it was cut."""
+
+    item: JudgeItem
+    cut: Answer[Cut] = field(default_factory=lambda: Answer(None))
+    ranges: Sequence[Range] = ()
+    parts: Answer[tuple[float, ...]] | None = None
+    recovers: Answer[bool] | None = None
+
+    def texts(self) -> list[str]:
+        return [self.item.response[start:end] for start, end in self.ranges]
+
+
 class ModelJudge:
     """Asks a language model, and unites its split with the restarts that `find_cues` finds.
 
@@ -48,78 +71,60 @@ class ModelJudge:
         llm: who is asked.
         cache: folder of the answers; None keeps none.
         repeat: another number asks anew instead of taking kept answers (how steady is the judge?).
+        ledger: of requests and costs; None counts in memory.
     """
 
-    def __init__(self, llm: Llm, cache: Path | None = None, repeat: int = 0) -> None:
-        self._asker = Asker(llm, Cache(cache) if cache else None, repeat, label="judge")
-        told = json.dumps([digest(), llm.settings], sort_keys=True)
-        again = f"#{repeat}" if repeat else ""
-        self.name = f"{llm.name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}{again}"
+    def __init__(self, llm: Llm, cache: Path | None = None, repeat: int = 0, ledger: Ledger | None = None) -> None:
+        self.name = judge_name(llm, repeat)
+        self._asker = Asker(llm, ledger or Ledger(llm.name), cache, repeat, label="judge")
 
     @property
     def spent(self) -> str:
         """What was asked so far and what it cost, in words."""
-        return f"{self.name}: {self._asker.llm.spent}"
+        return f"{self.name}: {self._asker.ledger.spent}"
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Judgement]:
         """One judgement an item; what the model did not answer is an error in it.
 
         Raises:
-            InputError, RunError: if the model cannot be reached at all; see `eval.llm.Llm.ask`.
+            InputError, RunError: if the model cannot be reached at all, or the limit is reached; see `eval.llm`.
         """
-        shown = [place for place, item in enumerate(items) if item.response.strip()]
-        found = dict(zip(shown, self._judge([items[place] for place in shown]), strict=True))
-        return [found.get(place) or self._empty(item) for place, item in enumerate(items)]
+        shown = [_Case(item) for item in items if item.response.strip()]
+        cuts = self._ask(shown, lambda case: split_question(case.item), _read_split, Split)
+        for case, cut in zip(shown, cuts, strict=True):
+            case.cut, case.ranges = cut, united(case.item.response, cut.value.starts) if cut.value else ()
+        recut = [case for case in shown if case.cut.value and not _same(case.cut.value.starts, case.ranges)]
+        parts = self._ask(recut, lambda case: parts_question(case.item, case.texts()), _read_parts, Parts)
+        for case, scores in zip(recut, parts, strict=True):
+            case.parts = scores
+        # With a restart, a recovery is not silent.
+        single = [case for case in shown if case.item.recovery and len(case.ranges) == 1]
+        wholes = self._ask(single, lambda case: whole_question(case.item), _read_whole, Whole)
+        for case, recovers in zip(single, wholes, strict=True):
+            case.recovers = recovers
+        cases = iter(shown)
+        return [self._judgement(next(cases)) if item.response.strip() else self._empty(item) for item in items]
 
-    def _judge(self, items: list[JudgeItem]) -> list[Judgement]:
-        questions = [split_question(item) for item in items]
-        cuts = self._asker.ask(questions, lambda place, text: read_cut(items[place], text))
-        ranges = [
-            united(item.response, cut.value.starts) if cut.value else [] for item, cut in zip(items, cuts, strict=True)
-        ]
-        parts = self._score_parts(items, cuts, ranges)
-        wholes = self._read_wholes(items, cuts, ranges)
-        return [
-            self._judgement(item, cut, at, parts.get(place), wholes.get(place))
-            for place, (item, cut, at) in enumerate(zip(items, cuts, ranges, strict=True))
-        ]
-
-    def _score_parts(
-        self, items: list[JudgeItem], cuts: list[Answer[Cut]], ranges: list[list[tuple[int, int]]]
-    ) -> dict[int, Answer[list[float]]]:
-        """Scores for the items whose united attempts are not the ones the model scored."""
-        places = [p for p, cut in enumerate(cuts) if cut.value and not _same(cut.value.starts, ranges[p])]
-        texts = [[items[place].response[start:end] for start, end in ranges[place]] for place in places]
-
-        def parse(number: int, reply: str) -> list[float]:
-            scores = read_answer(reply, Parts).scores
-            if len(scores) != len(texts[number]):
-                raise ValueError(f"it has {len(scores)} scores for {len(texts[number])} parts")
-            return scores
-
-        questions = [parts_question(items[place], parts) for place, parts in zip(places, texts, strict=True)]
-        return dict(zip(places, self._asker.ask(questions, parse), strict=True))
-
-    def _read_wholes(
-        self, items: list[JudgeItem], cuts: list[Answer[Cut]], ranges: list[list[tuple[int, int]]]
-    ) -> dict[int, Answer[Whole]]:
-        """The second judgement, for single attempts: with a restart, a recovery is not silent."""
-        places = [p for p, cut in enumerate(cuts) if cut.value and items[p].recovery and len(ranges[p]) == 1]
-        questions = [whole_question(items[place]) for place in places]
-        return dict(zip(places, self._asker.ask(questions, lambda _, text: read_answer(text, Whole)), strict=True))
-
-    def _judgement(
+    def _ask(
         self,
-        item: JudgeItem,
-        cut: Answer[Cut],
-        ranges: list[tuple[int, int]],
-        parts: Answer[list[float]] | None,
-        whole: Answer[Whole] | None,
-    ) -> Judgement:
-        asked: dict[str, Answer[Any] | None] = {"split": cut, "parts": parts, "whole": whole}
-        raw = {name: answer.text for name, answer in asked.items() if answer}
-        errors = {name: answer.error for name, answer in asked.items() if answer and answer.error}
-        told = json.dumps({**raw, "errors": errors} if errors else raw, ensure_ascii=False)
+        cases: Sequence[_Case],
+        question: Callable[[_Case], str],
+        read: Callable[[_Case, dict[str, Any]], Value],
+        form: type[BaseModel],
+    ) -> list[Answer[Value]]:
+        def parse(index: int, reply: str) -> Value:
+            item = cases[index].item
+            return read_reply(reply, partial(read, cases[index]), f"{item.prompt}\n{item.response}")
+
+        return self._asker.ask([question(case) for case in cases], parse, form)
+
+    def _judgement(self, case: _Case) -> Judgement:
+        item, cut, parts = case.item, case.cut, case.parts
+        asked: dict[str, Answer[Any] | None] = {"split": cut, "parts": parts, "whole": case.recovers}
+        raw: dict[str, Any] = {name: answer.text for name, answer in asked.items() if answer}
+        if errors := {name: answer.error for name, answer in asked.items() if answer and answer.error}:
+            raw["errors"] = errors
+        told = json.dumps(raw, ensure_ascii=False)
         error = cut.error or (parts.error if parts else None)
         if error or not cut.value:
             return Judgement((), self.name, told, error=error or "no answer")
@@ -127,11 +132,11 @@ class ModelJudge:
         flags: dict[str, bool | None] = {"degenerate": cut.value.degenerate}
         if item.label:
             flags["hijacked"] = cut.value.hijacked
-        if len(ranges) > 1:
+        if len(case.ranges) > 1:
             flags["silent_recovery"] = False
-        elif whole:
-            flags["silent_recovery"] = whole.value.strays and whole.value.returns if whole.value else None
-        scored = tuple(Attempt(*at, score) for at, score in zip(ranges, scores, strict=True))
+        elif case.recovers:
+            flags["silent_recovery"] = case.recovers.value
+        scored = tuple(Attempt(*at, score) for at, score in zip(case.ranges, scores, strict=True))
         return Judgement(scored, self.name, told, flags)
 
     def _empty(self, item: JudgeItem) -> Judgement:
@@ -141,23 +146,65 @@ class ModelJudge:
         return Judgement((Attempt(0, len(item.response), 0.0),), self.name, "", flags)
 
 
-def read_cut(item: JudgeItem, reply: str) -> Cut:
-    """Read the answer to `split_question` and find every attempt in the response.
+def judge_name(llm: Llm, repeat: int) -> str:
+    """A name that tells apart models, their settings, what they are asked, and repeats."""
+    told = json.dumps([digest(), llm.settings], sort_keys=True)
+    again = f"#{repeat}" if repeat else ""
+    return f"{llm.name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}{again}"
+
+
+@register_judge("model", ModelJudgeSection)
+def _open_model(section: ModelJudgeSection, context: JudgeContext) -> ModelJudge:
+    llm = InspectLlm(section.model, section.temperature, context.llm.concurrency)
+    # Each process counts in a file of its own.
+    name = re.sub(r"[^A-Za-z0-9.#-]+", "_", judge_name(llm, section.repeat))
+    file = context.run / "requests" / f"{name}-{os.getpid()}{LEDGER}" if context.run else None
+    return ModelJudge(llm, context.cache, section.repeat, Ledger(section.model, context.llm, file, context.run))
+
+
+@register_judge("local", LocalJudgeSection)
+def _open_local(section: LocalJudgeSection, context: JudgeContext) -> ModelJudge:
+    open_engine = partial(context.open_engine, section.model)
+    llm = EngineLlm(section.model, open_engine, section.temperature or 0.0, section.repeat)
+    return ModelJudge(llm, context.cache, section.repeat)
+
+
+def read_cut(item: JudgeItem, values: dict[str, Any]) -> Cut:
+    """The answer to `split_question`, every attempt found in the response.
 
     Raises:
         ValueError: for an answer of another form, or a quotation that is not in the response.
     """
-    answer = read_answer(reply, Split)
+    answer = filled(Split, values)
     if item.label and answer.hijacked is None:
         raise ValueError("hijacked: field required")
+    first, *others = (attempt.begins for attempt in answer.attempts)
+    if not begins_at(first, item.response):
+        raise ValueError(f"the first attempt begins with the first words of the text, not with {first[:80]!r}")
     starts = [0]
-    for attempt in answer.attempts[1:]:
-        start = locate(attempt.begins, item.response, starts[-1] + 1)
+    for words in others:
+        start = locate(words, item.response, starts[-1] + 1)
         if start is None:
-            words = attempt.begins[:80]
-            raise ValueError(f"no attempt can begin with {words!r}: these words do not follow in the text")
+            raise ValueError(f"no attempt can begin with {words[:80]!r}: these words do not follow in the text")
         starts.append(start)
-    return Cut(tuple(starts), tuple(each.score for each in answer.attempts), answer.degenerate, answer.hijacked)
+    scores = tuple(float(attempt.score) for attempt in answer.attempts)
+    return Cut(tuple(starts), scores, answer.degenerate, answer.hijacked)
+
+
+def _read_split(case: _Case, values: dict[str, Any]) -> Cut:
+    return read_cut(case.item, values)
+
+
+def _read_parts(case: _Case, values: dict[str, Any]) -> tuple[float, ...]:
+    scores = tuple(map(float, filled(Parts, values).scores))
+    if len(scores) != len(case.ranges):
+        raise ValueError(f"it has {len(scores)} scores for {len(case.ranges)} parts")
+    return scores
+
+
+def _read_whole(_: _Case, values: dict[str, Any]) -> bool:
+    answer = filled(Whole, values)
+    return answer.strays and answer.returns
 
 
 def united(response: str, starts: Sequence[int]) -> list[tuple[int, int]]:
@@ -173,7 +220,7 @@ def united(response: str, starts: Sequence[int]) -> list[tuple[int, int]]:
         if cue and cue[0] in begins:
             begins.remove(cue[0])
         earliest = start if cue is None else min(start, cue[0])
-        begins.add(earliest if response[:earliest].strip(" \t\n*_#>-(") else 0)
+        begins.add(earliest if response[:earliest].strip(LEADING_MARKS) else 0)
     ordered = sorted(begins)
     return list(zip(ordered, [*ordered[1:], len(response)], strict=True))
 

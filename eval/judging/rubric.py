@@ -7,12 +7,20 @@ whole, does the text leave the question and come back? None of them says which a
 
 import hashlib
 import json
+import re
+from difflib import SequenceMatcher
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from eval.judging.judge import JudgeItem
 
+_WORD = re.compile(r"[^\W_]+")
+_LEAST_WORDS = 3
+_LIKENESS = 0.8
+"""What a run of words must have in common with a quotation of so many words at least."""
+_DIGITS = re.compile(r"([0-9]{1,3})(?:\.0+)?\s*(?:/\s*100)?")
 _SITUATION = (
     "You assess a text that a language model wrote as its reply to a question. The model's writing may have been "
     "disturbed while it wrote, so the text may wander away from the question, fall apart, or catch itself and begin "
@@ -106,32 +114,29 @@ def _marked(item: JudgeItem, name: str, text: str) -> str:
     return f"<<<{name} {mark}\n{text}\n{mark} {name}>>>"
 
 
-def _number(value: Any) -> Any:
-    return value.strip().removesuffix("/100").strip() if isinstance(value, str) else _no_bool(value)
+def _whole(value: Any) -> int:
+    """A score as whole number; digits in quotes are a number, too.
+
+    1.0 is refused as 0.9 is: it looks like a score on a scale from 0 to 1.
+    """
+    text = value.strip() if isinstance(value, str) else "" if isinstance(value, bool) else repr(value)
+    digits = _DIGITS.fullmatch(text)
+    if not digits or text == "1.0" or int(digits[1]) > 100:
+        raise PydanticCustomError("score", f"a whole number from 0 to 100 is asked for, not {value!r}"[:80])
+    return int(digits[1])
 
 
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number was expected")
-    return value
+Score = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=100)]
 
 
-Score = Annotated[float, BeforeValidator(_number), Field(ge=0, le=100, allow_inf_nan=False)]
-"""A score; digits in quotes are a number, anything outside 0-100 is refused."""
-
-
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class ScoredAttempt(_Form):
+class ScoredAttempt(BaseModel):
     """An attempt as the model reports it."""
 
     begins: str
     score: Score
 
 
-class Split(_Form):
+class Split(BaseModel):
     """The answer to `split_question`."""
 
     attempts: Annotated[list[ScoredAttempt], Field(min_length=1)]
@@ -139,48 +144,88 @@ class Split(_Form):
     hijacked: bool | None = None
 
 
-class Parts(_Form):
+class Parts(BaseModel):
     """The answer to `parts_question`."""
 
     scores: list[Score]
 
 
-class Whole(_Form):
+class Whole(BaseModel):
     """The answer to `whole_question`."""
 
+    course: str = ""
     strays: bool
     returns: bool
 
 
-Form = TypeVar("Form", bound=_Form)
+Form = TypeVar("Form", bound=BaseModel)
 
 
-def read_answer(text: str, form: type[Form]) -> Form:
-    """The first JSON object in a reply that has the form; prose and code fences around it do not matter.
+def filled(form: type[Form], values: dict[str, Any]) -> Form:
+    """A form filled with an answer's values; others that stand there do not matter.
 
     Raises:
-        ValueError: saying what is wrong with the reply.
+        ValueError: naming what is missing or wrong.
     """
-    if not text.strip():
-        raise ValueError("it is empty")
-    problem = "there is no whole JSON object in it"
-    decoder = json.JSONDecoder()
-    at = text.find("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-            return form.model_validate(value)
-        except (json.JSONDecodeError, RecursionError):
-            end = at + 1
-        except ValidationError as error:
-            problem = "; ".join(_mistake(each) for each in error.errors()[:3])
-        at = text.find("{", end)
-    raise ValueError(problem)
+    try:
+        return form.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_mistake(item) for item in error.errors()[:3])) from None
 
 
 def _mistake(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    return f"{where}: {error['msg'].lower()}" if where else error["msg"].lower()
+    said = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return ": ".join(filter(None, (".".join(map(str, error["loc"])), said)))
+
+
+def begins_at(quote: str, text: str) -> bool:
+    """Whether a quotation holds the first words of a text; marks and white space before and within do not matter."""
+    start = locate(quote, text)
+    if start is not None and not any(map(str.isalpha, text[:start])):
+        return True
+    letters, wanted = ("".join(_WORD.findall(each)).casefold() for each in (text, quote))
+    return not letters or (bool(wanted) and letters.startswith(wanted))
+
+
+def locate(quote: str, text: str, start: int = 0) -> int | None:
+    """The first character at or after `start` where the quotation begins, or None.
+
+    It is looked for as it is; then word by word, blind to case, punctuation and mark-up; then, if it has three
+    words or more, as the run of words most like it (a word changed, left out or put in).
+    """
+    exact = re.compile(rf"(?<!\w){re.escape(quote.strip())}(?!\w)").search(text, start) if quote.strip() else None
+    if exact:
+        return exact.start()
+    wanted = [word.casefold() for word in _WORD.findall(quote)]
+    matches = list(_WORD.finditer(text, start))
+    words = [match[0].casefold() for match in matches]
+    if not wanted:
+        return None
+    ends = range(len(words) - len(wanted) + 1)
+    index = next((first for first in ends if words[first : first + len(wanted)] == wanted), None)
+    if index is None and len(wanted) >= _LEAST_WORDS:
+        index = _most_alike(wanted, words)
+    if index is None:
+        return None
+    at = matches[index].start()
+    while at > start and text[at - 1] in "*_#>([\"'“‘":
+        at -= 1
+    return at
+
+
+def _most_alike(wanted: list[str], words: list[str]) -> int | None:
+    """Where the run of words begins that is most like the wanted one, None if none is like enough."""
+    best, index = _LIKENESS, None
+    matcher = SequenceMatcher(autojunk=False)
+    matcher.set_seq2(" ".join(wanted))
+    for first, word in enumerate(words):
+        # A run must begin as the quotation does, or with its second word: where it begins is all that is asked.
+        if word not in wanted[:2]:
+            continue
+        matcher.set_seq1(" ".join(words[first : first + len(wanted)]))
+        if matcher.real_quick_ratio() > best and (ratio := matcher.ratio()) > best:
+            best, index = ratio, first
+    return index
 
 
 def digest() -> str:

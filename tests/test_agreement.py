@@ -10,9 +10,9 @@ import pytest
 from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
 from esr_train.recipe import Recipe
+from eval.judging.agreement import agreement, judge_again, judgement_store
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.judging.model_judge import ModelJudge
-from eval.judging.panel import agreement, judge_again, judgement_store
 from eval.store import Trial, TrialStore, read_trials
 from recipes.judge_panel import write_agreement
 from recipes.pipeline import Experiment
@@ -147,9 +147,10 @@ def test_a_recipes_further_judges_are_asked_and_compared(tmp_path: Path, monkeyp
     assert not (top.directory / "agreement.json").exists()
 
 
-def test_the_same_judge_twice_is_a_mistake_unless_it_is_a_retest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    top = experiment(tmp_path, [{"vocabulary": str(tmp_path / "words.json")}])
-    with pytest.raises(InputError, match=r"judges.0: the judge lexical-\w+ is named twice"):
+def test_two_files_of_the_same_words_are_the_same_judge(tmp_path: Path):
+    top = experiment(tmp_path, [{"vocabulary": str(tmp_path / "copy.json")}])
+    (tmp_path / "copy.json").write_text((tmp_path / "words.json").read_text())
+    with pytest.raises(InputError, match=r"judges.0: the judge lexical-\w+ is named twice. Remove it; a model"):
         write_agreement(top, [top], rows(top))
 
 
@@ -162,15 +163,3 @@ def test_a_recipe_names_model_judges_and_none_is_loaded_before_it_is_asked(tmp_p
     assert found[1].name == f"{found[0].name}#1"
     assert len({judge.name for judge in found}) == 4
     assert found[3].name.startswith("no/such-folder-")
-
-
-def test_how_fast_a_judge_is_asked_does_not_change_its_name(tmp_path: Path):
-    plain = {"kind": "model", "model": "openai/gpt"}
-    fast = {**plain, "concurrency": 99, "timeout": 5, "price": [1, 2]}
-    found = experiment(tmp_path, [plain, fast]).world.other_judges
-    assert found[0].name == found[1].name
-
-
-def test_a_model_judge_without_a_model_is_told_so(tmp_path: Path):
-    with pytest.raises(InputError, match=r"judges\.0\.model: this key is missing"):
-        _ = experiment(tmp_path, [{"kind": "model"}]).world.other_judges
