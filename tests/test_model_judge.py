@@ -164,7 +164,7 @@ def test_an_answer_is_read_whatever_stands_around_it(text: str):
         (GOOD.replace("12", "101"), "attempts.0.score: a whole number from 0 to 100 is asked for, not 101"),
         (GOOD.replace("12", "-1"), "attempts.0.score: a whole number from 0 to 100 is asked for, not -1"),
         (GOOD.replace("12", '"high"'), "attempts.0.score: a whole number from 0 to 100 is asked for, not 'high'"),
-        (GOOD.replace("12", "NaN"), "attempts.0.score: a whole number"),
+        (GOOD.replace("12", "NaN"), "score: NaN is no finite number"),
         (GOOD.replace("12", "true"), "attempts.0.score: a whole number from 0 to 100 is asked for, not True"),
         (GOOD.replace("12", "null"), "attempts.0.score: a whole number"),
         ('{"attempts": [], "degenerate": false}', "attempts: .*at least 1"),
