@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch import nn
 
 from esr_train.errors import RunError
+from esr_train.steering.direction_files import load_sae
+from esr_train.steering.directions import Add, Positions
+from esr_train.steering.interventions import Ablate, Intervention
 from esr_train.steering.vllm.vllm_engine import VllmEngine
-from esr_train.steering.vllm.vllm_worker import SUPPORTED, SteeringExtension, _Steps, unsupported
+from esr_train.steering.vllm.vllm_worker import SUPPORTED, SteeringExtension, Wanted, _Steps, packed, unsupported
 
 WIDTH = 4
 
@@ -35,6 +39,8 @@ class Runner:
         self.input_batch = SimpleNamespace(req_ids=[], num_computed_tokens_cpu=np.zeros(8, dtype=np.int32))
         self.query_start_loc = SimpleNamespace(np=np.zeros(9, dtype=np.int32))
         self.model = SimpleNamespace(model=SimpleNamespace(layers=nn.ModuleList([DecoderLayer(), DecoderLayer()])))
+        self.broken: set[str] = set()
+        self.steps: Any = None
 
     def get_model(self) -> Any:
         return self.model
@@ -42,9 +48,13 @@ class Runner:
     def _model_forward(self, input_ids: Any, positions: torch.Tensor) -> list[torch.Tensor]:
         return [layer(torch.zeros(len(positions), WIDTH))[0] for layer in self.model.model.layers]
 
-    def add(self, name: str, *interventions: dict[str, Any], reply_start: int = 2, read: Any = None) -> None:
-        asked = {"key": name, "reply_start": reply_start, "interventions": list(interventions), "read": read}
-        self.requests[name] = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"esr": asked}))
+    def _sample(self, logits: torch.Tensor) -> None:
+        pass
+
+    def add(self, name: str, *interventions: Intervention, reply_start: int = 2, read: Any = None) -> None:
+        self.requests[name] = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"esr": {"key": name}}))
+        if interventions or read:
+            self.steps.expected[name] = Wanted(reply_start, interventions, read)
 
     def step(self, padding: int = 0, **scheduled: tuple[int, int]) -> list[list[float]]:
         """Run requests, each from a position on for some tokens; what each layer added to each token."""
@@ -53,11 +63,13 @@ class Runner:
             self.input_batch.num_computed_tokens_cpu[row] = start
             self.query_start_loc.np[row + 1] = self.query_start_loc.np[row] + count
         total = int(self.query_start_loc.np[len(scheduled)]) + padding
-        return [states[:, 0].tolist() for states in self._model_forward(None, positions=torch.zeros(total))]
+        states = [states[:, 0].tolist() for states in self._model_forward(None, positions=torch.zeros(total))]
+        self._sample(torch.tensor([[float("nan") if name in self.broken else 1.0, 0.0] for name in scheduled]))
+        return states
 
 
-def add(direction: str, scale: float = 1.0, layer: int = 0, positions: str = "all") -> dict[str, Any]:
-    return {"kind": "add", "layer": layer, "direction": direction, "scale": scale, "positions": positions}
+def add(size: float = 1.0, layer: int = 0, positions: Positions = "all") -> Add:
+    return Add(layer, torch.full((WIDTH,), size), positions)
 
 
 @pytest.fixture
@@ -67,21 +79,20 @@ def runner() -> Runner:
 
 @pytest.fixture
 def worker(runner) -> SteeringExtension:
-    made = extension(runner)
-    made.esr_direction("d", np.full(WIDTH, 1.0, dtype=np.float32).tobytes())
-    return made
+    return extension(runner)
 
 
 def extension(runner: Runner) -> SteeringExtension:
     made = SteeringExtension()
     made.model_runner, made.esr = runner, _Steps(runner)
+    runner.steps = made.esr
     return made
 
 
 def test_packed_tokens_get_their_own_requests_vectors(runner, worker):
-    runner.add("a", add("d", 2.0))
+    runner.add("a", add(2.0))
     runner.add("b")
-    runner.add("c", add("d", 5.0, positions="generated"), add("d", 7.0, layer=1))
+    runner.add("c", add(5.0, positions="generated"), add(7.0, layer=1))
     first, second = runner.step(a=(0, 2), b=(0, 1), c=(0, 3), padding=1)
     assert first == [2, 2, 0, 0, 0, 5, 0]
     assert second == [0, 0, 0, 7, 7, 7, 0]
@@ -91,8 +102,8 @@ def test_packed_tokens_get_their_own_requests_vectors(runner, worker):
 
 
 def test_chunks_count_once_and_a_preempted_request_counts_from_the_start(runner, worker):
-    runner.add("a", add("d"))
-    runner.add("b", add("d", 3.0))
+    runner.add("a", add())
+    runner.add("b", add(3.0))
     runner.step(a=(0, 2))
     assert runner.step(b=(0, 2), a=(2, 2))[0] == [3, 3, 1, 1]
     runner.step(b=(2, 1))
@@ -102,7 +113,7 @@ def test_chunks_count_once_and_a_preempted_request_counts_from_the_start(runner,
 
 def test_slots_are_used_again_and_their_old_vectors_are_gone(runner, worker):
     for number in range(6):
-        runner.add(f"r{number}", add("d", number + 1.0, positions="generated"))
+        runner.add(f"r{number}", add(number + 1.0, positions="generated"))
         assert runner.step(**{f"r{number}": (0, 3)})[0] == [0, 0, number + 1]
         del runner.requests[f"r{number}"]
     found = worker.esr_take([f"r{number}" for number in range(6)])
@@ -111,30 +122,59 @@ def test_slots_are_used_again_and_their_old_vectors_are_gone(runner, worker):
 
 def test_a_request_that_skips_tokens_fails(runner, worker):
     """As it would if a cached prefix were taken from another request."""
-    runner.add("a", add("d"))
-    runner.add("b", add("d"))
+    runner.add("a", add())
+    runner.add("b", add())
     runner.step(a=(16, 2), b=(0, 2))
     (_, _, error, _), (_, _, fine, _) = worker.esr_take(["a", "b"])
     assert "went on at token 16" in error
     assert fine is None
 
 
-def test_an_unknown_direction_or_layer_fails_its_request_alone(runner, worker):
-    runner.add("a", add("nowhere"))
-    runner.add("b", add("d", layer=9))
-    assert runner.step(a=(0, 2), b=(0, 1)) == [[0] * 3, [0] * 3]
-    del runner.requests["a"], runner.requests["b"]
-    runner.add("c", add("d"))
-    runner.step(c=(0, 1))
-    errors = [report[2] for report in worker.esr_take(["a", "b", "c"])]
-    assert "KeyError('nowhere')" in errors[0]
-    assert "could not be set up" in errors[1]
-    assert errors[2] is None
+def test_an_unknown_layer_fails_its_request_alone(runner, worker):
+    runner.add("a", add(layer=9))
+    assert runner.step(a=(0, 2)) == [[0] * 2, [0] * 2]
+    del runner.requests["a"]
+    runner.add("b", add())
+    runner.step(b=(0, 1))
+    errors = [report[2] for report in worker.esr_take(["a", "b"])]
+    assert "could not be set up: IndexError" in errors[0]
+    assert errors[1] is None
+
+
+def test_logits_that_are_not_finite_fail_their_request_steered_or_not(runner, worker):
+    for name, interventions in (("a", [add()]), ("b", []), ("c", []), ("d", [add()])):
+        runner.add(name, *interventions)
+    runner.step(a=(0, 2), b=(0, 1))
+    runner.broken = {"a", "b"}
+    runner.step(a=(2, 1), b=(1, 1), c=(0, 3))
+    runner.step(d=(0, 1))
+    found = {key: error for key, _, error, _ in worker.esr_take(["a", "b", "c", "d"])}
+    assert found == {"a": "got logits that are not finite", "b": "got logits that are not finite", "d": None}
+    runner.step(d=(1, 1))
+    assert worker.esr_take(["a", "b", "c"]) == []
+
+
+def test_what_is_wanted_passes_between_processes_with_saes_by_name(runner, worker, tmp_path):
+    saved = JumpReLUSAE(JumpReLUSAEConfig(d_in=WIDTH, d_sae=6))
+    saved.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    saved.save_model(tmp_path / "one")
+    sae = load_sae(str(tmp_path), "one")
+    table = torch.arange(3.0 * WIDTH).reshape(3, WIDTH)
+    message = packed({"a": Wanted(2, (Add(0, table[1]), Ablate(sae, (3, 5)))), "b": Wanted(1, (), (sae, (4,)))})
+    assert len(message) < 2000
+    assert worker.esr_expect(message) is None
+    found = worker.esr.expected
+    assert torch.equal(found["a"].interventions[0].vector, table[1])
+    assert found["a"].interventions[1].latents == (3, 5)
+    assert found["a"].interventions[1].sae is found["b"].read[0]
+    assert torch.equal(found["b"].read[0].row(4), sae.row(4))
+    JumpReLUSAE(saved.cfg).save_model(tmp_path / "one")
+    assert "is not the one that was asked for" in extension(Runner()).esr_expect(message)
 
 
 def test_a_layer_that_returns_something_else_fails_the_request(runner, worker, monkeypatch):
     monkeypatch.setattr(DecoderLayer, "forward", lambda self, hidden: (hidden, hidden, hidden))
-    runner.add("a", add("d"))
+    runner.add("a", add())
     runner.step(a=(0, 2))
     ((_, counts, error, _),) = worker.esr_take(["a"])
     assert counts == [(0, 0)]
@@ -142,9 +182,9 @@ def test_a_layer_that_returns_something_else_fails_the_request(runner, worker, m
 
 
 def test_latents_are_read_behind_the_steering_and_from_the_start_after_a_preemption(runner, worker):
-    worker.esr.saes["s"] = SimpleNamespace(layer=0, encode=lambda hidden: hidden * torch.tensor([1.0, 10, 100, 1000]))
-    runner.add("a", add("d", 2.0, positions="generated"), read={"sae": "s", "latents": [2, 0]})
-    runner.add("b", add("d"))
+    sae = SimpleNamespace(layer=0, encode=lambda hidden: hidden * torch.tensor([1.0, 10, 100, 1000]))
+    runner.add("a", add(2.0, positions="generated"), read=(sae, (2, 0)))
+    runner.add("b", add())
     runner.step(b=(0, 1), a=(0, 2))
     runner.step(a=(0, 3), b=(1, 1))
     runner.step(a=(3, 1), b=(2, 1))
@@ -156,7 +196,7 @@ def test_latents_are_read_behind_the_steering_and_from_the_start_after_a_preempt
 
 def test_a_step_without_a_placement_is_left_alone(runner, worker):
     """vLLM's own dummy runs call the model directly."""
-    runner.add("a", add("d"))
+    runner.add("a", add())
     runner.step(a=(0, 2))
     hidden, _ = runner.model.model.layers[0](torch.zeros(5, WIDTH))
     assert not hidden.any()
@@ -215,14 +255,13 @@ def test_the_ranks_of_one_model_must_steer_the_same_tokens():
     """Every rank holds the whole residual stream and its own copy of the vectors."""
     runners = [Runner(), Runner()]
     server = Ranks(*map(extension, runners))
-    server.collective_rpc("esr_direction", ("d", np.full(WIDTH, 1.0, dtype=np.float32).tobytes()))
     engine = VllmEngine(server, None)  # type: ignore[arg-type]
     for runner in runners:
-        runner.add("a", add("d", 2.0), reply_start=1)
+        runner.add("a", add(2.0), reply_start=1)
         assert runner.step(a=(0, 3))[0] == [2, 2, 2]
     assert engine._reports(["a"])["a"][:3] == ("a", [(0, 3)], None)
     for count, runner in enumerate(runners, 1):
-        runner.add("b", add("d"))
+        runner.add("b", add())
         runner.step(b=(0, count))
     with pytest.raises(RunError, match="the ranks of the tensor-parallel model did not steer the same tokens"):
         engine._reports(["b"])
@@ -231,9 +270,8 @@ def test_the_ranks_of_one_model_must_steer_the_same_tokens():
 def test_an_error_on_any_rank_fails_the_request():
     runners = [Runner(), Runner()]
     server = Ranks(*map(extension, runners))
-    server.workers[0].esr_direction("d", np.full(WIDTH, 1.0, dtype=np.float32).tobytes())
-    for runner in runners:
-        runner.add("a", add("d"))
+    for layer, runner in enumerate(runners):
+        runner.add("a", add(layer=5 * layer))
         runner.step(a=(0, 3))
     (report,) = VllmEngine(server, None)._reports(["a"]).values()  # type: ignore[arg-type]
-    assert "could not be set up: KeyError('d')" in (report[2] or "")
+    assert "could not be set up: IndexError" in (report[2] or "")

@@ -23,14 +23,11 @@ class Add:
         layer: index of the decoder layer whose output is changed.
         vector: [d_model], direction times strength, in residual units.
         positions: which tokens are steered.
-        along: [d_model] and a length, where the vector is a multiple of a direction that others share: engines
-            that keep directions on their workers then send it once.
     """
 
     layer: int
     vector: torch.Tensor
     positions: Positions = "all"
-    along: tuple[torch.Tensor, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +74,7 @@ class SteeringVector:
             length = raw * self.length
         else:
             raise InputError("one strength is needed", "add", "Such as add(0.9), in residual norms, or add(raw=210.0).")
-        return Add(self.layer, self.unit * length, positions, along=(self.unit, length))
+        return Add(self.layer, self.unit * length, positions)
 
     def _known_norm(self) -> float:
         if self.residual_norm is None:
@@ -165,17 +162,27 @@ class LoadedSae:
         Raises:
             InputError: for an SAE whose activations cannot be computed token by token.
         """
+        self.check_readable()
+        if self.module.W_dec.device != hidden.device:
+            self.module.to(hidden.device)
+        activations = self.module.encode(hidden.float())
+        # TopK SAEs may answer in sparse tensors, which neither index nor gather.
+        return activations.to_dense() if activations.is_sparse else activations
+
+    def check_readable(self, latents: tuple[int, ...] = ()) -> None:
+        """Refuse to read activations of an SAE for which they cannot be computed, or of latents that it does not have.
+
+        Raises:
+            InputError: naming the reason.
+        """
         if self.not_encoded:
             raise InputError(
                 f"the activations of its latents cannot be read: {self.not_encoded}",
                 sae_name(self.ref),
                 "Steer additively with latents that are chosen by hand, or take another SAE.",
             )
-        if self.module.W_dec.device != hidden.device:
-            self.module.to(hidden.device)
-        activations = self.module.encode(hidden.float())
-        # TopK SAEs may answer in sparse tensors, which neither index nor gather.
-        return activations.to_dense() if activations.is_sparse else activations
+        for latent in latents:
+            self.row(latent)
 
     def check_editable(self, latents: tuple[int, ...], how: str) -> None:
         """Refuse to set latents of an SAE for which that is not defined, or that it does not have.

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from esr_train.adapters import check_adapter
 from esr_train.errors import InputError, RunError
 from esr_train.models import model_source, stop_ids_of
-from esr_train.steering.directions import Add, LoadedSae
+from esr_train.recipe import ModelSection
+from esr_train.steering.directions import LoadedSae
 from esr_train.steering.engine import (
     Completion,
     Encoding,
@@ -29,9 +29,9 @@ from esr_train.steering.engine import (
     encoded,
     encoded_with,
 )
-from esr_train.steering.interventions import Clamp, Intervention, check_intervention, edited_latents
+from esr_train.steering.interventions import check_intervention
 from esr_train.steering.vllm.vllm_server import LORA_MODULES, NOT_SERVED, VllmServer
-from esr_train.steering.vllm.vllm_worker import KEY, Report
+from esr_train.steering.vllm.vllm_worker import KEY, Report, Wanted, packed
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,6 @@ class _Row:
     key: str
     request: Request
     prompt: Encoding
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What all requests of one call want.
-
-    Args:
-        sampling: how tokens are drawn.
-        read: the SAE and latents that are read out, as the worker knows them.
-        scored: whether the log-probabilities of the prompt's tokens are returned.
-    """
-
-    sampling: Sampling
-    read: dict[str, Any] | None = None
-    scored: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,14 +77,6 @@ class VllmEngine:
             _check_adapter(adapter, server)
         self._calls = itertools.count()
 
-    @cached_property
-    def _stops(self) -> list[int]:
-        section = self.server.section
-        generation = None
-        with suppress(OSError):
-            generation = GenerationConfig.from_pretrained(model_source(section), revision=section.revision or "main")
-        return sorted(stop_ids_of(generation, self.tokenizer))
-
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Completion]:
@@ -116,7 +93,7 @@ class VllmEngine:
                 vLLM that died.
         """
         rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
-        return [answer.completion for answer in self._answers(rows, _Asked(sampling), progress)]
+        return [answer.completion for answer in self._answers(rows, sampling, progress)]
 
     def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
         """Log-probability (nats, temperature 1) of each continuation right after its request's prefix.
@@ -128,7 +105,7 @@ class VllmEngine:
         pairs = zip(requests, continuations, strict=True)
         wholes = [encoded_with(self.tokenizer, request, text) for request, text in pairs]
         rows = self._rows(requests, [whole for whole, _ in wholes])
-        answers = self._answers(rows, _Asked(_ONE_TOKEN, scored=True))
+        answers = self._answers(rows, _ONE_TOKEN, scored=True)
         return [_scored(answer, whole.ids[-tail:]) for answer, (whole, tail) in zip(answers, wholes, strict=True)]
 
     def read(
@@ -150,33 +127,39 @@ class VllmEngine:
             InputError: a latent that the SAE does not have; else as `generate`.
             RunError: as `generate`, and if a token was not read.
         """
-        for latent in latents:
-            sae.row(latent)
-        asked = _Asked(sampling, {"sae": self.server.sae(sae), "latents": list(latents)})
+        sae.check_readable(tuple(latents))
         rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
-        found = []
-        for answer in self._answers(rows, asked):
-            completion, activations = answer.completion, answer.activations
-            fed = completion.prompt_tokens + len(completion.token_ids) - 1
-            if activations is None or len(activations) != fed:
-                got = 0 if activations is None else len(activations)
-                raise RunError(f"request {completion.id!r}: {got} tokens were read, {fed} were fed")
-            found.append((completion, torch.tensor(activations)))
-        return found
+        return [_read(answer) for answer in self._answers(rows, sampling, read=(sae, tuple(latents)))]
 
     def _rows(self, requests: Sequence[Request], prompts: Sequence[Encoding]) -> list[_Row]:
         call = next(self._calls)
         return [_Row(f"{call}-{n}", *pair) for n, pair in enumerate(zip(requests, prompts, strict=True))]
 
-    def _answers(self, rows: Sequence[_Row], asked: _Asked, progress: Progress | None = None) -> list[_Answer]:
+    def _answers(
+        self,
+        rows: Sequence[_Row],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        read: tuple[LoadedSae, tuple[int, ...]] | None = None,
+        scored: bool = False,
+    ) -> list[_Answer]:
+        """What comes of the rows; `scored`: with the log-probabilities of the prompts' tokens."""
         for row in rows:
-            self._check(row, asked.sampling)
+            self._check(row, sampling)
         if not rows:
             return []
+        wanted = {
+            row.key: Wanted(row.prompt.reply_start, row.request.interventions, read)
+            for row in rows
+            if row.request.interventions or read
+        }
         with self.server.watched():
-            outputs = self._outputs([(row, self._params(row, asked)) for row in rows], progress)
+            problems = self.server.llm.collective_rpc("esr_expect", args=(packed(wanted),))
+            if problem := next(filter(None, problems), None):
+                raise InputError(problem)
+            stops = _stops(self.server.section, self.tokenizer)
+            outputs = self._outputs([(row, _params(row, sampling, stops, scored)) for row in rows], progress)
             reports = self._reports([row.key for row in rows])
-            self.server.forget(_unshared([row.request for row in rows]))
         return [self._answer(row, outputs[row.key], reports.get(row.key)) for row in rows]
 
     def _check(self, row: _Row, sampling: Sampling) -> None:
@@ -207,56 +190,6 @@ class VllmEngine:
                 engine.abort_request(names, internal=True)
             raise
 
-    def _params(self, row: _Row, asked: _Asked) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = asked.sampling
-        extra: dict[str, Any] = {
-            "key": row.key,
-            "reply_start": row.prompt.reply_start,
-            "interventions": [self._wire(each) for each in row.request.interventions],
-        }
-        if asked.read:
-            extra["read"] = asked.read
-        if sampling.temperature or sampling.repetition_penalty != 1.0:
-            extra["sampling"] = {
-                "seed": row.request.seed & (2**64 - 1),
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "repetition_penalty": sampling.repetition_penalty,
-            }
-        return SamplingParams(
-            temperature=0.0,
-            max_tokens=sampling.max_new_tokens,
-            stop_token_ids=self._stops,
-            detokenize=False,
-            # 0: of the prompt's own tokens and no others.
-            prompt_logprobs=0 if asked.scored else None,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={KEY: extra},
-        )
-
-    def _wire(self, intervention: Intervention) -> dict[str, Any]:
-        if isinstance(intervention, Add):
-            vector, scale = intervention.along or (intervention.vector, 1.0)
-            name = self.server.direction(vector)
-            return {
-                "kind": "add",
-                "layer": intervention.layer,
-                "direction": name,
-                "scale": float(scale),
-                "positions": intervention.positions,
-            }
-        latents, value = edited_latents(intervention)
-        return {
-            "kind": "clamp" if isinstance(intervention, Clamp) else "ablate",
-            "sae": self.server.sae(intervention.sae),
-            "latents": list(latents),
-            "value": value,
-            "positions": intervention.positions,
-        }
-
     def _reports(self, keys: Sequence[str]) -> dict[str, Report]:
         """What the workers report of each request: the first rank's counts, and what went wrong on any.
 
@@ -269,18 +202,50 @@ class VllmEngine:
         errors = {report[0]: report[2] for rank in ranks for report in rank if report[2]}
         if not errors and any(other != found[0] for other in found[1:]):
             raise RunError("the ranks of the tensor-parallel model did not steer the same tokens")
-        return {key: (key, counts, errors.get(key), read) for key, counts, _, read in ranks[0]}
+        reports = {key: (key, counts, errors.get(key), read) for key, counts, _, read in ranks[0]}
+        return {key: (key, [], error, None) for key, error in errors.items()} | reports
 
     def _answer(self, row: _Row, output: Any, report: Report | None) -> _Answer:
         _, _, error, activations = report or (row.key, [], None, None)
         if error:
-            raise RunError(f"request {row.request.id!r} was not steered as asked: {error}.")
+            raise RunError(f"request {row.request.id!r} {error}. The completion is not a valid trial.")
         reply = output.outputs[0]
         finish: Literal["stop", "length"] = "stop" if reply.finish_reason == "stop" else "length"
         counts = {} if report is None else _counts(report)
         generated = list(reply.token_ids)
         completion = checked_completion(self.tokenizer, row.request, row.prompt, generated, finish, counts)
         return _Answer(completion, activations, output.prompt_logprobs)
+
+
+def _stops(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    generation = None
+    with suppress(OSError):
+        generation = GenerationConfig.from_pretrained(model_source(section), revision=section.revision or "main")
+    return sorted(stop_ids_of(generation, tokenizer))
+
+
+def _params(row: _Row, sampling: Sampling, stops: list[int], scored: bool) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    asked: dict[str, Any] = {"key": row.key}
+    if sampling.temperature or sampling.repetition_penalty != 1.0:
+        asked["sampling"] = {
+            "seed": row.request.seed & (2**64 - 1),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "repetition_penalty": sampling.repetition_penalty,
+        }
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=stops,
+        detokenize=False,
+        # 0: of the prompt's own tokens and no others.
+        prompt_logprobs=0 if scored else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={KEY: asked},
+    )
 
 
 def _finished(engine: Any, progress: Progress | None) -> Iterator[tuple[str, Any]]:
@@ -290,6 +255,15 @@ def _finished(engine: Any, progress: Progress | None) -> Iterator[tuple[str, Any
             progress(len(done), sum(len(output.outputs[0].token_ids) for output in done))
         for output in done:
             yield output.request_id, output
+
+
+def _read(answer: _Answer) -> tuple[Completion, torch.Tensor]:
+    """A completion and the activations at every token that was fed."""
+    completion, activations = answer.completion, answer.activations or []
+    fed = completion.prompt_tokens + len(completion.token_ids) - 1
+    if len(activations) != fed:
+        raise RunError(f"request {completion.id!r}: {len(activations)} tokens were read, {fed} were fed")
+    return completion, torch.tensor(activations)
 
 
 def _scored(answer: _Answer, tokens: Sequence[int]) -> float:
@@ -303,12 +277,6 @@ def _scored(answer: _Answer, tokens: Sequence[int]) -> float:
 
 def _counts(report: Report) -> dict[int, int]:
     return {int(layer): int(count) for layer, count in report[1]}
-
-
-def _unshared(requests: Sequence[Request]) -> list[torch.Tensor]:
-    """The vectors that are multiples of no shared direction: nobody will ask for them again."""
-    adds = [each for request in requests for each in request.interventions if isinstance(each, Add)]
-    return [add.vector for add in adds if add.along is None]
 
 
 def _check_adapter(adapter: Path, server: VllmServer) -> None:

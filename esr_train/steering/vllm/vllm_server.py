@@ -1,11 +1,10 @@
 """A running vLLM: started when it is needed, in eager mode, with the steering extension on its workers."""
 
 import gc
-import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import InvalidStateError
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +16,7 @@ import torch
 from esr_train.errors import InputError, RunError
 from esr_train.models import choose_device, load_config, model_source
 from esr_train.recipe import ModelSection
-from esr_train.steering.directions import LoadedSae
-from esr_train.steering.vllm.vllm_worker import SUPPORTED, sae_checksum
+from esr_train.steering.vllm.vllm_worker import SUPPORTED
 
 LONGEST = 8192
 """Most tokens of a conversation, if the model allows as many: vLLM reserves memory for one of that length."""
@@ -67,8 +65,6 @@ class VllmServer:
         self.max_length = min(int(self.config.max_position_embeddings), LONGEST)
         self._options = dict(options or {})
         self._llm: Any = None
-        self._names: dict[int, tuple[str, Any]] = {}
-        self._numbers = itertools.count()
         self._adapters: dict[Path, int] = {}
 
     @property
@@ -108,7 +104,6 @@ class VllmServer:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        self._names.clear()
         self._adapters.clear()
 
     @contextmanager
@@ -129,36 +124,6 @@ class VllmServer:
                 f"vLLM's processes on {self.section.path} have died; what they said is above (killed for want of "
                 "memory, they say nothing). What is finished is kept, and the same command goes on from there."
             ) from None
-
-    def direction(self, vector: torch.Tensor) -> str:
-        """The name of a direction on the workers, registered there once."""
-        if id(vector) not in self._names:
-            name = f"d{next(self._numbers)}"
-            self.llm.collective_rpc("esr_direction", args=(name, vector.detach().float().cpu().numpy().tobytes()))
-            # The vector is kept, so that its id stays its own.
-            self._names[id(vector)] = (name, vector)
-        return self._names[id(vector)][0]
-
-    def sae(self, sae: LoadedSae) -> str:
-        """The name of an SAE on the workers, loaded there once.
-
-        Raises:
-            InputError: if the workers find another SAE under that name.
-        """
-        if id(sae) not in self._names:
-            name = f"s{next(self._numbers)}"
-            arguments = (name, sae.ref.release, sae.ref.id, sae_checksum(sae))
-            problems = [each for each in self.llm.collective_rpc("esr_sae", args=arguments) if each]
-            if problems:
-                raise InputError(problems[0], "sae")
-            self._names[id(sae)] = (name, sae)
-        return self._names[id(sae)][0]
-
-    def forget(self, vectors: Sequence[torch.Tensor]) -> None:
-        """Drop directions that will not be asked for again."""
-        names = [self._names.pop(id(vector))[0] for vector in vectors if id(vector) in self._names]
-        if names:
-            self.llm.collective_rpc("esr_forget", args=(names,))
 
     def adapter(self, folder: Path) -> Any:
         """What tells vLLM to use an adapter.

@@ -1,13 +1,7 @@
 """Steering inside vLLM's workers: `worker_extension_cls` for stock vLLM, one instance on every rank.
 
-A request names its interventions in `SamplingParams.extra_args["esr"]`, by reference to directions and SAEs that
-were registered on the workers beforehand:
-
-    {"key": "7", "reply_start": 31, "interventions": [
-        {"kind": "add", "layer": 26, "direction": "d0", "scale": 210.0, "positions": "all"},
-        {"kind": "clamp", "sae": "s0", "latents": [5], "value": 4.0, "positions": "generated"},
-        {"kind": "ablate", "sae": "s0", "latents": [7, 9], "value": 0.0, "positions": "all"}],
-     "read": {"sae": "s0", "latents": [5]}}
+What is to be done for a request (`Wanted`) is registered on the workers in one message before it runs; the request
+carries its key in `SamplingParams.extra_args["esr"]`.
 
 vLLM packs the tokens of all running requests into one row. Once per step, before the model runs, it is worked out
 which token belongs to which request (`_Steps._begin`); the layers' hooks then only add and encode tensors. A decoder
@@ -24,6 +18,8 @@ Nothing here raises inside a forward pass, which would stop the whole engine: wh
 requests it concerns, and they fail when their results are fetched.
 """
 
+import io
+import pickle
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,9 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from esr_train.errors import InputError
 from esr_train.steering.direction_files import load_sae
-from esr_train.steering.directions import ENCODED_AT_ONCE, Add, LoadedSae
-from esr_train.steering.interventions import Ablate, Clamp, Intervention, layer_of
+from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
+from esr_train.steering.interventions import Intervention, layer_of
 from esr_train.steering.layer_edits import Layer, TokenRows
 from esr_train.transcript import SaeRef
 
@@ -43,6 +40,62 @@ SUPPORTED = ">=0.32,<0.33"
 FAMILIES = ("LlamaForCausalLM", "Gemma2ForCausalLM")
 Report = tuple[str, list[tuple[int, int]], str | None, list[list[float]] | None]
 """A request's key, (layer, steered tokens) pairs, what went wrong, and its activations [positions][latents]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What the workers are to do for one request.
+
+    Args:
+        reply_start: the index of the first token that belongs to the reply.
+        interventions: applied in order.
+        read: an SAE and the latents whose activations are read at every token; None: nothing is read.
+    """
+
+    reply_start: int
+    interventions: tuple[Intervention, ...]
+    read: tuple[LoadedSae, tuple[int, ...]] | None = None
+
+
+def packed(wanted: dict[str, Wanted]) -> bytes:
+    """What is wanted for requests, by key, for the workers' processes: SAEs by name, not by their weights."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(wanted)
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, LoadedSae):
+            return value.ref.release, value.ref.id, sae_checksum(value)
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.from_numpy, (value.detach().float().cpu().numpy(),)
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads the SAEs that it meets, each once."""
+
+    def __init__(self, message: bytes, saes: dict[SaeRef, LoadedSae], device: Any) -> None:
+        super().__init__(io.BytesIO(message))
+        self._saes, self._device = saes, device
+
+    def persistent_load(self, name: tuple[str, str, float]) -> LoadedSae:
+        release, id, checksum = name
+        sae = self._saes.get(SaeRef(release, id)) or load_sae(SaeRef(release, id))
+        if abs(sae_checksum(sae) - checksum) > 1e-4 * max(1.0, abs(checksum)):
+            raise InputError(f"the SAE {release} / {id} that the worker finds is not the one that was asked for", "sae")
+        sae.module.to(self._device)
+        self._saes[sae.ref] = sae
+        return sae
+
+
+def sae_checksum(sae: LoadedSae) -> float:
+    """Sum of the decoder's absolute values: tells one SAE from another."""
+    return float(torch.linalg.vector_norm(sae.module.W_dec.detach(), 1, dtype=torch.float64))
 
 
 class SteeringExtension:
@@ -58,33 +111,17 @@ class SteeringExtension:
             self.esr = _Steps(self.model_runner)
         return problem
 
-    def esr_direction(self, name: str, values: bytes) -> None:
-        """Register a direction, [d_model] float32 as bytes."""
-        vector = torch.frombuffer(bytearray(values), dtype=torch.float32)
-        self.esr.directions[name] = vector.to(self.model_runner.device)
-
-    def esr_sae(self, name: str, release: str, id: str, checksum: float) -> str | None:
-        """Load and register an SAE; a sentence if it is not the one the engine has."""
-        sae = load_sae(SaeRef(release, id))
-        if abs(sae_checksum(sae) - checksum) > 1e-4 * max(1.0, abs(checksum)):
-            return f"the SAE {release} / {id} that the worker finds is not the one that was asked for"
-        sae.module.to(self.model_runner.device)
-        self.esr.saes[name] = sae
+    def esr_expect(self, message: bytes) -> str | None:
+        """Know what is wanted for the requests that come next (see `packed`); a sentence if an SAE is another one."""
+        try:
+            self.esr.expected = _Unpickler(message, self.esr.saes, self.model_runner.device).load()
+        except InputError as error:
+            return str(error)
         return None
-
-    def esr_forget(self, names: list[str]) -> None:
-        """Drop directions that no request uses any more."""
-        for name in names:
-            self.esr.directions.pop(name, None)
 
     def esr_take(self, keys: list[str]) -> list[Report]:
         """The reports of finished requests; each can be fetched once."""
         return self.esr.take(keys)
-
-
-def sae_checksum(sae: LoadedSae) -> float:
-    """Sum of the decoder's absolute values: tells one SAE from another."""
-    return float(sae.module.W_dec.detach().double().abs().sum())
 
 
 def unsupported(runner: Any) -> str | None:
@@ -117,20 +154,19 @@ class _Running:
 
     key: str
     row: int
-    reply_start: int
+    wanted: Wanted
     layers: dict[int, list[Intervention]] = field(default_factory=dict)
-    sae: LoadedSae | None = None
-    latents: list[int] = field(default_factory=list)
     activations: list[torch.Tensor] = field(default_factory=list)
     error: str | None = None
 
-    def uses(self, layer: int) -> bool:
-        """Whether it is steered or read at a layer."""
-        return layer in self.layers or (self.sae is not None and self.sae.layer == layer)
+    @property
+    def reads_at(self) -> int | None:
+        """The layer at which it is read."""
+        return None if self.wanted.read is None else self.wanted.read[0].layer
 
     def fail(self, message: str) -> None:
         """Keep what went wrong first."""
-        self.error = self.error or message
+        self.error = self.error or f"was not steered as asked: {message}"
 
 
 class _Steps:
@@ -138,16 +174,17 @@ class _Steps:
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        self.directions: dict[str, torch.Tensor] = {}
-        self.saes: dict[str, LoadedSae] = {}
+        self.expected: dict[str, Wanted] = {}
+        self.saes: dict[SaeRef, LoadedSae] = {}
         self._rows = int(runner.scheduler_config.max_num_seqs)
         self._free = list(range(self._rows))[::-1]
         self._running: dict[str, _Running] = {}
         self._done: dict[str, tuple[_Running, dict[int, torch.Tensor]]] = {}
         self._layers: dict[int, Layer] = {}
         self._next = np.zeros(self._rows, dtype=np.int64)
-        # Of the requests in vLLM's batch, in its order: names, rows in the layers (-1: none) and starts of replies.
+        # Of the requests in vLLM's batch, in its order: names, keys, rows in the layers (-1: none), starts of replies.
         self._names: list[str] = []
+        self._keys: list[str | None] = []
         self._row = np.zeros(0, dtype=np.int64)
         self._reply_start = np.zeros(0, dtype=np.int64)
         # The rows of the last step's tokens, and whether all of them were being generated.
@@ -155,8 +192,16 @@ class _Steps:
         self._generated = False
         self._inside = False
         self._reads: dict[int, list[tuple[_Running, int, int]]] = {}
-        self._forward = runner._model_forward
-        runner._model_forward = self._run
+        # Of every step the keys in the batch, and whether their logits are finite, as tensors: nothing waits for them.
+        self._finite: list[tuple[list[str | None], torch.Tensor]] = []
+        self._forward, self._sample = runner._model_forward, runner._sample
+        runner._model_forward, runner._sample = self._run, self._check_logits
+
+    def _check_logits(self, logits: torch.Tensor | None, *args: Any) -> Any:
+        # Under tensor parallelism only the first rank may have them.
+        if logits is not None and len(logits) == len(self._keys):
+            self._finite.append((self._keys, logits.amax(-1).isfinite()))
+        return self._sample(logits, *args)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -230,40 +275,29 @@ class _Steps:
         """Give newcomers a row; take the rows of requests that vLLM no longer knows."""
         for name in [name for name in self._running if name not in self.runner.requests]:
             self._retire(name)
-        for name in names:
-            params = self.runner.requests[name].sampling_params
-            asked = (params.extra_args or {}).get(KEY) if params else None
-            if name not in self._running and asked and (asked["interventions"] or asked.get("read")):
-                self._start(name, asked)
+        params = [self.runner.requests[name].sampling_params for name in names]
+        self._names = names
+        self._keys = [((each and each.extra_args) or {}).get(KEY, {}).get("key") for each in params]
+        for name, key in zip(names, self._keys, strict=True):
+            if key in self.expected:
+                self._start(name, key, self.expected.pop(key))
         batch = [self._running.get(name) for name in names]
         self._row = np.array([-1 if running is None else running.row for running in batch], dtype=np.int64)
-        starts = [0 if running is None else running.reply_start for running in batch]
+        starts = [0 if running is None else running.wanted.reply_start for running in batch]
         self._reply_start = np.array(starts, dtype=np.int64)
-        self._names = names
 
-    def _start(self, name: str, asked: dict[str, Any]) -> None:
-        running = self._running[name] = _Running(asked["key"], self._free.pop(), int(asked["reply_start"]))
+    def _start(self, name: str, key: str, wanted: Wanted) -> None:
+        running = self._running[name] = _Running(key, self._free.pop(), wanted)
         self._next[running.row] = 0
         try:
-            for intervention in (self._intervention(wanted) for wanted in asked["interventions"]):
+            for intervention in wanted.interventions:
                 running.layers.setdefault(layer_of(intervention), []).append(intervention)
-            if asked.get("read"):
-                running.sae, running.latents = self.saes[asked["read"]["sae"]], list(asked["read"]["latents"])
             for number, interventions in running.layers.items():
                 self._layer(number).assign(running.row, interventions)
-            if running.sae is not None:
-                self._layer(running.sae.layer)
+            if running.reads_at is not None:
+                self._layer(running.reads_at)
         except Exception as error:
             running.fail(f"its interventions could not be set up: {error!r}")
-
-    def _intervention(self, asked: dict[str, Any]) -> Intervention:
-        if asked["kind"] == "add":
-            vector = self.directions[asked["direction"]] * asked["scale"]
-            return Add(asked["layer"], vector, asked["positions"])
-        sae, latents = self.saes[asked["sae"]], asked["latents"]
-        if asked["kind"] == "clamp":
-            return Clamp(sae, latents[0], asked["value"], asked["positions"])
-        return Ablate(sae, tuple(latents), asked["positions"])
 
     def _layer(self, number: int) -> Layer:
         if number not in self._layers:
@@ -282,7 +316,7 @@ class _Steps:
                 self._read(running, steered[first:last].float() + residual[first:last].float())
         except Exception as error:
             for running in self._running.values():
-                if running.uses(layer.number):
+                if layer.number in (*running.layers, running.reads_at):
                     running.fail(f"layer {layer.number}: {error!r}")
             return None
         return steered, residual
@@ -292,16 +326,15 @@ class _Steps:
         reads: dict[int, list[tuple[_Running, int, int]]] = {}
         for number, name in enumerate(self._names):
             running = self._running.get(name)
-            if running is not None and running.sae is not None:
+            if running is not None and running.reads_at is not None:
                 tokens = (running, int(bounds[number]), int(bounds[number + 1]))
-                reads.setdefault(running.sae.layer, []).append(tokens)
+                reads.setdefault(running.reads_at, []).append(tokens)
         return reads
 
     def _read(self, running: _Running, states: torch.Tensor) -> None:
-        assert running.sae is not None
-        running.activations += [
-            running.sae.encode(piece)[:, running.latents] for piece in states.split(ENCODED_AT_ONCE)
-        ]
+        assert running.wanted.read is not None
+        sae, latents = running.wanted.read
+        running.activations += [sae.encode(piece)[:, list(latents)] for piece in states.split(ENCODED_AT_ONCE)]
 
     def _retire(self, name: str) -> None:
         running = self._running.pop(name)
@@ -315,21 +348,30 @@ class _Steps:
 
     @torch.inference_mode()
     def take(self, keys: list[str]) -> list[Report]:
-        """Reports of finished requests, in the order of the keys; what else is done is forgotten."""
+        """Reports of finished requests, in the order of the keys; what else is done is forgotten.
+
+        A request that was neither steered nor read is reported only if its logits were not finite.
+        """
         wanted = set(keys)
         for name in [name for name, running in self._running.items() if running.key in wanted]:
             self._retire(name)
         done, self._done = self._done, {}
-        taken = [done[key] for key in keys if key in done]
+        broken = self._take_broken()
         # One transfer for all counts.
-        flat = [count for _, counts in taken for count in counts.values()]
+        flat = [count for key in keys if key in done for count in done[key][1].values()]
         numbers = iter(torch.stack(flat).tolist() if flat else [])
-        return [
-            (
-                running.key,
-                [(layer, next(numbers)) for layer in counts],
-                running.error,
-                torch.cat(running.activations).tolist() if running.activations else None,
-            )
-            for running, counts in taken
-        ]
+        reports: list[Report] = []
+        for key in keys:
+            running, counts = done.get(key, (None, {}))
+            error = "got logits that are not finite" if key in broken else running.error if running else None
+            read = torch.cat(running.activations).tolist() if running and running.activations else None
+            if running or error:
+                reports.append((key, [(layer, next(numbers)) for layer in counts], error, read))
+        return reports
+
+    def _take_broken(self) -> set[str | None]:
+        """The keys of requests whose logits were not finite in some step."""
+        steps, self._finite = self._finite, []
+        keys = [key for step, _ in steps for key in step]
+        finite = torch.cat([values for _, values in steps]).tolist() if steps else []
+        return {key for key, value in zip(keys, finite, strict=True) if not value}
