@@ -250,8 +250,9 @@ def _scaler(folder: Path | None) -> Any:
         return scaler
     try:
         scaler.load(file)
-        if scaler.scaling_factor is not None and not 0 < scaler.scaling_factor < math.inf:
-            raise ValueError(f"a factor of {scaler.scaling_factor}")
+        factor = scaler.scaling_factor
+        if factor is not None and (isinstance(factor, bool) or not 0 < factor < math.inf):
+            raise ValueError(f"a factor of {factor}")
     except Exception as error:
         raise InputError(f"the scale of the SAE's activations cannot be read ({_reason(error)})", str(file)) from error
     return scaler

@@ -69,6 +69,10 @@ class SteeringHook:
         for layer in self._layers.values():
             layer.counted = False
 
+    def not_run(self) -> list[int]:
+        """The steered layers that have not run since rows were set."""
+        return sorted(number for number, layer in self._layers.items() if not layer.counted)
+
     def counts(self) -> dict[int, list[int]]:
         """For each steered layer, how many tokens of each row it has steered so far."""
         return {number: layer.counts() for number, layer in sorted(self._layers.items())}
