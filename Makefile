@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-fast lint format clean install
+.PHONY: quickstart test test-fast lint format docs clean install
 
 quickstart: install
 	$(BIN)/esr run recipes/tiny/quickstart.yaml
@@ -22,10 +22,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy esr_train eval data_gen recipes
+	$(MAKE) --no-print-directory docs
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site goes to build/site; a broken link or a docstring that cannot be read is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 install: $(VENV)/.installed
 
