@@ -62,7 +62,7 @@ class Section(BaseModel):
         parts = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(part, bool) for part in parts):
             annotation = cls.model_fields[str(info.field_name)].annotation
-            if not {bool, Any} & set(_types(annotation)):
+            if not any(kind in (bool, Any) for kind in _types(annotation)):
                 raise ValueError("true and false are no numbers and no text")
         return value
 

@@ -62,7 +62,7 @@ def read_csv(path: Path | str) -> Iterator[Row]:
                 raise InputError(what, f"{path}:{reader.line_num}", "Put text with commas in quotes.")
             yield f"{path}:{reader.line_num}", values
     except csv.Error as error:
-        raise InputError(f"not valid CSV ({error})", f"{path}:{reader.line_num}") from error
+        raise InputError(f"not valid CSV ({error})", f"{path}:{reader.reader.line_num}") from error
 
 
 def _dataset(path: str, split: str) -> Iterator[Row]:

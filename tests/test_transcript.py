@@ -15,6 +15,7 @@ from esr_train.transcript import (
     Steering,
     Strength,
     Transcript,
+    VectorRef,
     from_json,
     read_transcripts,
     to_json,
@@ -50,6 +51,33 @@ def test_the_documented_row_reads_and_writes_as_it_stands() -> None:
     transcript = from_json(DOCUMENTED)
     assert json.dumps(to_json(transcript)) == json.dumps(DOCUMENTED)
     assert transcript.steering == Steering(SaeRef("r", "i"), 26, 1234, "sailing", Strength(210.0, 0.9))
+
+
+def test_a_vector_of_one_s_own_stands_in_place_of_sae_and_latent(tmp_path: Path) -> None:
+    vector = {"vector": {"file": "v.safetensors", "sha256": "0" * 64}, "layer": 3, "label": None}
+    row = {**DOCUMENTED, "steering": {**vector, "strength": {"raw": 2.0, "norm": 0.5}}}
+    transcript = from_json(row)
+    expected = Steering(None, 3, None, None, Strength(2.0, 0.5), VectorRef("v.safetensors", "0" * 64))
+    assert transcript.steering == expected
+    assert json.dumps(to_json(transcript)) == json.dumps(row)
+    write_transcripts(tmp_path / "t.jsonl", [transcript])
+    assert read_transcripts(tmp_path / "t.jsonl") == [transcript]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"sae": None, "latent": None, "vector": None},
+        {"vector": {"file": "v", "sha256": "0"}},
+        {"vector": {"file": "v", "sha256": "0"}, "sae": None},
+        {"vector": {"file": "v", "sha256": "0"}, "latent": None},
+        {"latent": None},
+        {"sae": None},
+    ],
+)
+def test_a_steering_names_a_latent_or_a_vector_and_never_both(named: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="either `sae` and `latent`, or `vector`"):
+        from_json({**DOCUMENTED, "steering": {**DOCUMENTED["steering"], **named}})
 
 
 def test_content_is_the_spans_texts_concatenated() -> None:

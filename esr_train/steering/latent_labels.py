@@ -108,7 +108,7 @@ def _read(row: Any) -> tuple[int, str]:
     index, label = row
     if isinstance(index, str) and re.fullmatch(r"[0-9]{1,18}", index.strip()):
         index = int(index)
-    if isinstance(index, float) and index.is_integer():  # As pandas writes a column that has a gap.
+    if isinstance(index, float) and index.is_integer() and index < 2**53:  # As pandas writes a column that has a gap.
         index = int(index)
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
         raise TypeError(f"a latent's index is a whole number from 0 on, not {shown(index)}")
