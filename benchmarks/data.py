@@ -60,7 +60,6 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
 
     torch.set_num_threads(options.threads)
     from data_gen.collect import Meter, collect
-    from data_gen.filters import Seen, screened
     from data_gen.sources import Context, SteerableLatent
     from data_gen.steered import steered
     from esr_train.recipe import load_recipe
@@ -76,10 +75,9 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     context = make_context(recipe, recipe.data, world, latents, [], Path("requests.json"), Meter())
 
     def candidates(used: Context) -> int:
-        make = screened(steered(used, section))
         with TemporaryDirectory() as folder:
             path = Path(folder) / "candidates.jsonl"
-            found = collect("steered", options.rows, make, path, chunk, Seen().again)
+            found = collect("steered", options.rows, steered(used, section), path, chunk)
         return sum(found.funnel.values()) + sum(found.surplus.values())
 
     whole = candidates(replace(context, engine=recorder)), sum(tokens for _, tokens in recorder.asked)

@@ -34,17 +34,17 @@ Check = tuple[str, str, str, bool]
 
 def of_scores(options: argparse.Namespace) -> list[Check]:
     """How many rows there are, how they were scored, and how they turn back."""
-    from data_gen.inventory import cue_diversity
+    from data_gen.description import cue_openings, entropy
     from esr_train.transcript import read_transcripts
 
     rows = [row for row in read_transcripts(options.run / "data" / f"{options.arm}.jsonl") if row.corrects]
     detours, answers = ([row.meta["scores"][kind] for row in rows] for kind in ("off_topic", "answer"))
-    cues = cue_diversity(rows)
+    bits = entropy(cue_openings(rows))
     return [
         ("self-correction rows", str(len(rows)), f"{options.rows}", len(rows) >= options.rows),
         ("detours: highest score", f"{max(detours):.1f}", "below 50", max(detours) < 50),
         ("answers: lowest score", f"{min(answers):.1f}", "80", min(answers) >= 80),
-        ("cues: entropy of their first three words", f"{cues.entropy:.2f} bits", "4 bits", cues.entropy >= 4),
+        ("cues: entropy of their first three words", f"{bits:.2f} bits", "4 bits", bits >= 4),
     ]
 
 

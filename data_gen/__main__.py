@@ -1,11 +1,11 @@
-"""The door of the data room: `esr data COMMAND …`, or `python -m data_gen COMMAND …`."""
+"""Entry point of `esr data COMMAND …`, or `python -m data_gen COMMAND …`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esr_train.command import add_command, guarded, prepare
 from esr_train.errors import InputError
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from data_gen.mixture import Sized
+    from esr_train.recipe import Recipe
     from esr_train.transcript import Transcript
 
+Commands = argparse._SubParsersAction
 SWEEP = "10,20,30,40,50,60,70,80,90"
 """The paper's shares of self-correction rows, in percent."""
 FORMATS = ("segments", "axolotl", "normal", "messages")
@@ -27,19 +29,22 @@ POLICIES = ("masked", "unmasked", "answer_only")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one data command; returns the exit code (2: bad input, 1: failed run)."""
     prepare()
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="esr data", description="Make transcripts and look at them.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_generate, _add_mix, _add_import_and_export, _add_labels, _add_views):
+        add(commands)
+    options = parser.parse_args(arguments)
     return guarded(lambda: options.act(options), options.debug)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="esr data", description="Make transcripts and look at them.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
+def _add_generate(commands: "Commands[argparse.ArgumentParser]") -> None:
     generate = add_command(commands, "generate", _generate, "calibrate and make the rows of a recipe's arms")
     generate.add_argument("recipe", help="recipe file (YAML)")
     generate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.steered.rows=100")
     generate.add_argument("--arm", help="only this arm's rows; every arm's unless given")
 
+
+def _add_mix(commands: "Commands[argparse.ArgumentParser]") -> None:
     mix = add_command(commands, "mix", _mix, "mix self-correction and normal rows at a share")
     mix.add_argument("files", nargs="+", type=Path, help="transcript files")
     share = mix.add_mutually_exclusive_group()
@@ -51,10 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     mix.add_argument("--out", type=Path, required=True, help="file to write; with --sweep a folder")
     _add_mask(mix, "the share then counts trained tokens")
 
-    _import = add_command(commands, "import", _import_file, "read another format as transcripts")
-    _import.add_argument("file", type=Path)
-    _import.add_argument("--format", choices=FORMATS, required=True)
-    _import.add_argument("--out", type=Path, required=True, help="transcript file to write")
+
+def _add_import_and_export(commands: "Commands[argparse.ArgumentParser]") -> None:
+    import_ = add_command(commands, "import", _import_file, "read another format as transcripts")
+    import_.add_argument("file", type=Path)
+    import_.add_argument("--format", choices=FORMATS, required=True)
+    import_.add_argument("--out", type=Path, required=True, help="transcript file to write")
 
     export = add_command(commands, "export", _export_file, "write transcripts in another format")
     export.add_argument("file", type=Path, help="transcript file")
@@ -62,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--style", choices=("llama3", "gemma"), default="llama3", help="segments: template text")
     export.add_argument("--out", type=Path, required=True)
 
+
+def _add_labels(commands: "Commands[argparse.ArgumentParser]") -> None:
     labels = add_command(commands, "labels", _labels, "label an SAE's latents by the text on which they are active")
     labels.add_argument("recipe", help="recipe file (YAML) with the model and the SAE")
     labels.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
@@ -72,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     labels.add_argument("--concreteness", type=float, default=0, help="with --namer: leave out less (0-100; paper: 65)")
     labels.add_argument("--out", type=Path, required=True, help="label file to write, for sae.labels")
 
+
+def _add_views(commands: "Commands[argparse.ArgumentParser]") -> None:
     preview = add_command(commands, "preview", _preview, "show transcripts, and what is trained of them")
     preview.add_argument("file", type=Path, help="transcript file")
     preview.add_argument("--rows", type=int, default=5, help="how many")
@@ -87,7 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("path", type=Path, help="transcript file or run directory")
     card.add_argument("--out", type=Path, help="the card; README.md beside the files unless given")
     _add_mask(card, "tokens are then counted, too")
-    return parser
 
 
 def _add_mask(parser: argparse.ArgumentParser, effect: str) -> None:
@@ -117,31 +127,28 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _mix(options: argparse.Namespace) -> None:
-    from data_gen.mixture import Sized, mix, mix_sized, one, together
+    from data_gen.mixture import Sized, each_once, mix, mix_sized, one
     from esr_train.masking import trained_tokens
     from esr_train.transcript import write_transcripts
 
     _check_size(options)
+    targets = _shares(options)
     files = [_read(file) for file in options.files]
-    rows = together(files)
-    if double := sum(map(len, files)) - len(rows):
-        print(f"{double} rows left out: an earlier file holds them, too")
-    if options.sweep is None:
-        targets = {options.out: _share(options.self_correction)}
-    else:
-        targets = {options.out / f"{percent:02d}.jsonl": percent / 100 for percent in _percents(options.sweep)}
+    rows = each_once(files)
+    if doubled := sum(map(len, files)) - len(rows):
+        print(f"{doubled} rows left out: an earlier file holds them, too")
     tokenizer = _tokenizer(options.tokenizer)
     weigh = partial(trained_tokens, tokenizer, policy=options.loss) if tokenizer else one
 
-    def made(share: float | None) -> Sized:
+    def mixture(share: float | None) -> Sized:
         if options.rows is None or share is None:
             return Sized(mix(rows, share, options.seed, weigh), 0, 0)
         return mix_sized(rows, share, options.rows, options.seed, options.repeat)
 
-    mixtures = {path: made(share) for path, share in targets.items()}
+    mixtures = {path: mixture(share) for path, share in targets.items()}
     for path, mixed in mixtures.items():
         write_transcripts(path, mixed.rows)
-        print(f"{path}: {_described(mixed)}")
+        print(f"{path}: {_counted(mixed)}")
 
 
 def _check_size(options: argparse.Namespace) -> None:
@@ -149,35 +156,40 @@ def _check_size(options: argparse.Namespace) -> None:
         if options.repeat:
             raise InputError("repeating serves to reach a number of rows", "--repeat", "Give --rows, too.")
         return
-    if options.rows < 1:
-        raise InputError(f"{options.rows} is not a number of rows", "--rows", "Give 1 or more.")
+    _at_least_one("--rows", options.rows)
     if options.sweep is None and options.self_correction is None:
         raise InputError("a number of rows needs a share", "--rows", "Give --self-correction or --sweep, too.")
     if options.tokenizer is not None:
         raise InputError("a number of rows and a share of tokens exclude each other", "--rows", "Leave out one.")
 
 
-def _described(mixed: "Sized") -> str:
+def _at_least_one(flag: str, count: int) -> None:
+    if count < 1:
+        raise InputError(f"{count} is no number of them", flag, "Give 1 or more.")
+
+
+def _shares(options: argparse.Namespace) -> dict[Path, float | None]:
+    """The files to write, and the share of self-correction rows in each; None: every row."""
+    if options.sweep is None:
+        share = options.self_correction
+        if share is not None and not 0 <= share <= 1:
+            raise InputError(f"{share:g} is not a share", "--self-correction", "Give a number from 0 to 1.")
+        return {options.out: share}
+    try:
+        percents = [int(part) for part in options.sweep.split(",")]
+    except ValueError:
+        percents = []
+    if not percents or not all(0 <= percent <= 100 for percent in percents):
+        fix = f"Give whole numbers from 0 to 100, such as {SWEEP}."
+        raise InputError(f"{options.sweep!r} is not a list of percentages", "--sweep", fix)
+    return {options.out / f"{percent:02d}.jsonl": percent / 100 for percent in percents}
+
+
+def _counted(mixed: "Sized") -> str:
     total, corrections = len(mixed.rows), sum(row.corrects for row in mixed.rows)
     again = f" ({mixed.repeated} of them repeats)" if mixed.repeated else ""
     fewer = f" ({mixed.missing} fewer than asked for: there are no more)" if mixed.missing else ""
     return f"{total} rows, {corrections} self-correction{again}, {total - corrections} normal{fewer}"
-
-
-def _share(value: float | None) -> float | None:
-    if value is not None and not 0 <= value <= 1:
-        raise InputError(f"{value:g} is not a share", "--self-correction", "Give a number from 0 to 1.")
-    return value
-
-
-def _percents(text: str) -> list[int]:
-    try:
-        percents = [int(part) for part in text.split(",")]
-    except ValueError:
-        percents = []
-    if not percents or not all(0 <= percent <= 100 for percent in percents):
-        raise InputError(f"{text!r} is not a list of percentages", "--sweep", f"Give whole numbers, such as {SWEEP}.")
-    return percents
 
 
 def _import_file(options: argparse.Namespace) -> None:
@@ -206,8 +218,12 @@ def _export_file(options: argparse.Namespace) -> None:
 def _labels(options: argparse.Namespace) -> None:
     from esr_train.recipe import load_recipe
 
-    if options.latents is not None and options.latents < 1:
-        raise InputError(f"{options.latents} latents cannot be labelled", "--latents", "Give 1 or more.")
+    if options.latents is not None:
+        _at_least_one("--latents", options.latents)
+    if not 0 <= options.concreteness <= 100:
+        raise InputError(
+            f"{options.concreteness:g} is no concreteness", "--concreteness", "Give a number from 0 to 100."
+        )
     if not options.out.name.endswith(".jsonl"):
         raise InputError("labels are written as JSON lines", f"--out {options.out}", "Name a .jsonl file.")
     recipe = load_recipe(options.recipe, options.overrides)
@@ -220,30 +236,31 @@ def _labels(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from data_gen.preview import page, show
+    from data_gen.description import show
+    from data_gen.pages import preview_page
 
+    _at_least_one("--rows", options.rows)
     rows, tokenizer = _read(options.file), _tokenizer(options.tokenizer)
     if options.html is None:
-        show(rows, options.rows, tokenizer, options.loss)
-        return
-    _write(options.html, page(rows, options.rows, tokenizer, options.loss))
+        show(rows[: options.rows], tokenizer, options.loss)
+    else:
+        _write(options.html, preview_page(rows[: options.rows], len(rows), tokenizer, options.loss))
 
 
 def _stats(options: argparse.Namespace) -> None:
-    from data_gen.inventory import funnel_lines, funnels, lines, requests, take
-    from data_gen.stats import stats_page
+    from data_gen.description import describe, funnel_lines, funnels, lines, requests
 
     tokenizer = _tokenizer(options.tokenizer)
     folder, files = _files(options.path)
-    found = {file: take(_read(file), tokenizer, options.loss) for file in files}
+    described = {file: describe(_read(file), tokenizer, options.loss) for file in files}
     if options.html is not None:
-        _write(
-            options.html,
-            stats_page(f"What {options.path.resolve().name} holds", found, funnels(folder), requests(folder)),
-        )
+        from data_gen.pages import stats_page
+
+        title = f"What {options.path.resolve().name} holds"
+        _write(options.html, stats_page(title, described, funnels(folder), requests(folder)))
         return
-    for file, inventory in found.items():
-        print("\n".join([f"{file}:", *(f"  {line}" for line in lines(inventory))]))
+    for file, description in described.items():
+        print("\n".join([f"{file}:", *(f"  {line}" for line in lines(description))]))
     for source, funnel in funnels(folder).items():
         print("\n".join(funnel_lines(source, funnel)))
     for source, spent in requests(folder).items():
@@ -252,15 +269,27 @@ def _stats(options: argparse.Namespace) -> None:
 
 def _card(options: argparse.Namespace) -> None:
     from data_gen.card import write_card
-    from data_gen.inventory import funnels, requests, take
+    from data_gen.description import describe, funnels, requests
 
     tokenizer = _tokenizer(options.tokenizer)
     folder, files = _files(options.path)
     rows = {file: _read(file) for file in files}
+    described = {file: (read, describe(read, tokenizer, options.loss)) for file, read in rows.items()}
     out = options.out or files[0].parent / "README.md"
-    taken = {file: (each, take(each, tokenizer, options.loss)) for file, each in rows.items()}
-    write_card(out, taken, funnels(folder), requests(folder))
+    write_card(out, described, funnels(folder), requests(folder), *_run_of(files[0]))
     print(out)
+
+
+def _run_of(file: Path) -> "tuple[Recipe | None, dict[str, Any]]":
+    """Recipe and provenance of the run directory in which a file, or its folder, lies."""
+    from esr_train.files import read_json
+    from esr_train.recipe import load_recipe
+
+    folder = next((parent for parent in file.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
+    if folder is None:
+        return None, {}
+    provenance = folder / "provenance.json"
+    return load_recipe(folder / "recipe.yaml"), read_json(provenance) if provenance.is_file() else {}
 
 
 def _write(path: Path, text: str) -> None:

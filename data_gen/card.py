@@ -1,16 +1,19 @@
 """A dataset card: what transcript files hold and how they were made, as the Hugging Face hub reads it."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_gen.inventory import Inventory, funnel_parts, lines
+from data_gen.description import Description, funnel_parts, lines
 from esr_train.errors import InputError
-from esr_train.files import read_json, replacing
-from esr_train.recipe import AskingJudgeSection, Recipe, load_recipe
+from esr_train.files import replacing
+from esr_train.recipe import AskingJudgeSection, Recipe, SourceSection
 from esr_train.transcript import Transcript
 from eval.llm import Spent
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetCardData
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -26,20 +29,21 @@ NO_RECIPE = "No recipe lies beside the files: the rest is not known."
 
 def write_card(
     path: Path,
-    files: Mapping[Path, tuple[Sequence[Transcript], Inventory]],
+    files: Mapping[Path, tuple[Sequence[Transcript], Description]],
     funnels: Mapping[str, Mapping[str, int]],
     requests: Mapping[str, Spent],
+    recipe: Recipe | None,
+    provenance: Mapping[str, Any],
 ) -> None:
-    """Write the card of transcript files.
-
-    What made them is read from the `recipe.yaml` and `provenance.json` of the run directory that they lie in, if they
-    lie in one. The licence is left to whoever publishes the files.
+    """Write the card of transcript files. The licence is left to whoever publishes them.
 
     Args:
         path: of the card; the hub wants it to be a `README.md` in or above the files' folder.
         files: with their rows and what these hold.
         funnels: source -> how many candidates ended how.
         requests: source -> what a writer was asked for it.
+        recipe: that made the files, if it is known.
+        provenance: commit and versions of that run, if they are known.
 
     Raises:
         InputError: if there is a file already: what somebody wrote into a card is not overwritten; if a file is not
@@ -50,21 +54,18 @@ def write_card(
     if path.exists():
         raise InputError("there is a card already", str(path), "Remove it, or name another file with --out.")
     rows = [row for transcripts, _ in files.values() for row in transcripts]
-    recipe, facts = _run(next(iter(files)))
+    title = f"Self-correction transcripts: {recipe.name if recipe else next(iter(files)).stem}"
+    steerings = [row.steering for row in rows if row.steering]
     card = DatasetCard.from_template(
-        _header(path, files, len(rows), recipe),
+        _header(path, title, files, len(rows)),
         template_path=str(TEMPLATE),
-        title=_title(files, recipe),
+        title=title,
         rows=f"{len(rows):,}",
         corrections=f"{sum(row.corrects for row in rows):,}",
         models=_listed(f"`{model}`" for row in rows if (model := row.meta.get("model"))),
-        saes=_listed(
-            f"`{steering.sae.release}`, `{steering.sae.id}`, layer {steering.layer}"
-            for row in rows
-            if (steering := row.steering) and steering.sae
-        ),
-        files=[{"name": file.name, "lines": lines(inventory)} for file, (_, inventory) in files.items()],
-        made=[*_sources(rows, recipe), *(_made(recipe, facts) if recipe else [NO_RECIPE])],
+        saes=_listed(f"`{each.sae.release}`, `{each.sae.id}`, layer {each.layer}" for each in steerings if each.sae),
+        files=[{"name": file.name, "lines": lines(description)} for file, (_, description) in files.items()],
+        made=[*_sources(rows, recipe), *(_made(recipe, provenance) if recipe else [NO_RECIPE])],
         funnels=[(source, *_funnel(funnel)) for source, funnel in funnels.items()],
         requests=requests,
         splits=_splits(recipe),
@@ -73,25 +74,12 @@ def write_card(
         file.write(str(card).rstrip() + "\n")
 
 
-def _run(file: Path) -> tuple[Recipe | None, dict[str, Any]]:
-    """Recipe and provenance of the run directory in which a file, or its folder, lies."""
-    folder = next((each for each in file.resolve().parents[:2] if (each / "recipe.yaml").is_file()), None)
-    if folder is None:
-        return None, {}
-    facts = folder / "provenance.json"
-    return load_recipe(folder / "recipe.yaml"), read_json(facts) if facts.is_file() else {}
-
-
-def _title(files: Mapping[Path, Any], recipe: Recipe | None) -> str:
-    return f"Self-correction transcripts: {recipe.name if recipe else next(iter(files)).stem}"
-
-
-def _header(path: Path, files: Mapping[Path, Any], rows: int, recipe: Recipe | None) -> Any:
+def _header(path: Path, title: str, files: Iterable[Path], rows: int) -> "DatasetCardData":
     from huggingface_hub import DatasetCardData
 
     return DatasetCardData(
         license="unknown",
-        pretty_name=_title(files, recipe),
+        pretty_name=title,
         task_categories=["text-generation"],
         size_categories=[next((name for most, name in SIZES if rows < most), "n>1M")],
         tags=["activation-steering", "self-correction"],
@@ -111,16 +99,18 @@ def _below(file: Path, card: Path) -> str:
 
 
 def _sources(rows: Sequence[Transcript], recipe: Recipe | None) -> list[str]:
-    """What the rows' sources mean; a recipe's sections are finer than what a row says."""
-    found = {row.source for row in rows}
-    finer = [name for name, section in recipe.data if getattr(section, "rows", 0)] if recipe else []
-    return [SOURCES[name] for name in SOURCES if name in found or name in finer]
+    """What the rows' sources mean; those that a recipe asks for may be finer than what a row says."""
+    names = {str(row.source) for row in rows}
+    if recipe:
+        names |= {name for name, section in recipe.data if isinstance(section, SourceSection) and section.rows}
+    ordered = [name for name in SOURCES if name in names] + sorted(names - SOURCES.keys())
+    return [SOURCES.get(name, f"{name}: made by a source of the recipe's own.") for name in ordered]
 
 
-def _made(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+def _made(recipe: Recipe, provenance: Mapping[str, Any]) -> list[str]:
     """What decided about the rows, from the recipe and the run's provenance."""
-    judge, git = recipe.judge, facts.get("git") or {}
-    versions = {name: version for name, version in (facts.get("versions") or {}).items() if version}
+    judge, git = recipe.judge, provenance.get("git") or {}
+    versions = {name: version for name, version in (provenance.get("versions") or {}).items() if version}
     said = [
         f"Model: `{recipe.model.path}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else ""),
         f"SAE: `{recipe.sae.release}`, `{recipe.sae.id}`" if recipe.sae else "",
@@ -151,5 +141,5 @@ def _splits(recipe: Recipe | None) -> str | None:
     )
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return "; ".join(f"{name} ({count:,} rows)" for name, count in Counter(names).most_common())

@@ -112,7 +112,7 @@ def sizes(corrections: Sequence[int], normals: Sequence[int], share: float) -> t
     return len(corrections), _nearest(normals, turned * (1 - share) / share)
 
 
-def together(files: Iterable[Sequence[Transcript]]) -> list[Transcript]:
+def each_once(files: Iterable[Sequence[Transcript]]) -> list[Transcript]:
     """The rows of several files; one that an earlier file holds, too, is taken once.
 
     Rows are the same if prompt, reply and steering are, whatever their ids. What a file holds twice stays double.

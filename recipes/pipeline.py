@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_gen.collect import Meter, collect
-from data_gen.filters import Seen, screened
 from data_gen.mixture import mix
 from data_gen.sources import Source as RowSource
 from data_gen.sources import SteerableLatent
@@ -341,10 +340,10 @@ class Experiment:
         latents = self.latents["train"] if source.needs_latents else []
         ledger, meter = path.with_suffix(".requests.json"), Meter()
         context = make_context(self.recipe, data, self.world, latents, self._held_out_labels(), ledger, meter)
-        make = screened(source.make(context, section))
+        make = source.make(context, section)
         candidates = path.with_suffix(".candidates.jsonl")
-        chunk, again = chunk_rows(self.recipe, section), Seen().again
-        found = collect(source.name, section.rows, make, candidates, chunk, again, ranks, meter)
+        chunk = chunk_rows(self.recipe, section)
+        found = collect(source.name, section.rows, make, candidates, chunk, ranks, meter)
         if self.ranks.first:
             # A writer is paid for the candidates behind the last wanted row, too: they stay in the books.
             unused = sum(found.surplus.values()) if writer_of(section) else 0

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from data_gen import prompted, steered  # noqa: F401 - these register their sources
 from data_gen.prompted import SUBJECTS
 from data_gen.sources import CUES, SOURCES, Context, Source, SteerableLatent, read_cues
 from esr_train.provenance import sha256

@@ -160,7 +160,7 @@ def test_a_share_can_count_trained_tokens(files, recipe_file, llama, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--rows", "0", "--sweep"), "error: --rows: 0 is not a number of rows"),
+        (("--rows", "0", "--sweep"), "error: --rows: 0 is no number of them"),
         (("--rows", "9"), "error: --rows: a number of rows needs a share"),
         (("--repeat",), "error: --repeat: "),
         (("--rows", "9", "--sweep", "--tokenizer", "x"), "error: --rows: a number of rows and a share of tokens"),
@@ -245,8 +245,104 @@ def test_the_page_of_stats_draws_every_file_and_funnel_and_asks_for_nothing(tmp_
 def test_a_preview_is_printed_or_written_as_a_page(files, recipe_file, tmp_path, capsys):
     assert data(words("preview", files[0], "--rows", 2)) == 0
     out = capsys.readouterr().out
-    assert ("c1 (prompted)" in out, "c2 (prompted)" in out) == (True, False)
+    assert ("c1 (prompted)" in out, "c2 (prompted)" in out) == (True, False), "the first two rows"
     page = tmp_path / "page.html"
     tokenizer = recipe_file.parent / "model"
     assert data(words("preview", files[0], "--rows", 1, "--html", page, "--tokenizer", tokenizer)) == 0
     assert "tokens trained" in page.read_text()
+
+
+READ_ONE = (
+    ("preview", "{}"),
+    ("stats", "{}"),
+    ("card", "{}", "--out", "card.md"),
+    ("mix", "{}", "--out", "out"),
+    ("export", "{}", "--format", "normal", "--out", "out"),
+    ("import", "{}", "--format", "messages", "--out", "out"),
+)
+FILES = {
+    "nowhere.jsonl": None,
+    "empty.jsonl": "",
+    "blank.jsonl": "\n \n",
+    "cut.jsonl": '{"id": "a", "prom',
+    "list.jsonl": "[1]\n",
+    "span.jsonl": '{"id": "a", "prompt": "p", "spans": [{"kind": "answr", "text": "x"}], "source": "normal"}\n',
+    "infinite.jsonl": '{"id": "a", "prompt": "p", "spans": [], "source": "normal", "meta": {"x": Infinity}}\n',
+    "binary.jsonl": "\ud800",
+    "folder.jsonl": "/",
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("command", READ_ONE, ids=[command[0] for command in READ_ONE])
+def test_a_file_without_rows_is_one_paragraph_and_nothing_is_written(tmp_path, monkeypatch, capsys, command, file):
+    monkeypatch.chdir(tmp_path)
+    content = FILES[file]
+    if content == "/":
+        Path(file).mkdir()
+    elif content is not None:
+        Path(file).write_bytes(content.encode("utf-8", "surrogatepass"))
+    said = refused(capsys, *(word.format(file) for word in command))
+    assert file in said
+    assert [path.name for path in tmp_path.iterdir()] == ([] if content is None else [file])
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("preview rows.jsonl --rows 0", "--rows"),
+        ("preview rows.jsonl --rows -3", "--rows"),
+        ("mix rows.jsonl --out out --self-correction 0.5 --rows -1", "--rows"),
+        ("mix rows.jsonl --out out --self-correction nan", "--self-correction"),
+        ("mix rows.jsonl --out out --self-correction -0.1", "--self-correction"),
+        ("mix rows.jsonl --out out --self-correction 0.5", "normal"),
+        ("mix rows.jsonl --out out --sweep=-10,50", "--sweep"),
+        ("mix rows.jsonl --out out --sweep=", "--sweep"),
+        ("mix rows.jsonl rows.jsonl nowhere.jsonl --out out", "nowhere.jsonl"),
+        ("mix rows.jsonl --out folder", "folder"),
+        ("mix rows.jsonl --sweep 100 --out rows.jsonl", "rows.jsonl"),
+        ("export rows.jsonl --format normal --out folder", "folder"),
+        ("preview rows.jsonl --html folder", "folder"),
+        ("stats rows.jsonl --html folder", "folder"),
+        ("stats rows.jsonl --tokenizer folder", "folder"),
+        ("preview rows.jsonl --tokenizer nowhere", "nowhere"),
+        ("stats folder", "folder"),
+        ("card folder", "folder"),
+        ("card rows.jsonl --out rows.jsonl", "rows.jsonl"),
+        ("labels recipe.yaml --texts rows.jsonl --out labels.txt", "--out"),
+        ("labels recipe.yaml --texts rows.jsonl --out labels.jsonl --latents -1", "--latents"),
+        ("labels recipe.yaml --texts rows.jsonl --out labels.jsonl --concreteness 101", "--concreteness"),
+        ("labels recipe.yaml --texts rows.jsonl --out labels.jsonl --concreteness nan", "--concreteness"),
+        ("labels folder --texts rows.jsonl --out labels.jsonl", "folder"),
+        ("generate nowhere.yaml", "nowhere.yaml"),
+        ("generate folder", "folder"),
+        ("generate recipe.yaml --arm other", "--arm"),
+        ("generate recipe.yaml data.normal.rows=-1", "data.normal.rows"),
+        ("generate recipe.yaml data.normal.rows=many", "data.normal.rows"),
+    ],
+)
+def test_a_command_that_cannot_be_carried_out_is_one_paragraph(files, tmp_path, monkeypatch, capsys, words, flag):
+    monkeypatch.chdir(tmp_path)
+    files[0].rename("rows.jsonl")
+    Path("folder").mkdir()
+    Path("recipe.yaml").write_text("name: a\nmodel: {path: nowhere}\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert flag in refused(capsys, *words.split(" "))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", ["[]", '{"kept": "many"}', "{", '{"kept": 1e999}'])
+@pytest.mark.parametrize("kind", ["funnel", "requests"])
+def test_counts_beside_a_file_that_are_none_are_named(files, tmp_path, capsys, kind, content):
+    (tmp_path / f"rows.{kind}.json").write_text(content)
+    assert f"rows.{kind}.json" in refused(capsys, "stats", str(files[0]))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """Run a command that must end as bad input; its one paragraph."""
+    capsys.readouterr()
+    assert data(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said

@@ -88,11 +88,11 @@ def test_repeats_are_counted_in_the_funnel_and_found_again_after_an_interruption
         ]
 
     dies = 99
-    whole = collect("x", 3, make, tmp_path / "whole", 1, Seen().again)
+    whole = collect("x", 3, make, tmp_path / "whole", 1)
     assert [each.id for each in whole.transcripts] == ["r0", "r2", "r4"]
     assert whole.funnel == {"kept": 3, "duplicate": 2}
     dies = 3
     with pytest.raises(KeyboardInterrupt):
-        collect("x", 3, make, tmp_path / "cut", 1, Seen().again)
+        collect("x", 3, make, tmp_path / "cut", 1)
     dies = 99
-    assert collect("x", 3, make, tmp_path / "cut", 1, Seen().again) == whole
+    assert collect("x", 3, make, tmp_path / "cut", 1) == whole

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.mixture import mix, mix_sized, sizes, together
+from data_gen.mixture import each_once, mix, mix_sized, sizes
 from esr_train.errors import InputError
 from esr_train.transcript import Span, SpanKind, Transcript
 
@@ -96,13 +96,13 @@ def test_a_row_that_two_files_hold_is_taken_once_and_a_file_s_own_double_stays()
     first = rows(2, 2)
     again = [replace(row, id=f"again-{row.id}-{number}") for row in first[2:] for number in range(2)]
     # Both normal rows of `first` read alike, so it holds that row twice; `again` holds it four times.
-    assert [row.id for row in together([first, again])] == ["c0", "c1", "n0", "n1", "again-n1-0", "again-n1-1"]
+    assert [row.id for row in each_once([first, again])] == ["c0", "c1", "n0", "n1", "again-n1-0", "again-n1-1"]
 
 
 def test_one_id_for_two_rows_is_refused():
     row = rows(0, 1)[0]
     with pytest.raises(InputError, match="the id 'n0' stands for two rows"):
-        together([[row], [replace(row, prompt="another")]])
+        each_once([[row], [replace(row, prompt="another")]])
 
 
 def test_the_order_is_drawn_from_the_seed_and_not_from_the_files():

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from data_gen.preview import page, show
+from data_gen.description import show
+from data_gen.pages import preview_page
 from esr_train.errors import InputError
 from esr_train.masking import IGNORED, label
 from esr_train.transcript import Span, SpanKind, Transcript
@@ -52,7 +53,7 @@ class Page(HTMLParser):
         return "".join(text for kind, text in self.texts if kind in kinds)
 
 
-def printed(*transcripts: Transcript, n: int = 9, colour: bool = False, **kwargs: object) -> str:
+def printed(*transcripts: Transcript, colour: bool = False, **kwargs: object) -> str:
     file = io.StringIO()
     console = Console(
         file=file,
@@ -61,7 +62,7 @@ def printed(*transcripts: Transcript, n: int = 9, colour: bool = False, **kwargs
         color_system="standard" if colour else None,
         highlight=False,
     )
-    show(transcripts, n, console=console, **kwargs)  # type: ignore[arg-type]
+    show(transcripts, console=console, **kwargs)  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -70,10 +71,6 @@ def test_each_span_has_its_colour_and_markup_in_a_reply_is_shown_as_it_is() -> N
     assert "\x1b[31mTrim the [bold]jib[/bold].\x1b[0m" in text
     assert "\x1b[1;33m Wait, <b>no</b>.\x1b[0m" in text
     assert "\x1b[32m Smooth it 😀.\x1b[0m" in text
-
-
-def test_only_the_first_n_rows_are_printed() -> None:
-    assert printed(ROW, ROW, ROW, n=2).count("s1 (prompted)") == 2
 
 
 def test_trained_and_masked_tokens_are_told_apart(family: Family) -> None:
@@ -96,7 +93,7 @@ def test_terminal_escapes_in_a_reply_do_not_act() -> None:
 
 
 def test_the_page_holds_spans_and_tokens_and_asks_for_nothing(family: Family) -> None:
-    text = page([ROW], 1, family.tokenizer)
+    text = preview_page([ROW], 1, family.tokenizer)
     read = Page(text)
     assert read.of("off_topic").startswith("off_topic")
     assert "Trim the [bold]jib[/bold]." in read.of("off_topic")
@@ -107,15 +104,15 @@ def test_the_page_holds_spans_and_tokens_and_asks_for_nothing(family: Family) ->
     assert "default-src 'none'" in text
 
 
-def test_the_page_has_the_first_n_rows_and_says_of_how_many() -> None:
-    text = page([ROW, ROW, ROW], 2)
+def test_the_page_says_how_many_rows_there_are() -> None:
+    text = preview_page([ROW, ROW], 3)
     assert text.count("<article") == 2
     assert "2 of 3 rows" in text
 
 
 def test_hostile_ids_and_prompts_are_escaped() -> None:
     hostile = "</pre><script>alert(1)</script>"
-    text = page([Transcript(hostile, hostile, (Span(SpanKind.ANSWER, hostile),), "normal")], 1)
+    text = preview_page([Transcript(hostile, hostile, (Span(SpanKind.ANSWER, hostile),), "normal")], 1)
     assert "<script>" not in text
     assert text.count("&lt;script&gt;") == 3
 
@@ -123,4 +120,4 @@ def test_hostile_ids_and_prompts_are_escaped() -> None:
 def test_a_row_that_cannot_be_labelled_is_named(llama: Family) -> None:
     detour = Transcript("s9", "How?", (Span(SpanKind.OFF_TOPIC, "Jib."),), "prompted")
     with pytest.raises(InputError, match="row 's9'"):
-        page([detour], 1, llama.tokenizer)
+        preview_page([detour], 1, llama.tokenizer)

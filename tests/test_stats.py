@@ -8,9 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from data_gen.inventory import Inventory, take
-from data_gen.inventory_figures import BINS, MOST_BARS, funnel_figures, inventory_figures
-from data_gen.stats import stats_page
+from data_gen.description import Description, describe
+from data_gen.pages import BINS, MOST_BARS, description_figures, funnel_figures, stats_page
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript
 from eval.report.material import Figure
 from tests.conftest import Family
@@ -36,13 +35,13 @@ def plain(number: int) -> Transcript:
     return Transcript(f"n{number}", "How?", (Span(ANSWER, "Knead it."),), "normal")
 
 
-def drawn(inventory: Inventory) -> dict[str, Figure]:
-    return {figure.name: figure for figure in inventory_figures(inventory)}
+def drawn(description: Description) -> dict[str, Figure]:
+    return {figure.name: figure for figure in description_figures(description)}
 
 
 def test_every_count_stands_in_the_figures_tables() -> None:
     rows = [row(0), row(1, latent=8, label="kites", cue="Sorry, I erred."), row(2, topic="tea"), plain(0)]
-    figures = drawn(take(rows))
+    figures = drawn(describe(rows))
     assert figures["sources"].table[1:] == [("normal", 1), ("steered, self-correction", 3)]
     assert figures["topics"].table[1:] == [("bread", 2), ("tea", 1)]
     assert figures["latents"].table[1:] == [("7 owls", 2), ("8 kites", 1)]
@@ -61,7 +60,7 @@ def test_every_count_stands_in_the_figures_tables() -> None:
 
 def test_lengths_are_tokens_and_those_of_the_spans_make_up_the_reply(family: Family) -> None:
     rows = [row(0), plain(0)]
-    found = take(rows, family.tokenizer)
+    found = describe(rows, family.tokenizer)
     assert found.unit == "tokens"
     off, cue, answers = (found.lengths[kind] for kind in ("off_topic", "cue", "answer"))
     assert list(found.lengths["reply"]) == [off[0] + cue[0] + answers[0], answers[1]]
@@ -76,7 +75,7 @@ def test_lengths_are_tokens_and_those_of_the_spans_make_up_the_reply(family: Fam
 
 def test_a_long_list_shows_its_commonest_and_says_so() -> None:
     rows = [row(number, topic=f"topic {number}") for number in range(MOST_BARS + 5)] + [row(99, topic="topic 3")]
-    figure = drawn(take(rows))["topics"]
+    figure = drawn(describe(rows))["topics"]
     assert len(figure.table) == MOST_BARS + 6
     assert figure.caption == "25 topics, 1 to 2 rows each, half of them 1 or more. Shown: the 20 commonest."
     assert ("topic 3" in figure.svg, "topic 24" in figure.svg) == (True, False)
@@ -89,16 +88,16 @@ def test_a_funnel_begins_with_what_was_kept() -> None:
 
 
 def test_files_without_detours_scores_or_topics_are_drawn_as_far_as_they_go() -> None:
-    assert set(drawn(take([plain(0)]))) == {"sources", "length-answer", "length-reply"}
+    assert set(drawn(describe([plain(0)]))) == {"sources", "length-answer", "length-reply"}
 
 
 def test_nothing_in_a_row_acts_on_the_page(tmp_path: Path, family: Family) -> None:
     rows = [row(0, label=HOSTILE, topic=HOSTILE, cue=HOSTILE), row(1, label="日本語", topic="🧺" * 50, cue="")]
-    inventory = take(rows, family.tokenizer)
-    page = stats_page(HOSTILE, {Path(HOSTILE.replace("/", "")): inventory}, {HOSTILE: {HOSTILE: 3}}, {})
+    description = describe(rows, family.tokenizer)
+    page = stats_page(HOSTILE, {Path(HOSTILE.replace("/", "")): description}, {HOSTILE: {HOSTILE: 3}}, {})
     assert "<script" not in page
     assert not re.search(r"<img|<link[^>]+stylesheet|https?://(?!www\.w3\.org)", page)
-    for figure in drawn(inventory).values():
+    for figure in drawn(description).values():
         ElementTree.fromstring(figure.svg)
     if CHROMIUM is None:
         pytest.skip("Chromium is missing: the page was NOT opened (apt-get install chromium)")

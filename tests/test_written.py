@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_gen.collect import Collected, collect
-from data_gen.inventory import requests
+from data_gen.description import requests
 from data_gen.prompted import ANSWER_WORDS, PARTS, Task, prompted, read_subjects
 from data_gen.sources import Context, read_cues
 from esr_train.errors import InputError, RunError

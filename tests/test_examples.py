@@ -1,0 +1,26 @@
+"""Every example runs as its first lines say, offline, and prints what it found."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_an_example_runs_on_the_shipped_tiny_model(path, assets):
+    here = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, str(path)], cwd=ROOT, env=here, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip()
+    assert f"python examples/{path.name}" in path.read_text()
+
+
+def test_there_are_examples():
+    assert "make_rows" in {path.stem for path in EXAMPLES}
