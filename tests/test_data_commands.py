@@ -37,8 +37,9 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, llama: Family) -> Path:
-    """A recipe whose model folder holds a Llama-3-style tokenizer and nothing else."""
+    """A recipe whose model folder holds a Llama-3-style tokenizer and a configuration, but no weights."""
     llama.tokenizer.save_pretrained(tmp_path / "model")
+    llama.model.config.save_pretrained(tmp_path / "model")
     path = tmp_path / "recipe.yaml"
     values = {"name": "t", "runs": str(tmp_path), "model": {"path": str(tmp_path / "model"), "device": "cpu"}}
     path.write_text(yaml.safe_dump(values))

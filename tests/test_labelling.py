@@ -54,7 +54,7 @@ def test_what_cannot_be_labelled_is_bad_input(world, capsys):  # noqa: F811
     words = ("data", "labels", "recipe.yaml", "--out", "a.jsonl", "--texts")
     assert "none.jsonl: the file does not exist" in paragraph(capsys, *words, "none.jsonl")
     assert "the row has no 'body'" in paragraph(capsys, *words, "texts.jsonl", "--column", "body")
-    assert "0 latents cannot be labelled" in paragraph(capsys, *words, "texts.jsonl", "--latents", "0")
+    assert "--latents: 0 is no number of them" in paragraph(capsys, *words, "texts.jsonl", "--latents", "0")
     (world / "empty.txt").write_text("\n \n")
     assert "there is no text to read" in paragraph(capsys, *words, "empty.txt")
     assert not (world / "a.jsonl").exists()
