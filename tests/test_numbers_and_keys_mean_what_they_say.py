@@ -16,7 +16,7 @@ from esr_train.files import read_json, read_jsonl
 from esr_train.interchange import import_file, read_training_file
 from esr_train.recipe import Recipe, load_recipe
 from esr_train.steering.latent_labels import read_labels
-from esr_train.training.dataset import Latent
+from esr_train.training.dataset import VectorSource
 from esr_train.training.injection import load_vectors
 from esr_train.transcript import SaeRef, read_transcripts
 from eval.calibration import Threshold, load_thresholds, save_thresholds
@@ -330,7 +330,7 @@ def test_rows_steered_at_another_layer_than_their_sae_s_are_refused(tmp_path: Pa
     sae.W_dec.data = torch.randn_like(sae.W_dec)
     sae.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
     sae.save_model(tmp_path / "saes" / "first")
-    latent = Latent(SaeRef("saes", "first"), 3, 5)
+    latent = VectorSource(SaeRef("saes", "first"), 3, 5)
     assert load_vectors([latent]).shape == (1, 8)
     with pytest.raises(InputError, match=r"steered at layer 1 with latents of an SAE of layer 3 \(saes / first\)"):
         load_vectors([latent, replace(latent, layer=1)])
