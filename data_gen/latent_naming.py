@@ -135,8 +135,8 @@ def _named(_: int, reply: str) -> tuple[str, float]:
 
 def _label(values: dict[str, Any]) -> tuple[str, float]:
     label, concreteness = values.get("label"), values.get("concreteness")
-    if not isinstance(label, str) or not label.strip():
-        raise ValueError("label must be a text that is not empty")
+    if not isinstance(label, str) or not any(map(str.isalpha, label)):
+        raise ValueError("label must be a text with words in it")
     if isinstance(concreteness, bool) or not isinstance(concreteness, int | float) or not 0 <= concreteness <= 100:
         raise ValueError("concreteness must be a number from 0 to 100")
     return " ".join(label.split()), float(concreteness)

@@ -177,7 +177,7 @@ class Task:
 
     def _parts(self, values: dict[str, Any]) -> dict[str, str]:
         found = {name: value.strip() for name in self.parts if isinstance(value := values.get(name), str)}
-        missing = [name for name in self.parts if not found.get(name)]
+        missing = [name for name in self.parts if not any(map(str.isalpha, found.get(name, "")))]
         if missing:
             raise ValueError(f"the JSON object has no text under {missing[0]!r}")
         if self.silent:

@@ -15,15 +15,14 @@ _QUOTED = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _THOUGHT = r"(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|analysis)"
 _THOUGHT_BEGINS = re.compile(rf"<\s*{_THOUGHT}\s*>|\[{_THOUGHT}\]|<\|channel\|>analysis\b", re.IGNORECASE)
 _THOUGHT_ENDS = re.compile(rf"<\s*/\s*{_THOUGHT}\s*>|\[/{_THOUGHT}\]|<\|channel\|>final\b", re.IGNORECASE)
-_DOTS = re.compile(r'"\s*(?:\.\.\.|…)\s*"')
 _NONE = "there is no whole JSON object in it"
 
 
 def read_reply(reply: str, parse: Callable[[dict[str, Any]], Value], shown: str = "") -> Value:
     """The value of the one JSON object in a reply that `parse` accepts; prose and code fences around it do not matter.
 
-    Nothing counts that stands in the model's reasoning, that the question showed to the model (a text under test may
-    hold a verdict), or that repeats the form asked for with its dots. Raw line ends within strings are accepted.
+    Nothing counts that stands in the model's reasoning, or that the question showed to the model: a text under test may
+    hold a verdict. Raw line ends within strings are accepted.
 
     Args:
         reply: as it came.
@@ -42,8 +41,6 @@ def read_reply(reply: str, parse: Callable[[dict[str, Any]], Value], shown: str 
         try:
             if each in quoted:
                 raise ValueError("its JSON object is a quotation of the text shown")
-            if _DOTS.search(json.dumps(each, ensure_ascii=False)):
-                raise ValueError("its JSON object repeats the form, with dots where text is asked for")
             value = parse(each)
         except ValueError as error:
             problems.append(str(error))

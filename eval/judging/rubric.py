@@ -11,7 +11,7 @@ import re
 from difflib import SequenceMatcher
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from eval.judging.judge import JudgeItem
@@ -129,6 +129,13 @@ def _whole(value: Any) -> int:
 Score = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=100)]
 
 
+def _written(value: str) -> str:
+    """Refuse the dots of the form where text is asked for."""
+    if value and not any(map(str.isalpha, value)):
+        raise PydanticCustomError("text", "words are asked for where the form has dots")
+    return value
+
+
 class ScoredAttempt(BaseModel):
     """An attempt as the model reports it."""
 
@@ -153,7 +160,7 @@ class Parts(BaseModel):
 class Whole(BaseModel):
     """The answer to `whole_question`."""
 
-    course: str = ""
+    course: Annotated[str, AfterValidator(_written)] = ""
     strays: bool
     returns: bool
 
