@@ -12,9 +12,7 @@ from esr_train.mask_preview import counted, token_texts
 from esr_train.masking import Policy, label
 from esr_train.transcript import SpanKind, Transcript
 from eval.llm import Spent
-from eval.report.drawing import ARM_COLOURS, BASE_COLOUR, INK, arm_colours, inline_svg, svg_of
-from eval.report.material import Figure
-from eval.report.template import render
+from eval.report.drawing import ARM_COLOURS, BASE_COLOUR, INK, Figure, arm_colours, inline_svg, render, svg_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -99,28 +99,24 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from esr_train.files import read_json
-    from eval.comparison import lines
-    from eval.runs import read_run, run_names, together
-    from eval.summary import summarise
+    from eval.report.story import tables
+    from eval.runs import read_runs
+    from eval.summary import read_summary, summarise
 
-    if len(options.runs) > 1:
-        runs = {name: read_run(run) for name, run in zip(run_names(options.runs), options.runs, strict=True)}
-        print("\n".join(lines(summarise(together(runs, options.anyway)), options.all)))
-        return
-    run = options.runs[0]
-    path = run / "metrics.json" if run.is_dir() else run
-    try:
-        print("\n".join(lines(read_json(path), options.all)))
-    except (KeyError, TypeError, AttributeError):
-        raise InputError("this is not a metrics.json", str(path), "Name a run directory.") from None
+    first, *others = options.runs
+    if others:
+        summary = summarise(read_runs(options.runs, options.anyway))
+    else:
+        summary = read_summary(first / "metrics.json" if first.is_dir() else first)
+    print("\n".join(tables(summary, options.all)))
 
 
 def _import(options: argparse.Namespace) -> None:
     from esr_train.files import write_json, write_jsonl
-    from eval.comparison import lines
     from eval.paper_results import read_results
+    from eval.report.figures import Material
     from eval.report.page import write_report
+    from eval.report.story import tables
     from eval.runs import read_run
     from eval.store import trial_to_json
     from eval.summary import summarise
@@ -132,13 +128,13 @@ def _import(options: argparse.Namespace) -> None:
     found = read_results(options.file, options.arm)
     write_jsonl(options.out / "trials" / f"{options.arm}.jsonl", map(trial_to_json, found.trials))
     rows = read_run(options.out)
-    metrics = summarise(rows)
-    write_json(options.out / "metrics.json", metrics)
+    summary = summarise(rows)
+    write_json(options.out / "metrics.json", summary.to_json())
     notes = {"source": options.file.name, **{name: str(value) for name, value in found.config.items()}}
     if found.failed:
         notes["latents_that_failed"] = f"{len(found.failed)}: {', '.join(found.failed)}"
-    page = write_report(options.out, options.file.stem, metrics, rows, None, notes)
-    print("\n".join([*lines(metrics), "", f"{len(found.trials)} trials imported; report: {page}"]))
+    page = write_report(options.out, options.file.stem, Material(summary, rows), notes)
+    print("\n".join([*tables(summary), "", f"{len(found.trials)} trials imported; report: {page}"]))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -339,10 +339,7 @@ def load_thresholds(path: Path | str, key: Mapping[str, Any]) -> list[Threshold]
     Raises:
         InputError: if they were frozen under another key (naming what differs), or the file is malformed.
     """
-    try:
-        frozen = typed(FrozenThresholds, read_json(path))
-    except ValueError as error:
-        raise InputError(f"this is not a file of thresholds ({error})", str(path), "Calibrate again.") from None
+    frozen = read_thresholds(path)
     wanted = json.loads(json.dumps(key))
     differing = [name for name in {**wanted, **frozen.key} if wanted.get(name) != frozen.key.get(name)]
     if differing:
@@ -353,3 +350,15 @@ def load_thresholds(path: Path | str, key: Mapping[str, Any]) -> list[Threshold]
             "Calibrate again in another run directory, or restore the setting.",
         )
     return list(frozen.thresholds)
+
+
+def read_thresholds(path: Path | str) -> FrozenThresholds:
+    """A file of frozen thresholds, whatever their key.
+
+    Raises:
+        InputError: if there is none, or it is malformed.
+    """
+    try:
+        return typed(FrozenThresholds, read_json(path))
+    except ValueError as error:
+        raise InputError(f"this is not a file of thresholds ({error})", str(path), "Calibrate again.") from None

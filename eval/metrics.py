@@ -1,16 +1,22 @@
-"""What is reported, one function per metric: a trial's value, or why it has none."""
+"""What is reported: one function a metric, registered with how it is shown. A trial has a value, or a reason for none.
+
+Their order here is that of metrics.json and of every table. ESR never stands alone: wherever it is shown, first scores
+and worsening are shown beside it.
+"""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Protocol, TypeVar
 
+from eval.judging.judge import Attempt
 from eval.store import Trial
 
 OFF_TOPIC_BELOW = 50.0
 """An attempt that scores less is off-topic."""
+UNBOUNDED = (-math.inf, math.inf)
 
 
 class Gap(Enum):
@@ -23,53 +29,127 @@ class Gap(Enum):
 Value = float | Gap
 
 
+class Judged(Protocol):
+    """What a judge said of a response: a trial, or a judgement."""
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """In order; empty where the judge failed."""
+
+    @property
+    def error(self) -> str | None:
+        """Why there is no score."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Args:
+        of: a trial's value.
+        title: what it is called in tables.
+        is_rate: whether its values are events (0/1).
+        bounds: the least and the largest value there can be.
+        headline: whether it is a column of the report's first tables.
+        live: whether a terminal shows it while trials run.
+    """
+
+    of: Callable[[Trial], Value]
+    title: str
+    is_rate: bool
+    bounds: tuple[float, float]
+    headline: bool
+    live: bool
+
+    def values(self, trials: Sequence[Trial]) -> list[float]:
+        """The values of the trials that have one."""
+        return [value for trial in trials if not isinstance(value := self.of(trial), Gap)]
+
+
+Of = TypeVar("Of", bound=Callable[[Trial], Value])
+METRICS: dict[str, Metric] = {}
+"""Every metric by its name, in the order of registration; fill it with `metric`."""
+
+
+def metric(
+    name: str,
+    title: str,
+    *,
+    is_rate: bool = True,
+    bounds: tuple[float, float] = (0, 1),
+    headline: bool = False,
+    live: bool = False,
+) -> Callable[[Of], Of]:
+    """Register the decorated function as a metric (see `Metric`).
+
+    Raises:
+        ValueError: if there is a metric of that name.
+    """
+
+    def register(of: Of) -> Of:
+        if name in METRICS:
+            raise ValueError(f"there is a metric {name!r} already")
+        METRICS[name] = Metric(of, title, is_rate, bounds, headline, live)
+        return of
+
+    return register
+
+
+def headline() -> list[str]:
+    """The metrics of the report's first tables."""
+    return [name for name, metric in METRICS.items() if metric.headline]
+
+
+@metric("multi_attempt_rate", "Second attempt", headline=True, live=True)
 def multi_attempt_rate(trial: Trial) -> Value:
     """Whether the response has two attempts or more."""
     return Gap.UNSCORED if _failed(trial) else float(len(trial.attempts) >= 2)
 
 
-def esr_rate(trial: Trial) -> Value:
+@metric("esr_rate", "ESR", headline=True, live=True)
+def improves(trial: Judged) -> Value:
     """Whether the last of several attempts scores more than the first (the paper's ESR)."""
     return _gain_is(trial, lambda gain: gain > 0)
 
 
+@metric("esr10_rate", "ESR ≥ 10", headline=True)
 def esr10_rate(trial: Trial) -> Value:
     """Whether the last of several attempts scores at least 10 points more than the first."""
     return _gain_is(trial, lambda gain: gain >= 10)
 
 
+@metric("worsening_rate", "Worse", headline=True, live=True)
 def worsening_rate(trial: Trial) -> Value:
     """Whether the last of several attempts scores less than the first."""
     return _gain_is(trial, lambda gain: gain < 0)
 
 
+@metric("success_rate", "Success")
 def success_rate(trial: Trial) -> Value:
     """Among responses with several attempts: whether the last scores more than the first."""
-    value = esr_rate(trial)
+    value = improves(trial)
     return value if isinstance(value, Gap) or len(trial.attempts) >= 2 else Gap.UNDEFINED
 
 
+@metric("restart_rate", "Restart")
 def restart_rate(trial: Trial) -> Value:
     """Whether an explicit restart phrase is present; known even where the judge failed."""
     return float(trial.cue)
 
 
-def first_score(trial: Trial) -> Value:
-    """The first attempt's score, 0-100."""
-    return _score(trial, 0)
+@metric("silent_recovery_rate", "Silent recovery")
+def silent_recovery_rate(trial: Trial) -> Value:
+    """Whether the response drifts off topic and comes back without a restart."""
+    return _flag(trial, "silent_recovery")
 
 
-def last_score(trial: Trial) -> Value:
-    """The last attempt's score, 0-100; the first attempt's where there is only one."""
-    return _score(trial, -1)
+@metric("degenerate_rate", "Degenerate")
+def degenerate_rate(trial: Trial) -> Value:
+    """Whether the response is word salad or repetition."""
+    return _flag(trial, "degenerate")
 
 
-def improvement(trial: Trial) -> Value:
-    """Last minus first score, among responses with several attempts."""
-    gain = _gain(trial)
-    return gain if isinstance(gain, Gap) or len(trial.attempts) >= 2 else Gap.UNDEFINED
-
-
+@metric("parroting_rate", "Parroting")
 def parroting_rate(trial: Trial) -> Value:
     """Whether the attempt after the first restart is off-topic again and no better than the first."""
     if _failed(trial):
@@ -82,21 +162,32 @@ def parroting_rate(trial: Trial) -> Value:
     return float(second < OFF_TOPIC_BELOW and second <= first)
 
 
-def silent_recovery_rate(trial: Trial) -> Value:
-    """Whether the response drifts off topic and comes back without a restart."""
-    return _flag(trial, "silent_recovery")
-
-
-def degenerate_rate(trial: Trial) -> Value:
-    """Whether the response is word salad or repetition."""
-    return _flag(trial, "degenerate")
-
-
+@metric("hijack_rate", "Hijacked")
 def hijack_rate(trial: Trial) -> Value:
     """Whether the last attempt is mainly about the latent's topic."""
     return _flag(trial, "hijacked")
 
 
+@metric("first_score", "First score", is_rate=False, bounds=(0, 100), headline=True, live=True)
+def first_score(trial: Trial) -> Value:
+    """The first attempt's score, 0-100."""
+    return _score(trial, 0)
+
+
+@metric("last_score", "Last score", is_rate=False, bounds=(0, 100), headline=True, live=True)
+def last_score(trial: Trial) -> Value:
+    """The last attempt's score, 0-100; the first attempt's where there is only one."""
+    return _score(trial, -1)
+
+
+@metric("improvement", "Improvement", is_rate=False, bounds=UNBOUNDED)
+def improvement(trial: Trial) -> Value:
+    """Last minus first score, among responses with several attempts."""
+    gain = _gain(trial)
+    return gain if isinstance(gain, Gap) or len(trial.attempts) >= 2 else Gap.UNDEFINED
+
+
+@metric("restart_position", "Restart position", is_rate=False, bounds=UNBOUNDED)
 def restart_position(trial: Trial) -> Value:
     """Generated tokens before the second attempt begins; from its share of the characters in rows without a count."""
     if _failed(trial):
@@ -110,40 +201,26 @@ def restart_position(trial: Trial) -> Value:
     return trial.attempts[1].start / len(trial.response) * trial.tokens
 
 
+@metric("restart_logprob", "Restart log-probability", is_rate=False, bounds=UNBOUNDED)
 def restart_logprob(trial: Trial) -> Value:
     """Mean over the first attempt's sentence ends of the log-probability (nats) that a restart phrase comes next."""
     values = [value for _, value in trial.restart_logprobs]
     return sum(values) / len(values) if values else Gap.UNDEFINED
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric's function, whether its values are events (0/1), and between which values it can lie."""
+def esr_rate(judged: Sequence[Judged]) -> float:
+    """ESR over trials or judgements: the share whose last of several attempts scores higher than the first.
 
-    of: Callable[[Trial], Value]
-    is_rate: bool
-    bounds: tuple[float, float] = (-math.inf, math.inf)
+    Responses that the judge failed on count nowhere. ESR alone misleads: look at first scores, at how many got worse
+    and at restarts when nobody steers, too (`eval.summarise`).
 
-
-RATES = (
-    multi_attempt_rate,
-    esr_rate,
-    esr10_rate,
-    worsening_rate,
-    success_rate,
-    restart_rate,
-    silent_recovery_rate,
-    degenerate_rate,
-    parroting_rate,
-    hijack_rate,
-)
-SCORES = (first_score, last_score)
-MEANS = (improvement, restart_position, restart_logprob)
-METRICS = (
-    {function.__name__: Metric(function, True, (0, 1)) for function in RATES}
-    | {function.__name__: Metric(function, False, (0, 100)) for function in SCORES}
-    | {function.__name__: Metric(function, False) for function in MEANS}
-)
+    Raises:
+        ValueError: if none is scored.
+    """
+    values = [value for each in judged if not isinstance(value := improves(each), Gap)]
+    if not values:
+        raise ValueError("there is no scored response")
+    return sum(values) / len(values)
 
 
 def attempts_histogram(trials: Sequence[Trial]) -> dict[str, int]:
@@ -152,30 +229,30 @@ def attempts_histogram(trials: Sequence[Trial]) -> dict[str, int]:
     return {str(attempts): counts[attempts] for attempts in sorted(counts)}
 
 
-def pair_key(trial: Trial) -> tuple[Any, ...]:
+def pair_key(trial: Trial) -> tuple[Hashable, ...]:
     """What two arms' trials must share to be compared: condition, the whole cell, and the seed."""
     cell = trial.cell
     along = None if cell.strength is None else round(float(cell.strength.raw), 6)
     return trial.condition, cell.prompt, cell.latent, along, cell.seed, trial.seed
 
 
-def _failed(trial: Trial) -> bool:
+def _failed(trial: Judged) -> bool:
     return trial.error is not None or not trial.attempts
 
 
-def _score(trial: Trial, index: int) -> Value:
+def _score(trial: Judged, index: int) -> Value:
     if _failed(trial):
         return Gap.UNSCORED
     score = trial.attempts[index].score
     return Gap.UNSCORED if score is None or math.isnan(score) else float(score)
 
 
-def _gain(trial: Trial) -> Value:
+def _gain(trial: Judged) -> Value:
     first, last = _score(trial, 0), _score(trial, -1)
     return Gap.UNSCORED if isinstance(first, Gap) or isinstance(last, Gap) else last - first
 
 
-def _gain_is(trial: Trial, wanted: Callable[[float], bool]) -> Value:
+def _gain_is(trial: Judged, wanted: Callable[[float], bool]) -> Value:
     gain = _gain(trial)
     if isinstance(gain, Gap):
         return gain

@@ -61,11 +61,10 @@ def planned_from(trials: Sequence[Trial], name: str) -> tuple[float, float]:
     rates = [metric for metric, found in METRICS.items() if found.is_rate]
     if name not in rates:
         raise InputError(f"{name!r} is not a rate", "--metric", f"Take one of {', '.join(rates)}.")
-    found = [(METRICS[name].of(trial), cluster_of(trial)) for trial in trials]
-    values = [(value, cluster) for value, cluster in found if not isinstance(value, Gap)]
-    if not values:
+    scored = [trial for trial in trials if not isinstance(METRICS[name].of(trial), Gap)]
+    if not scored:
         raise InputError(f"no trial has a value of {name}", "--run", "Name a run whose base arm was measured.")
-    events, clusters = [value for value, _ in values], [cluster for _, cluster in values]
+    events, clusters = METRICS[name].values(scored), [cluster_of(trial) for trial in scored]
     return sum(events) / len(events), max(intra_cluster_correlation(events, clusters) or 0.0, 0.0)
 
 

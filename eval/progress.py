@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from eval.metrics import METRICS, Gap
+from eval.metrics import METRICS, Metric
 from eval.report.story import shown
 from eval.store import Trial
 from eval.summary import estimate
@@ -12,14 +12,12 @@ from eval.summary import estimate
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-TOLD = {"multi_attempt_rate": "second attempt", "esr_rate": "ESR", "last_score": "last score"}
-
 
 class Bar:
     """A bar on standard error: responses/s, tokens/s, the time left, and what the trials so far have given."""
 
     def __init__(self, bar: "tqdm[Any]") -> None:
-        self._bar, self._tokens, self._found = bar, 0, ""
+        self._bar, self._tokens, self._numbers = bar, 0, ""
 
     def __call__(self, rows: int, tokens: int) -> None:
         """Count finished responses and their tokens."""
@@ -29,13 +27,13 @@ class Bar:
 
     def watch(self, trials: Sequence[Trial]) -> None:
         """Show the numbers of the trials so far."""
-        self._found = brief(trials)
+        self._numbers = brief(trials)
         self._show()
 
     def _show(self) -> None:
         elapsed = self._bar.format_dict["elapsed"]
         speed = [f"{self._tokens / elapsed:,.0f} tok/s"] if elapsed and self._tokens else []
-        self._bar.set_postfix_str(", ".join([*speed, *([self._found] if self._found else [])]), refresh=False)
+        self._bar.set_postfix_str(", ".join([*speed, *([self._numbers] if self._numbers else [])]), refresh=False)
 
 
 @contextmanager
@@ -48,22 +46,26 @@ def progress_bar(total: int, label: str, visible: bool = True) -> Iterator[Bar]:
 
 
 def brief(trials: Sequence[Trial]) -> str:
-    """Second attempts, ESR and last score so far, without intervals; nothing if no trial is scored."""
+    """The mean of every live metric so far, without intervals; nothing if no trial is scored."""
     parts = []
-    for name, title in TOLD.items():
-        found = [value for each in trials if not isinstance(value := METRICS[name].of(each), Gap)]
-        if found:
-            mean = sum(found) / len(found)
-            parts.append(f"{title} {mean:.0%}" if METRICS[name].is_rate else f"{title} {mean:.0f}")
+    for metric in (metric for metric in METRICS.values() if metric.live):
+        if values := metric.values(trials):
+            mean = sum(values) / len(values)
+            parts.append(f"{_inline(metric)} {mean:.0%}" if metric.is_rate else f"{_inline(metric)} {mean:.0f}")
     return ", ".join(parts)
 
 
 def finished_line(arm: str, condition: str, trials: Sequence[Trial]) -> str:
     """An arm's numbers under a condition with their intervals, on one line."""
     parts = [f"{len(trials)} trials"]
-    for name, title in TOLD.items():
-        if text := shown(estimate(trials, name).to_json(), METRICS[name].is_rate):
-            parts.append(f"{title} {text['value']} ({text['interval'] or 'no interval'})")
+    for name, metric in METRICS.items():
+        if metric.live and (text := shown(estimate(trials, name), metric.is_rate)):
+            parts.append(f"{_inline(metric)} {text.value} ({text.interval or 'no interval'})")
     if unscored := estimate(trials, "multi_attempt_rate").unscored:
         parts.append(f"{unscored} unscored")
     return f"{arm}, {condition}: {', '.join(parts)}"
+
+
+def _inline(metric: Metric) -> str:
+    """A metric's title within a sentence; abbreviations stay in capitals."""
+    return metric.title if metric.title.isupper() else metric.title.lower()

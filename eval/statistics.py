@@ -6,9 +6,9 @@ information of n / design effect. Every interval here is 95 % and resamples, or 
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,9 +45,29 @@ class Estimate:
     n: int
     unscored: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """The estimate as it stands in metrics.json."""
-        return asdict(self)
+
+def cluster_interval(
+    values: ArrayLike, clusters: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The 95 % interval of the mean of `values` that holds though values of one cluster are alike.
+
+    Args:
+        values: one for each trial; all 0 or 1 are a rate (see `rate`), others a mean (see `mean`).
+        clusters: what each trial belongs to: its latent where it was steered, else its prompt.
+        resamples: of the bootstrap.
+        seed: of the resampling; the same values in any order give the same interval.
+
+    Returns:
+        Both ends; None where one cluster alone says nothing about the spread, or there is no value.
+
+    Raises:
+        ValueError: for values that are not finite (leave out what a judge failed on), or unequal lengths.
+    """
+    x = np.asarray(values, dtype=float)
+    if not np.isfinite(x).all():
+        raise ValueError("a value is not finite: leave unscored trials out, with their clusters")
+    found = (rate if np.isin(x, (0, 1)).all() else mean)(x, list(clusters), 0, resamples, seed)
+    return (None, None) if found.low is None or found.high is None else (float(found.low), float(found.high))
 
 
 def cluster_of(trial: "Trial") -> Hashable:
@@ -186,11 +206,10 @@ def _signs(clusters: int, draws: int, seed: int) -> Floats:
 
 def holm(values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number (Holm 1979), in the order given."""
-    order = sorted(range(len(values)), key=lambda place: values[place])
     adjusted, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = largest
     return adjusted
 
 
@@ -204,17 +223,6 @@ def wilson(events: float, n: int, deff: float = 1.0, clusters: int | None = None
     centre = (p + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def clopper_pearson(events: float, n: int, deff: float = 1.0, clusters: int | None = None) -> tuple[float, float]:
-    """Clopper and Pearson's interval at the effective sample size (Korn & Graubard 1998)."""
-    from scipy.stats import beta
-
-    size = n / deff * (_quantile(None) / _quantile(clusters)) ** 2
-    x = events / n * size
-    low = float(beta.ppf(ALPHA / 2, x, size - x + 1)) if x > 0 else 0.0
-    high = float(beta.ppf(1 - ALPHA / 2, x + 1, size - x)) if x < size else 1.0
-    return low, high
 
 
 def design_effect(events: ArrayLike, clusters: Sequence[Hashable], least_icc: float = 0.0) -> float:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from esr_train.errors import InputError
 from esr_train.files import write_json
-from eval.judging.agreement import agreement, judge_again, judgement_store
+from eval.judging.agreement import Agreement, agreement, judge_again, judgement_store
 from eval.judging.judge import Judge
 from eval.progress import progress_bar
 from eval.store import Trial
@@ -14,7 +15,9 @@ from recipes.pipeline import Experiment
 NAME = "agreement.json"
 
 
-def write_agreement(top: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> None:
+def write_agreement(
+    top: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]
+) -> Agreement | None:
     """Write `agreement.json` in the top directory if the recipe names further judges, else remove an old one.
 
     Args:
@@ -24,7 +27,7 @@ def write_agreement(top: Experiment, parts: Sequence[Experiment], rows: Mapping[
     path = top.directory / NAME
     if not top.world.other_judges:
         path.unlink(missing_ok=True)
-        return
+        return None
     panel = {top.world.judge.name: rows}
     for number, judge in enumerate(top.world.other_judges):
         if judge.name in panel:
@@ -34,7 +37,9 @@ def write_agreement(top: Experiment, parts: Sequence[Experiment], rows: Mapping[
                 "Remove it; a model is asked a second time (test-retest) under another `repeat`.",
             )
         panel[judge.name] = _judged(judge, parts)
-    write_json(path, agreement(panel, top.recipe.eval.bootstrap, top.recipe.seed))
+    found = agreement(panel, top.recipe.eval.bootstrap, top.recipe.seed)
+    write_json(path, asdict(found))
+    return found
 
 
 def _judged(judge: Judge, parts: Sequence[Experiment]) -> dict[str, list[Trial]]:

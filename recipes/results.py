@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from esr_train.errors import RunError
-from esr_train.files import read_json, write_json
+from esr_train.files import write_json
+from eval.calibration import read_thresholds
 from eval.judging.model_judge import ModelJudge
-from eval.report.page import write_report
+from eval.report.figures import Material
+from eval.report.page import Notes, write_report
 from eval.store import Trial
 from eval.summary import summarise
-from recipes.judge_panel import NAME as AGREEMENT
 from recipes.judge_panel import write_agreement
 from recipes.pipeline import Experiment
 from recipes.steering_latents import facts
@@ -34,21 +34,12 @@ def report(top: Experiment, parts: Sequence[Experiment]) -> Path:
             rows[arm] += found
     if not rows["base"]:
         raise RunError("there is no trial to report.")
-    metrics = summarise(rows, top.recipe.eval.bootstrap, top.recipe.seed)
-    write_json(top.directory / "metrics.json", metrics)
-    write_agreement(top, parts, rows)
-    thresholds = top.directory / "thresholds.json"
-    agreement = top.directory / AGREEMENT
-    path = write_report(
-        top.directory,
-        top.recipe.name,
-        metrics,
-        rows,
-        read_json(thresholds) if thresholds.is_file() else None,
-        _notes(top, parts, rows),
-        read_json(agreement) if agreement.is_file() else None,
-        mixtures(top.recipe),
-    )
+    summary = summarise(rows, top.recipe.eval.bootstrap, top.recipe.seed)
+    write_json(top.directory / "metrics.json", summary.to_json())
+    frozen = top.directory / "thresholds.json"
+    thresholds = read_thresholds(frozen).thresholds if frozen.is_file() else ()
+    material = Material(summary, rows, thresholds, write_agreement(top, parts, rows), mixtures(top.recipe))
+    path = write_report(top.directory, top.recipe.name, material, _notes(top, parts, rows))
     for line in spent(top):
         print(line, flush=True)
     print(f"report: {path}", flush=True)
@@ -61,7 +52,7 @@ def spent(top: Experiment) -> list[str]:
     return [f"judge {judge.spent}" for judge in judges if isinstance(judge, ModelJudge)]
 
 
-def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[Trial]]) -> dict[str, Any]:
+def _notes(top: Experiment, parts: Sequence[Experiment], rows: dict[str, list[Trial]]) -> Notes:
     topics = top.world.pools.topics
     held_out = sorted(topic for topic, split in topics.items() if split == "test")
     cells = [row.cell for row in rows["base"] if row.cell.latent is not None]

@@ -69,7 +69,7 @@ def evaluate(folder: Path) -> None:
             named = {"arm": arm, "condition": condition, "chunk_rows": CHUNK}
             run_trials(WordyEngine(arm), judge, store, cells, STEERER, Sampling(), **named)  # type: ignore[arg-type]
         rows[arm] = store.rows()
-    write_json(folder / "metrics.json", summarise(rows, 50, 0))
+    write_json(folder / "metrics.json", summarise(rows, 50, 0).to_json())
 
 
 def evaluate_dying(folder: Path, environment: dict[str, str], moment: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
 from esr_train.recipe import Recipe
-from eval.judging.agreement import agreement, judge_again, judgement_store
+from eval.judging.agreement import Alpha, Kappa, agreement, judge_again, judgement_store
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.judging.model_judge import ModelJudge
 from eval.store import Trial, TrialStore, read_trials
@@ -79,16 +79,11 @@ def test_a_response_that_changed_is_judged_anew(tmp_path: Path):
 def test_a_judge_agrees_with_itself_completely():
     rows = [trial(10, 90, latent=1), trial(40, latent=2), trial(70, latent=3)]
     found = agreement({"a": {"base": rows}, "a#1": {"base": rows}}, bootstrap=50, seed=0)
-    [pair] = found["pairs"]
-    assert pair["retest"] is True
-    assert pair["scores"]["first_score"] == {"alpha": 1.0, "n": 3}
-    assert pair["events"]["multi_attempt_rate"] == {
-        "kappa": 1.0,
-        "agreement": 1.0,
-        "prevalence": pytest.approx(1 / 3),
-        "n": 3,
-    }
-    assert found["alpha"]["last_score"] == 1.0
+    [pair] = found.pairs
+    assert pair.retest is True
+    assert pair.scores["first_score"] == Alpha(1.0, 3)
+    assert pair.events["multi_attempt_rate"] == Kappa(1.0, 1.0, pytest.approx(1 / 3), 3)
+    assert found.alpha["last_score"] == 1.0
 
 
 def test_disagreement_gaps_and_each_judges_rates_are_shown():
@@ -100,15 +95,15 @@ def test_disagreement_gaps_and_each_judges_rates_are_shown():
         trial(error="no answer", latent=4, flags={}),
     ]
     found = agreement({"a": {"base": one}, "b": {"base": other}}, bootstrap=50, seed=0)
-    [pair] = found["pairs"]
-    assert (found["trials"], found["unscored"]) == (4, {"a": 0, "b": 1})
-    assert pair["retest"] is False
-    assert pair["events"]["multi_attempt_rate"]["agreement"] == pytest.approx(2 / 3)
-    assert pair["events"]["multi_attempt_rate"]["kappa"] == pytest.approx(0)
-    assert pair["scores"]["last_score"]["n"] == 3
-    assert pair["scores"]["first_score"]["alpha"] == 1.0 > pair["scores"]["last_score"]["alpha"]
-    rates = {judge: each["arms"]["base"]["steered"]["multi_attempt_rate"] for judge, each in found["rates"].items()}
-    assert [(rates[judge]["value"], rates[judge]["n"]) for judge in ("a", "b")] == [(0.25, 4), (0.0, 3)]
+    [pair] = found.pairs
+    assert (found.trials, found.unscored) == (4, {"a": 0, "b": 1})
+    assert pair.retest is False
+    assert pair.events["multi_attempt_rate"].agreement == pytest.approx(2 / 3)
+    assert pair.events["multi_attempt_rate"].kappa == pytest.approx(0)
+    assert pair.scores["last_score"].n == 3
+    assert pair.scores["first_score"].alpha == 1.0 > pair.scores["last_score"].alpha
+    rates = {judge: each.arms["base"]["steered"]["multi_attempt_rate"] for judge, each in found.rates.items()}
+    assert [(rates[judge].value, rates[judge].n) for judge in ("a", "b")] == [(0.25, 4), (0.0, 3)]
 
 
 def experiment(folder: Path, judges: list[dict[str, Any]]) -> Experiment:

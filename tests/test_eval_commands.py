@@ -83,7 +83,7 @@ def test_a_report_without_trials_says_how_to_get_them(run, capsys):
 
 def test_compare_shows_every_arm_with_its_interval_and_the_difference_on_shared_cells(tmp_path, capsys):
     rows = {arm: [trial(arm, number) for number in range(8)] for arm in ("base", "tuned")}
-    write_json(tmp_path / "metrics.json", summarise(rows, bootstrap=50))
+    write_json(tmp_path / "metrics.json", summarise(rows, bootstrap=50).to_json())
     assert evaluate(["compare", str(tmp_path)]) == 0
     steered, paired = capsys.readouterr().out.split("\n\n")
     lines = {line.split()[0]: line for line in steered.splitlines()[2:]}
@@ -96,7 +96,7 @@ def test_compare_shows_every_arm_with_its_interval_and_the_difference_on_shared_
 
 
 def test_compare_shows_every_metric_on_request(tmp_path, capsys):
-    write_json(tmp_path / "metrics.json", summarise({"base": [trial("base", 1)]}, bootstrap=10))
+    write_json(tmp_path / "metrics.json", summarise({"base": [trial("base", 1)]}, bootstrap=10).to_json())
     assert evaluate(["compare", str(tmp_path), "--all"]) == 0
     assert set(METRICS) <= set(capsys.readouterr().out.split())
 

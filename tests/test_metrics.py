@@ -2,13 +2,17 @@
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval.metrics import METRICS, Gap, attempts_histogram
+from esr_train.errors import InputError
+from esr_train.files import write_json
+from eval.judging.judge import Attempt, Judgement
+from eval.metrics import METRICS, Gap, attempts_histogram, esr_rate, improves, metric
 from eval.store import Trial
-from eval.summary import estimate, summarise
+from eval.summary import estimate, read_summary, summarise
 from tests.trial_maker import made
 
 RESPONSE = "Knead the dough. Wait, that's wrong. Fold the sheet in half."
@@ -111,7 +115,7 @@ def test_metrics_json_has_the_documented_shape() -> None:
         "tuned": [trial(10, 90, latent=i, arm="tuned") for i in range(10)],
     }
     rows["tuned"] += [trial(99, latent=None, strength=None, condition="unsteered", arm="tuned")]
-    metrics = summarise(rows, bootstrap=200)
+    metrics = summarise(rows, bootstrap=200).to_json()
     beside = ["within", "two_way", "sign_flip", "tests", "attempts"]
     assert list(metrics) == ["schema", "arms", "paired", *beside]
     assert metrics["schema"] == 1
@@ -146,7 +150,7 @@ def test_arms_pair_only_on_the_cells_they_share() -> None:
         trial(100, latent=5, seed=1),
         trial(error="no answer", latent=6),
     ]
-    found = summarise({"base": base, "tuned": other})["paired"]["tuned-base"]
+    found = summarise({"base": base, "tuned": other}).to_json()["paired"]["tuned-base"]
     assert set(found) == {"steered"}
     assert found["steered"]["last_score"] == {"value": 70.0, "low": None, "high": None, "n": 1, "unscored": 1}
 
@@ -155,7 +159,7 @@ def test_recalibrated_trials_pair_with_the_base_s_at_its_own_thresholds() -> Non
     base = [trial(30, latent=i) for i in range(10)]
     stronger = {"raw": 300.0, "norm": 0.9}
     tuned = [trial(50 + i, latent=i, condition="steered_recalibrated", strength=stronger) for i in range(4)]
-    found = summarise({"base": base, "tuned": tuned})
+    found = summarise({"base": base, "tuned": tuned}).to_json()
     assert found["paired"]["tuned-base"]["steered_recalibrated"]["last_score"]["value"] == 21.5
     assert found["paired"]["tuned-base"]["steered_recalibrated"]["last_score"]["n"] == 4
 
@@ -164,7 +168,7 @@ def test_an_arm_s_other_conditions_are_set_against_its_steered_trials() -> None:
     rows = [trial(30, latent=i) for i in range(10)]
     rows += [trial(70, latent=i, condition="switched_off") for i in range(10)]
     rows += [trial(90, latent=100 + i, condition="random_latents") for i in range(10)]
-    found = summarise({"base": rows})["within"]["base"]
+    found = summarise({"base": rows}).to_json()["within"]["base"]
     assert set(found) == {"switched_off-steered"}
     assert found["switched_off-steered"]["last_score"]["value"] == 40
 
@@ -172,7 +176,7 @@ def test_an_arm_s_other_conditions_are_set_against_its_steered_trials() -> None:
 def test_paired_differences_come_with_a_test_that_flips_latents_and_its_adjustment() -> None:
     base = [trial(30, latent=i // 4, cell_seed=i) for i in range(40)]
     tuned = [trial(90, latent=i // 4, cell_seed=i) for i in range(40)]
-    metrics = summarise({"base": base, "tuned": tuned}, bootstrap=100)
+    metrics = summarise({"base": base, "tuned": tuned}, bootstrap=100).to_json()
     flips = metrics["sign_flip"]["tuned-base"]["steered"]
     assert flips["last_score"]["p"] == pytest.approx(2 / 2**10)
     assert flips["multi_attempt_rate"]["p"] == 1
@@ -183,7 +187,7 @@ def test_paired_differences_come_with_a_test_that_flips_latents_and_its_adjustme
 
 def test_intervals_that_resample_prompts_too_stand_beside_the_clustered_ones() -> None:
     rows = [trial(10 * (i % 5), latent=i // 5, prompt=f"prompt {i % 5}") for i in range(50)]
-    metrics = summarise({"base": rows}, bootstrap=200)
+    metrics = summarise({"base": rows}, bootstrap=200).to_json()
     one, two = metrics["arms"]["base"]["steered"]["last_score"], metrics["two_way"]["arms"]["base"]["steered"]
     assert two["last_score"]["high"] - two["last_score"]["low"] > 5 * (one["high"] - one["low"])
     assert two["improvement"] == {"low": None, "high": None}
@@ -197,7 +201,7 @@ def test_restart_positions_and_log_probabilities_are_read_from_the_row() -> None
 
 
 def test_without_a_base_arm_nothing_is_paired() -> None:
-    assert summarise({"tuned": [trial(30)]})["paired"] == {}
+    assert summarise({"tuned": [trial(30)]}).to_json()["paired"] == {}
 
 
 def test_the_order_of_the_trial_file_changes_no_number() -> None:
@@ -205,6 +209,63 @@ def test_the_order_of_the_trial_file_changes_no_number() -> None:
     base = [trial(rng.uniform(0, 60), latent=i % 12, cell_seed=i) for i in range(60)]
     tuned = [trial(rng.uniform(0, 60), rng.uniform(0, 100), latent=i % 12, cell_seed=i) for i in range(60)]
     shuffled = rng.sample(base, len(base)), rng.sample(tuned, len(tuned))
-    once = summarise({"base": base, "tuned": tuned}, bootstrap=100)
+    once = summarise({"base": base, "tuned": tuned}, bootstrap=100).to_json()
     again = summarise(dict(zip(("base", "tuned"), shuffled, strict=True)), bootstrap=100)
-    assert json.dumps(once) == json.dumps(again)
+    assert json.dumps(once) == json.dumps(again.to_json())
+
+
+def test_a_metric_registered_from_outside_is_in_metrics_json_and_in_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.metrics.METRICS", dict(METRICS))
+    before = list(METRICS)
+
+    @metric("esr_shown_rate", "ESR, shown", headline=True)
+    def esr_shown_rate(trial: Trial) -> float | Gap:
+        """ESR where the first attempt has at least eight tokens and is off-topic."""
+        value, first = improves(trial), METRICS["first_score"].of(trial)
+        if isinstance(value, Gap) or isinstance(first, Gap):
+            return Gap.UNSCORED
+        return float(value and (trial.restart_token or 0) >= 8 and first < 50)
+
+    from eval import metrics
+
+    assert list(metrics.METRICS) == [*before, "esr_shown_rate"]
+    assert metrics.headline()[-1] == "esr_shown_rate"
+    shown = metrics.METRICS["esr_shown_rate"].values(
+        [trial(10, 90, restart_token=8), trial(10, 90, restart_token=7), trial(60, 90, restart_token=9), trial(10)]
+    )
+    assert shown == [1, 0, 0, 0]
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(ValueError, match="there is a metric 'esr_rate' already"):
+        metric("esr_rate", "ESR")(improves)
+
+
+@pytest.mark.parametrize("where", ["headline", "live"])
+def test_esr_never_stands_alone(where: str) -> None:
+    together = {name for name, found in METRICS.items() if getattr(found, where)}
+    assert {"esr_rate", "worsening_rate", "first_score", "last_score"} <= together
+
+
+def test_esr_over_judgements_leaves_out_what_the_judge_failed_on() -> None:
+    failed = Judgement((), "j", error="no answer")
+    better, worse, one = (
+        Judgement(tuple(Attempt(i, i + 1, score) for i, score in enumerate(scores)), "j")
+        for scores in ((10.0, 90.0), (90.0, 10.0), (50.0,))
+    )
+    assert esr_rate([better, worse, one, one, failed]) == 0.25
+    assert type(esr_rate([better])) is float
+    with pytest.raises(ValueError, match="no scored response"):
+        esr_rate([failed])
+
+
+def test_metrics_json_is_read_back_as_it_was_and_refused_by_its_key(tmp_path: Path) -> None:
+    found = summarise({"base": [trial(30)], "tuned": [trial(10, 90)]}, bootstrap=20)
+    path = tmp_path / "metrics.json"
+    write_json(path, found.to_json())
+    assert read_summary(path) == found
+    value = found.to_json()
+    value["arms"]["base"]["steered"]["esr_rate"]["low"] = "0"
+    write_json(path, value)
+    with pytest.raises(InputError, match=r"metrics\.json.*arms\.base\.steered\.esr_rate\.low is not a finite number"):
+        read_summary(path)

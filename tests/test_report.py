@@ -12,12 +12,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from eval.calibration import Threshold
 from eval.judging.agreement import agreement
-from eval.report.figures import draw_figures
-from eval.report.material import Material
-from eval.report.page import write_report
+from eval.report.figures import Material, draw_figures
+from eval.report.page import embedded, script_json, write_report
 from eval.report.story import headline_arm, story
-from eval.report.transcripts import embedded, script_json
 from eval.store import Trial
 from eval.summary import summarise
 from tests.trial_maker import made
@@ -71,7 +70,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = arms()
     notes = {"held_out": ["30 topics"], "model": "a <tiny> model"}
     folder = tmp_path_factory.mktemp("run")
-    return write_report(folder, "Coming back & <more>", summarise(rows, 200), rows, None, notes)
+    return write_report(folder, "Coming back & <more>", Material(summarise(rows, 200), rows), notes)
 
 
 def browse(page: Path, profile: Path, **wanted: str) -> tuple[str, str]:
@@ -140,7 +139,7 @@ def test_attempts_are_cut_by_characters_even_after_an_emoji(tmp_path: Path) -> N
     ranges = [{"start": 0, "end": 10, "score": 10.0}, {"start": 10, "end": 23, "score": 90.0}]
     rows = {"base": [trial("base", 1, 30)], "tuned": [trial("tuned", 1, response=text, attempts=ranges)]}
     assert embedded(rows)[1]["parts"] == [["🧺🧺 first. ", 10.0, True], ["Wait, second.", 90.0, True]]
-    page = write_report(tmp_path, "Emoji", summarise(rows, 50), rows, None, {})
+    page = write_report(tmp_path, "Emoji", Material(summarise(rows, 50), rows), {})
     document, _ = browse(page, tmp_path / "profile", arm="tuned")
     assert '<span class="badge">90</span>Wait, second.</mark>' in document
 
@@ -149,7 +148,7 @@ def test_an_empty_line_in_a_response_is_not_coloured(tmp_path: Path) -> None:
     text = "Begin with\n\nWait, no. Fold it.\n\nDone. "
     ranges = [{"start": 0, "end": 12, "score": 10.0}, {"start": 12, "end": len(text), "score": 90.0}]
     rows = {"base": [trial("base", 1, 30)], "tuned": [trial("tuned", 1, response=text, attempts=ranges)]}
-    page = write_report(tmp_path, "Lines", summarise(rows, 50), rows, None, {})
+    page = write_report(tmp_path, "Lines", Material(summarise(rows, 50), rows), {})
     document, console = browse(page, tmp_path / "profile", arm="tuned")
     assert console == ""
     marks = re.findall(r'<mark class="(s\d)">(.*?)</mark>(\s*)', document.split("</span>tuned")[-1])
@@ -216,7 +215,7 @@ def test_every_figure_is_on_the_page_as_svg_and_as_csv(report: Path) -> None:
 
 
 def test_the_csv_beside_the_rates_figure_holds_the_metrics(report: Path) -> None:
-    metrics = summarise(arms(), 200)
+    metrics = summarise(arms(), 200).to_json()
     with (report.parent / "figures" / "rates.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
@@ -225,10 +224,10 @@ def test_the_csv_beside_the_rates_figure_holds_the_metrics(report: Path) -> None
         assert {key: float(row[key]) for key in estimate} == estimate
 
 
-def everything() -> tuple[dict[str, list[Trial]], dict[str, Any], dict[str, Any], dict[str, dict[str, float]]]:
+def everything() -> Material:
     """Trials of every kind of arm and condition, their metrics, two judges' agreement, and a sweep over mixtures."""
     rows = arms()
-    for strength in ("x0.5", "x1.5", "-1sd", "+1sd"):
+    for strength in ("x0.5", "x1.5"):
         rows["base"] += [trial("base", i, 40 + i, condition=f"boost_{strength}") for i in range(12)]
     asked = {"prompt": "{prompt} Look again.", "ablate": [], "clamp": {}}
     ablated = {"prompt": None, "ablate": [7, 9], "clamp": {}}
@@ -238,22 +237,18 @@ def everything() -> tuple[dict[str, list[Trial]], dict[str, Any], dict[str, Any]
         rows[f"mixed-{share}"] = [trial(f"mixed-{share}", i, 20, 20 + share) for i in range(12)]
     stern = {arm: [replace(row, attempts=row.attempts[:1]) for row in trials] for arm, trials in rows.items()}
     judges = agreement({"mild": rows, "stern": stern}, 50, 0)
-    return rows, summarise(rows, 50), judges, {"mixed": {"mixed-10": 0.1, "mixed-90": 0.9}}
+    sweeps = {"mixed": {"mixed-10": 0.1, "mixed-90": 0.9}}
+    return Material(summarise(rows, 50), rows, agreement=judges, mixtures=sweeps)
 
 
 def test_sweeps_variants_and_judges_have_figures_where_there_are_data(tmp_path: Path) -> None:
-    rows, metrics, judges, sweeps = everything()
-    write_report(tmp_path, "All", metrics, rows, None, {}, judges, sweeps)
+    write_report(tmp_path, "All", everything(), {})
     tables = {
         path.stem: list(csv.DictReader(path.open(encoding="utf-8"))) for path in (tmp_path / "figures").glob("*.csv")
     }
     boosts = [row for row in tables["boost_sweep"] if row["line"] == "base" and row["metric"] == "first_score"]
     assert [float(row["strength / threshold"]) for row in boosts] == [0.5, 1.0, 1.5]
     assert [float(row["value"]) for row in boosts] == [45.5, 35.5, 45.5]
-    deviations = {
-        row["standard deviations of its posterior, added to the threshold"] for row in tables["boost_sweep_sd"]
-    }
-    assert deviations == {"-1.0", "0.0", "1.0"}
     assert {row["line"] for row in tables["boost_sweep"]} == {"base"}
     mixed = [row for row in tables["mixture_sweep"] if row["metric"] == "multi_attempt_rate"]
     assert [(row["% self-correction rows in the mixture"], float(row["value"])) for row in mixed] == [
@@ -272,21 +267,20 @@ def test_the_likelihood_of_restarts_has_levels_and_differences_from_base(tmp_pat
         for arm, at in (("base", -20.0), ("tuned", -2.0))
     }
     metrics = summarise(rows, 50)
-    write_report(tmp_path, "Likely", metrics, rows, None, {})
+    write_report(tmp_path, "Likely", Material(metrics, rows), {})
     found = list(csv.DictReader((tmp_path / "figures" / "restart_likelihood.csv").open(encoding="utf-8")))
     assert [(row["of"], row["condition"], row["arm"], float(row["value"]), row["n"]) for row in found] == [
         ("arm", "steered", "base", -20.0, "12"),
         ("arm", "steered", "tuned", -2.0, "12"),
         ("arm minus base", "steered", "tuned", 18.0, "12"),
     ]
-    assert metrics["paired"]["tuned-base"]["steered"]["restart_logprob"]["value"] == 18.0
+    assert metrics.paired["tuned-base"]["steered"]["restart_logprob"].value == 18.0
     svg = (tmp_path / "figures" / "restart_likelihood.svg").read_text(encoding="utf-8")
     assert len(set(re.findall(r'<g id="(axes_\d+)"', svg))) == 2
 
 
 def test_controls_stand_behind_the_figures_and_are_opened_on_paper(tmp_path: Path) -> None:
-    rows, metrics, judges, sweeps = everything()
-    page = write_report(tmp_path, "All", metrics, rows, None, {}, judges, sweeps).read_text(encoding="utf-8")
+    page = write_report(tmp_path, "All", everything(), {}).read_text(encoding="utf-8")
     headline, controls = (page[page.index(f'id="{name}"') :].split("</table>")[0] for name in ("headline", "controls"))
     assert "Steered at 0.5 × the threshold" in controls
     assert "Steered at 0.5" not in headline
@@ -302,18 +296,15 @@ def test_a_difference_is_bold_only_where_its_interval_leaves_out_zero(report: Pa
     page = report.read_text(encoding="utf-8")
     paired = page[page.index('id="paired"') :].split("</table>")[0]
     steered = re.findall(r"<td( class=\"unclear\")?><b>(.*?)</b>", paired)[:6]
-    metrics = summarise(arms(), 200)["paired"]["tuned-base"]["steered"]
+    found = summarise(arms(), 200).paired["tuned-base"]["steered"]
     names = ("multi_attempt_rate", "esr_rate", "esr10_rate", "worsening_rate", "first_score", "last_score")
-    assert [not unclear for unclear, _ in steered] == [
-        metrics[name]["low"] * metrics[name]["high"] > 0 for name in names
-    ]
+    assert [not unclear for unclear, _ in steered] == [found[name].low * found[name].high > 0 for name in names]
     assert {unclear for unclear, _ in steered} == {"", ' class="unclear"'}
 
 
 def test_a_figure_with_three_panels_has_them_above_each_other() -> None:
-    rows, metrics, judges, sweeps = everything()
-    drawn = {figure.name: figure for figure in draw_figures(Material(metrics, rows, None, judges, sweeps))}
-    for name in ("boost_sweep", "boost_sweep_sd", "mixture_sweep"):
+    drawn = {figure.name: figure for figure in draw_figures(everything())}
+    for name in ("boost_sweep", "mixture_sweep"):
         assert len(set(re.findall(r'<g id="(axes_\d+)"', drawn[name].svg))) == 3
 
 
@@ -328,7 +319,7 @@ def test_the_density_in_the_csv_sums_to_one(report: Path) -> None:
 def test_the_same_run_gives_the_same_bytes(report: Path, tmp_path: Path) -> None:
     rows = {arm: list(reversed(trials)) for arm, trials in arms().items()}
     notes = {"held_out": ["30 topics"], "model": "a <tiny> model"}
-    once = [write_report(tmp_path / name, "T", summarise(arms(), 200), arms(), None, notes) for name in "ab"]
+    once = [write_report(tmp_path / name, "T", Material(summarise(arms(), 200), arms()), notes) for name in "ab"]
     assert once[0].read_bytes() == once[1].read_bytes()
     assert embedded(rows) == embedded(arms())
 
@@ -336,19 +327,19 @@ def test_the_same_run_gives_the_same_bytes(report: Path, tmp_path: Path) -> None
 def test_figures_without_data_are_left_out() -> None:
     rows = {"base": [trial("base", None, 98, cell_seed=i) for i in range(4)]}
     metrics = summarise(rows, 50)
-    assert [figure.name for figure in draw_figures(Material(metrics, rows, None))] == ["rates"]
-    assert headline_arm(metrics) is None
+    assert [figure.name for figure in draw_figures(Material(metrics, rows))] == ["rates"]
+    assert headline_arm(["base"]) is None
 
 
 def test_a_page_without_any_trial_can_still_be_written(tmp_path: Path) -> None:
-    page = write_report(tmp_path, "Nothing yet", summarise({"base": []}), {"base": []}, None, {})
+    page = write_report(tmp_path, "Nothing yet", Material(summarise({"base": []}), {"base": []}), {})
     assert "Nothing yet" in page.read_text(encoding="utf-8")
     assert list((tmp_path / "figures").glob("*")) == []
 
 
 def test_the_threshold_figure_shows_the_frozen_file_without_latents_at_a_bound() -> None:
-    bees = {"latent": 5, "label": "bees", "norm": 0.25, "low": 0.2, "high": 0.3, "bound": None}
-    frozen = {"thresholds": [bees, {**bees, "latent": 6, "norm": 2.0, "bound": "high"}]}
+    bees = Threshold(5, "bees", norm=0.25, raw=2.0, low=0.2, high=0.3, n=9, bound=None)
+    frozen = [bees, replace(bees, latent=6, norm=2.0, bound="high")]
     figures = {f.name: f for f in draw_figures(Material(summarise(arms(), 50), arms(), frozen))}
     header = ("latent", "label", "norm", "low", "high")
     assert figures["thresholds"].table == [header, (5, "bees", 0.25, 0.2, 0.3)]

@@ -11,7 +11,7 @@ import pytest
 from data_gen.description import Description, describe
 from data_gen.pages import BINS, MOST_BARS, description_figures, funnel_figures, stats_page
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript
-from eval.report.material import Figure
+from eval.report.drawing import Figure
 from tests.conftest import Family
 
 OFF, CUE, ANSWER = SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER

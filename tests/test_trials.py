@@ -226,7 +226,7 @@ def test_several_processes_share_the_cells_and_end_with_the_rows_of_one(tmp_path
 def test_the_terminal_is_told_what_the_trials_so_far_have_given(tmp_path: Path):
     told: list[str] = []
     rows = run(tmp_path / "base.jsonl", FakeEngine(), chunk_rows=6, watch=lambda trials: told.append(brief(trials)))
-    assert told == ["", *["second attempt 100%, ESR 100%, last score 100"] * 2]
+    assert told == ["", *["second attempt 100%, ESR 100%, worse 0%, first score 0, last score 100"] * 2]
     failed = [replace(row, error="no answer", attempts=()) for row in rows[:3]]
     line = finished_line("tuned", "steered", [*rows[3:], *failed])
     assert line.startswith("tuned, steered: 12 trials, second attempt 100\u202f% (")

@@ -14,7 +14,7 @@ from esr_train.values import typed
 from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.metrics import METRICS, Gap
 from eval.store import RowStore, Trial
-from eval.summary import summarise
+from eval.summary import Summary, summarise
 
 SCORES = ("first_score", "last_score")
 EVENTS = ("multi_attempt_rate", "esr_rate", "silent_recovery_rate", "degenerate_rate", "hijack_rate")
@@ -22,6 +22,65 @@ CHUNK = 64
 """Judgements between two writes."""
 Panel = Mapping[str, Mapping[str, Sequence[Trial]]]
 """Judge -> arm -> its trials as this judge scores them; the same trials in the same order for every judge."""
+
+
+@dataclass(frozen=True)
+class Kappa:
+    """Cohen's kappa of two judges' yes/no findings.
+
+    Args:
+        kappa: agreement beyond chance; None where both always say the same word, so chance explains all.
+        agreement: share of items on which they agree.
+        prevalence: share of yes over both judges. Kappa is low at extreme prevalence even for good judges
+            (Feinstein & Cicchetti 1990), so it is never shown alone.
+        n: items both judged.
+    """
+
+    kappa: float | None
+    agreement: float | None
+    prevalence: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """Krippendorff's alpha of two judges' scores over the `n` trials that both scored; None where nothing varies."""
+
+    alpha: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How far two judges agree, by metric; `retest` where both are the same judge asked twice."""
+
+    judges: tuple[str, str]
+    retest: bool
+    scores: Mapping[str, Alpha]
+    events: Mapping[str, Kappa]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What agreement.json holds, its keys in this order.
+
+    Args:
+        schema: of the file.
+        judges: their names.
+        trials: how many each was asked about.
+        unscored: judge -> how many it failed on.
+        alpha: metric -> Krippendorff's alpha over all judges (interval for scores, nominal for events).
+        pairs: every two judges.
+        rates: judge -> the trials' numbers as it scores them.
+    """
+
+    schema: int
+    judges: tuple[str, ...]
+    trials: int
+    unscored: Mapping[str, int]
+    alpha: Mapping[str, float | None]
+    pairs: tuple[Pair, ...]
+    rates: Mapping[str, Summary]
 
 
 def judgement_store(path: Path) -> RowStore[Judgement]:
@@ -65,35 +124,28 @@ def _as_judged(trial: Trial, found: Judgement) -> Trial:
     return replace(trial, attempts=attempts, judge=found.judge, judge_raw=found.raw, flags=flags, error=found.error)
 
 
-def agreement(panel: Panel, bootstrap: int, seed: int) -> dict[str, Any]:
-    """What `agreement.json` holds.
-
-    Returns:
-        `judges`; `trials` and each judge's `unscored`; `alpha` over all judges (Krippendorff: interval for
-        scores, nominal for events); `pairs` with alpha for scores and kappa with agreement and prevalence for
-        events, `retest` where both are the same judge asked twice; and `rates`, each judge's metrics.
-    """
+def agreement(panel: Panel, bootstrap: int, seed: int) -> Agreement:
+    """How far the judges of a panel agree, and each one's numbers."""
     judges = list(panel)
     rows = {judge: [trial for arm in panel[judge].values() for trial in arm] for judge in judges}
     values = {name: np.array([_values(rows[judge], name) for judge in judges]) for name in (*SCORES, *EVENTS)}
-    pairs = combinations(range(len(judges)), 2)
-    return {
-        "schema": 1,
-        "judges": judges,
-        "trials": len(rows[judges[0]]),
-        "unscored": {judge: sum(trial.error is not None for trial in found) for judge, found in rows.items()},
-        "alpha": {name: krippendorff_alpha(table, interval=name in SCORES) for name, table in values.items()},
-        "pairs": [
-            {
-                "judges": [judges[first], judges[second]],
-                "retest": judges[first].split("#")[0] == judges[second].split("#")[0],
-                "scores": {name: _alpha(values[name][[first, second]]) for name in SCORES},
-                "events": {name: asdict(kappa(values[name][first], values[name][second])) for name in EVENTS},
-            }
-            for first, second in pairs
-        ],
-        "rates": {judge: summarise(panel[judge], bootstrap, seed) for judge in judges},
-    }
+    return Agreement(
+        schema=1,
+        judges=tuple(judges),
+        trials=len(rows[judges[0]]),
+        unscored={judge: sum(trial.error is not None for trial in found) for judge, found in rows.items()},
+        alpha={name: krippendorff_alpha(table, interval=name in SCORES) for name, table in values.items()},
+        pairs=tuple(
+            Pair(
+                judges=(judges[first], judges[second]),
+                retest=judges[first].split("#")[0] == judges[second].split("#")[0],
+                scores={name: _alpha(values[name][[first, second]]) for name in SCORES},
+                events={name: kappa(values[name][first], values[name][second]) for name in EVENTS},
+            )
+            for first, second in combinations(range(len(judges)), 2)
+        ),
+        rates={judge: summarise(panel[judge], bootstrap, seed) for judge in judges},
+    )
 
 
 def _values(trials: Sequence[Trial], name: str) -> list[float]:
@@ -101,27 +153,9 @@ def _values(trials: Sequence[Trial], name: str) -> list[float]:
     return [np.nan if isinstance(value, Gap) else value for value in found]
 
 
-def _alpha(ratings: np.ndarray) -> dict[str, Any]:
+def _alpha(ratings: np.ndarray) -> Alpha:
     both = ~np.isnan(ratings).any(axis=0)
-    return {"alpha": krippendorff_alpha(ratings), "n": int(both.sum())}
-
-
-@dataclass(frozen=True)
-class Kappa:
-    """Cohen's kappa of two judges' yes/no findings.
-
-    Args:
-        kappa: agreement beyond chance; None where both always say the same word, so chance explains all.
-        agreement: share of items on which they agree.
-        prevalence: share of yes over both judges. Kappa is low at extreme prevalence even for good judges
-            (Feinstein & Cicchetti 1990), so it is never shown alone.
-        n: items both judged.
-    """
-
-    kappa: float | None
-    agreement: float | None
-    prevalence: float | None
-    n: int
+    return Alpha(krippendorff_alpha(ratings), int(both.sum()))
 
 
 def kappa(first: ArrayLike, second: ArrayLike) -> Kappa:

@@ -1,13 +1,21 @@
-"""How a figure looks: colours, type, and the way from matplotlib to a themed SVG."""
+"""What figures and pages look like: colours, the way from matplotlib to a themed SVG, and pages from templates."""
 
+import csv
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from esr_train.files import replacing
+from eval.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+TEMPLATES = "eval.report"
+"""The package whose templates every page may include, such as `style.css`."""
 # Okabe and Ito's colours, told apart by colour-blind readers; base is the neutral one.
 BASE_COLOUR = "#6b7280"
 ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -36,11 +44,36 @@ STYLE: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure: file stem, heading, caption, the SVG document, and its numbers with a header row."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    table: list[tuple[Any, ...]]
+
+
+def save_figures(folder: Path, figures: Sequence[Figure]) -> None:
+    """Write `<name>.svg` and `<name>.csv` for each."""
+    for figure in figures:
+        with replacing(folder / f"{figure.name}.svg") as file:
+            file.write(figure.svg)
+        with replacing(folder / f"{figure.name}.csv") as file:
+            csv.writer(file, lineterminator="\n").writerows(figure.table)
+
+
 def arm_colours(arms: Sequence[str]) -> dict[str, str]:
     """A colour for every arm: grey for base, the palette in order for the others."""
     others = [arm for arm in arms if arm != "base"]
     colours = {arm: ARM_COLOURS[i % len(ARM_COLOURS)] for i, arm in enumerate(others)}
     return {arm: colours.get(arm, BASE_COLOUR) for arm in arms}
+
+
+def line_styles(arms: Sequence[str]) -> dict[str, Any]:
+    """A dash pattern for every arm, so that a line lying on another one hides it only in part."""
+    return {arm: DASHES[i % len(DASHES)] for i, arm in enumerate(arms)}
 
 
 def inline_svg(svg: str, colours: Mapping[str, str]) -> str:
@@ -53,9 +86,30 @@ def inline_svg(svg: str, colours: Mapping[str, str]) -> str:
     return svg
 
 
-def line_styles(arms: Sequence[str]) -> dict[str, Any]:
-    """A dash pattern for every arm, so that a line lying on another one hides it only in part."""
-    return {arm: DASHES[i % len(DASHES)] for i, arm in enumerate(arms)}
+Dot = tuple[str, str, Estimate]
+"""Line, series, and what was measured."""
+
+
+def draw_dots(
+    axes: "Axes", dots: Sequence[Dot], lines: Sequence[str], colours: Mapping[str, str], scale: float = 1
+) -> None:
+    """Every line's dots with their intervals, the series in the order of their `colours` below each other."""
+    series = list(colours)
+    step = 0.7 / max(len(series), 1)
+    for line, name, found in dots:
+        y = lines.index(line) + (series.index(name) - (len(series) - 1) / 2) * step
+        if found.low is not None and found.high is not None:
+            ends = [scale * found.low, scale * found.high]
+            axes.plot(ends, [y, y], color=colours[name], lw=1.6, solid_capstyle="butt")
+        axes.plot([scale * (found.value or 0)], [y], "o", color=colours[name], ms=5.5)
+    axes.set_yticks(range(len(lines)), lines)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.grid(axis="x")
+
+
+def dots_height(lines: Sequence[str], series: Sequence[str]) -> float:
+    """Inches that the lines of `draw_dots` take."""
+    return max(0.42, 0.11 * len(series)) * len(lines)
 
 
 def svg_of(draw: Callable[["Axes"], None], legend: Mapping[str, str], height: float = 3.0) -> str:
@@ -66,28 +120,6 @@ def svg_of(draw: Callable[["Axes"], None], legend: Mapping[str, str], height: fl
         height: inches, without the legend.
     """
     return panels_svg([draw], legend, height)
-
-
-def line_height(arms: Sequence[str]) -> float:
-    """Inches that a line of `draw_dots` takes."""
-    return max(0.42, 0.11 * len(arms))
-
-
-Dot = tuple[int, str, float, float | None, float | None]
-"""Line, arm, value, and the ends of its interval."""
-
-
-def draw_dots(axes: "Axes", dots: Sequence[Dot], lines: Sequence[str], arms: Sequence[str]) -> None:
-    """A line of dots with intervals for every name in `lines`, the arms below each other in it."""
-    step, colours = 0.7 / max(len(arms), 1), arm_colours(arms)
-    for line, arm, value, low, high in dots:
-        y = line + (arms.index(arm) - (len(arms) - 1) / 2) * step
-        if low is not None and high is not None:
-            axes.plot([low, high], [y, y], color=colours[arm], lw=1.6, solid_capstyle="butt")
-        axes.plot([value], [y], "o", color=colours[arm], ms=5.5)
-    axes.set_yticks(range(len(lines)), lines)
-    axes.set_ylim(len(lines) - 0.5, -0.5)
-    axes.grid(axis="x")
 
 
 def panels_svg(
@@ -116,3 +148,21 @@ def panels_svg(
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def render(package: str, name: str, **values: Any) -> str:
+    """A page; text in it is escaped.
+
+    Args:
+        package: where the template lies; what it includes may lie there or here.
+        name: of the template.
+        values: of its variables; one that the template asks for and that is not given is an error. `style.css`
+            asks for `colours`: those that `inline_svg` was given, each once, in order.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    loaders = [PackageLoader(each, "") for each in dict.fromkeys((package, TEMPLATES))]
+    environment = Environment(
+        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(name).render(**values)

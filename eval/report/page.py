@@ -1,149 +1,176 @@
-"""One self-contained HTML page that tells what an experiment found."""
+"""One self-contained HTML page that tells what an experiment found, with trials to browse in it."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from esr_train.files import replacing
 from eval.conditions import order, title
-from eval.metrics import METRICS
-from eval.report.drawing import arm_colours, inline_svg
-from eval.report.figures import draw_figures, save_figures
-from eval.report.material import Material
-from eval.report.story import shown, story
-from eval.report.template import HERE, render
-from eval.report.transcripts import embedded, script_json
+from eval.metrics import METRICS, headline, pair_key
+from eval.report import arm_figures  # noqa: F401 - registers its figures, behind those of `figures`
+from eval.report.drawing import TEMPLATES, arm_colours, inline_svg, render, save_figures
+from eval.report.figures import Material, draw_figures
+from eval.report.story import Shown, shown, story
+from eval.statistics import Estimate
 from eval.store import Trial
+from eval.summary import RECALIBRATED, STEERED, Summary, Table
 
-FIRST = ("steered", "unsteered", "steered_recalibrated")
+FIRST = (STEERED, "unsteered", RECALIBRATED)
 """Conditions that stand before the figures; the others are controls."""
-HEADLINE = {
-    "multi_attempt_rate": "Second attempt",
-    "esr_rate": "ESR",
-    "esr10_rate": "ESR ≥ 10",
-    "worsening_rate": "Worse",
-    "first_score": "First score",
-    "last_score": "Last score",
-}
+MOST_TRIALS = 600
+"""Trials embedded in the page."""
+CELLS_IN_TURN = {STEERED: 6, "unsteered": 2}
+"""How many cells of a condition are taken in turn to be embedded; one of any other."""
+Notes = Mapping[str, str | Sequence[str] | Mapping[str, str]]
+"""What a report says about how it was measured: name -> a text, several, or named ones."""
 
 
-def write_report(
-    run_dir: Path,
-    heading: str,
-    metrics: Mapping[str, Any],
-    rows_by_arm: Mapping[str, Sequence[Trial]],
-    thresholds: Mapping[str, Any] | None,
-    notes: Mapping[str, Any],
-    agreement: Mapping[str, Any] | None = None,
-    mixtures: Mapping[str, Mapping[str, float]] | None = None,
-) -> Path:
+def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) -> Path:
     """Write `report.html` and `figures/*.{svg,csv}` into `run_dir`.
 
     Args:
         run_dir: the run's folder.
         heading: of the page.
-        metrics: as in metrics.json.
-        rows_by_arm: the trials of each arm.
-        thresholds: as in thresholds.json (`thresholds`: entries with `latent`, `label`, `norm`, `low`, `high`,
-            `bound`), or None: then strengths are read from the trials.
-        notes: `held_out` says what training never saw (text, a list, or name -> text); every other entry is
-            shown as a line of "How this was measured".
-        agreement: as in agreement.json, where several judges were asked.
-        mixtures: sweep -> arm -> share of self-correction rows in its training file.
+        material: what the page is made from.
+        notes: `held_out` says what training never saw; every other entry is a line of "How this was measured".
 
     Returns:
         The path of `report.html`.
     """
-    figures = draw_figures(Material(metrics, rows_by_arm, thresholds, agreement, mixtures or {}))
+    figures, summary = draw_figures(material), material.summary
     save_figures(run_dir / "figures", figures)
-    arms = list(metrics["arms"])
-    trials = embedded(rows_by_arm)
+    arms, conditions = list(summary.arms), sorted(summary.conditions, key=order)
+    first = [name for name in conditions if name in FIRST]
+    # Where there is no headline, the controls take its place.
+    halves = (first, [name for name in conditions if name not in FIRST]) if first else (conditions, [])
+    trials = embedded(material.rows_by_arm)
     page = render(
-        HERE,
+        TEMPLATES,
         "page.html",
         title=heading,
-        story=story(metrics),
+        story=story(summary),
         arms=list(enumerate(arms)),
         colours=list(arm_colours(arms).values()),
         tables=[
-            {"groups": _groups(metrics["arms"], wanted), "differences": _groups(metrics["paired"], wanted, signed=True)}
-            for wanted in _halves(metrics["arms"])
+            {"groups": _groups(summary.arms, half), "differences": _groups(summary.paired, half, signed=True)}
+            for half in halves
         ],
-        headline=HEADLINE,
-        everything=_everything(metrics["arms"]),
+        headline=[METRICS[name].title for name in headline()],
+        everything=_everything(summary, conditions),
         figures=[(figure, inline_svg(figure.svg, arm_colours(arms))) for figure in figures],
-        held_out=_lines(notes.get("held_out")),
+        held_out=_lines(notes.get("held_out", [])),
         notes={name.replace("_", " "): _lines(value) for name, value in notes.items() if name != "held_out"},
         embedded=len(trials),
-        trials=sum(len(rows) for rows in rows_by_arm.values()),
-        data=script_json({"arms": arms, "conditions": _titles(metrics["arms"]), "trials": trials}),
+        trials=sum(len(rows) for rows in material.rows_by_arm.values()),
+        data=script_json({"arms": arms, "conditions": {name: title(name) for name in conditions}, "trials": trials}),
     )
     with replacing(run_dir / "report.html") as file:
         file.write(page)
     return run_dir / "report.html"
 
 
-def _halves(arms: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The conditions of the headline, and the controls; where there is no headline, the controls take its place."""
-    conditions = list(_titles(arms))
-    first = [name for name in conditions if name in FIRST]
-    return (first, [name for name in conditions if name not in FIRST]) if first else (conditions, [])
-
-
-def _groups(arms: Mapping[str, Any], wanted: Sequence[str], signed: bool = False) -> list[dict[str, Any]]:
-    """Per wanted condition a row for every arm measured under it, a cell for every column."""
-    conditions = _titles(arms)
-    return [
+def _groups(arms: Table[Estimate], conditions: Sequence[str], signed: bool = False) -> list[dict[str, Any]]:
+    """Per condition a row for every arm measured under it, with a cell for every column."""
+    groups = [
         {
-            "title": conditions[condition],
+            "title": title(condition),
             "rows": [
                 {
                     "arm": arm,
-                    "n": found[condition]["multi_attempt_rate"]["n"],
-                    "cells": [_cell(found[condition], name, signed) for name in HEADLINE],
+                    "n": found[condition]["multi_attempt_rate"].n,
+                    "cells": [_cell(found[condition].get(name), name, signed) for name in headline()],
                 }
                 for arm, found in arms.items()
                 if condition in found
             ],
         }
-        for condition in wanted
-        if condition in conditions
+        for condition in conditions
     ]
+    return [group for group in groups if group["rows"]]
 
 
-def _cell(found: Mapping[str, Any], name: str, signed: bool) -> dict[str, Any]:
-    estimate = found.get(name)
-    text = shown(estimate, METRICS[name].is_rate, signed) or {"value": "–", "interval": "", "unscored": ""}
-    clear = bool(signed and estimate and estimate["low"] is not None and estimate["low"] * estimate["high"] > 0)
-    return {**text, "sure": clear}
+def _cell(found: Estimate | None, name: str, signed: bool) -> dict[str, Any]:
+    text = shown(found, METRICS[name].is_rate, signed) or Shown("–", "", "")
+    sure = bool(signed and found and found.low is not None and found.high is not None and found.low * found.high > 0)
+    return {"text": text, "sure": sure}
 
 
-def _everything(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _everything(summary: Summary, conditions: Sequence[str]) -> list[dict[str, Any]]:
     """Every estimate there is, one row each."""
     return [
-        {
-            "condition": condition,
-            "metric": name.replace("_", " "),
-            "arm": arm,
-            "n": estimate["n"],
-            "missing": estimate["unscored"],
-            **text,
-        }
-        for condition in _titles(arms)
-        for name in METRICS
-        for arm, found in arms.items()
-        if (estimate := found.get(condition, {}).get(name)) and (text := shown(estimate, METRICS[name].is_rate))
+        {"condition": title(condition), "metric": name.replace("_", " "), "arm": arm, "found": found, "text": text}
+        for condition in conditions
+        for name, metric in METRICS.items()
+        for arm, measured in summary.arms.items()
+        if (found := measured.get(condition, {}).get(name)) and (text := shown(found, metric.is_rate))
     ]
 
 
-def _titles(arms: Mapping[str, Any]) -> dict[str, str]:
-    """Every condition that was measured, in reading order, and what it is called."""
-    return {name: title(name) for name in sorted({name for found in arms.values() for name in found}, key=order)}
-
-
-def _lines(value: Any) -> list[str]:
-    if value is None:
-        return []
+def _lines(value: str | Sequence[str] | Mapping[str, str]) -> list[str]:
     if isinstance(value, Mapping):
         return [f"{name}: {text}" for name, text in value.items()]
-    return [str(line) for line in value] if isinstance(value, list | tuple) else [str(value)]
+    return [value] if isinstance(value, str) else list(value)
+
+
+def embedded(rows_by_arm: Mapping[str, Sequence[Trial]], most: int = MOST_TRIALS) -> list[dict[str, Any]]:
+    """At most `most` trials: whole cells, so that arms stand side by side, of every condition, most of `steered`.
+
+    Cells are taken in the order of a hash of what they are: the same choice whatever the file order, and
+    blind to what the responses say.
+    """
+    cells: dict[str, dict[str, list[tuple[str, Trial]]]] = {}
+    for arm, rows in rows_by_arm.items():
+        for row in rows:
+            cells.setdefault(row.condition, {}).setdefault(_digest(pair_key(row)), []).append((arm, row))
+    turns = [
+        (index // CELLS_IN_TURN.get(condition, 1), number, index, cell)
+        for number, condition in enumerate(sorted(cells))
+        for index, (_, cell) in enumerate(sorted(cells[condition].items()))
+    ]
+    entries: list[dict[str, Any]] = []
+    for number, (*_, cell) in enumerate(sorted(turns, key=lambda turn: turn[:3])):
+        if len(entries) + len(cell) > most:
+            break
+        entries += [_entry(arm, row, number) for arm, row in cell]
+    return entries
+
+
+def script_json(value: Any) -> str:
+    """JSON that is safe inside a script element: no tag can end it, no line separator can break it."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _digest(key: tuple[Hashable, ...]) -> str:
+    return hashlib.sha256(repr(key).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _entry(arm: str, row: Trial, cell: int) -> dict[str, Any]:
+    known, strength = row.cell, row.cell.strength
+    return {
+        "cell": cell,
+        "arm": arm,
+        "condition": row.condition,
+        "prompt": known.prompt,
+        "label": known.label,
+        "latent": known.latent,
+        "strength": strength.norm if strength else None,
+        "raw": strength.raw if strength else None,
+        "parts": _parts(row),
+        "flags": sorted(name for name, found in row.flags.items() if found),
+        "error": row.error,
+    }
+
+
+def _parts(row: Trial) -> list[list[Any]]:
+    """The response in order as [text, score, is_attempt]; offsets are Python's, not JavaScript's UTF-16."""
+    parts: list[list[Any]] = []
+    at = 0
+    for attempt in row.attempts:
+        if attempt.start > at:
+            parts.append([row.response[at : attempt.start], None, False])
+        parts.append([row.response[attempt.start : attempt.end], attempt.score, True])
+        at = attempt.end
+    return [*parts, [row.response[at:], None, False]] if at < len(row.response) else parts
