@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from esr_train.errors import InputError
-from esr_train.template import Encoded, Range, Rendered, encode, end_of_turn, render
+from esr_train.template import Encoded, Range, Rendered, chat_template, encode, render
 from esr_train.transcript import SpanKind, Transcript
 
 IGNORED = -100
@@ -36,6 +36,7 @@ class Labelled:
         text: the rendered conversation.
         straddling: how many tokens are masked although some of their characters are to be trained.
         spans: kind, start and end of every span, as characters of `text`.
+        reply_start: index of the first token that holds some of the reply.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Labelled:
     text: str
     straddling: int
     spans: tuple[tuple[SpanKind, int, int], ...]
+    reply_start: int
 
     @property
     def trained(self) -> int:
@@ -68,19 +70,33 @@ def label(
         max_length: most tokens the row may have; None for any number.
 
     Raises:
-        InputError: naming the row, if it cannot be rendered, is longer than `max_length`, has nothing to
-            train, no label on its end-of-turn token, or labels that do not decode to the text they stand for.
+        InputError: naming the row, if it cannot be rendered, is longer than `max_length`, has nothing to train, no
+            label on its end-of-turn token, characters without a token, or labels that do not decode to their text.
     """
     where = f"row {transcript.id!r}"
     rendered = render(tokenizer, transcript)
-    encoded = encode(tokenizer, rendered.text, rendered.controls, where)
-    trained = _trained_characters(tokenizer, rendered, policy)
-    labels, straddling = _label_tokens(encoded, trained)
-    _check_length(encoded, max_length, where)
+    encoded = encode(tokenizer, rendered.text, rendered.contents, where)
+    if max_length is not None and len(encoded.input_ids) > max_length:
+        raise InputError(
+            f"{len(encoded.input_ids)} tokens are more than max_length {max_length}, "
+            "and truncation would take the row's cue, answer or end of turn",
+            where,
+            "Raise train.max_length or leave the row out.",
+        )
+    wanted = _wanted_characters(rendered, policy)
+    labels, straddling = _label_tokens(encoded, wanted)
+    _check_offsets(rendered, encoded, wanted, where)
     _check_coverage(tokenizer, rendered, encoded, labels, where)
     _check_decoding(tokenizer, rendered.text, encoded, labels, where)
     return Labelled(
-        transcript.id, encoded.input_ids, labels, encoded.offsets, rendered.text, straddling, rendered.spans
+        id=transcript.id,
+        input_ids=encoded.input_ids,
+        labels=labels,
+        offsets=encoded.offsets,
+        text=rendered.text,
+        straddling=straddling,
+        spans=rendered.spans,
+        reply_start=encoded.first_token(rendered.reply_start),
     )
 
 
@@ -89,23 +105,21 @@ def trained_tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, p
     return label(tokenizer, transcript, policy).trained
 
 
-def _trained_characters(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, policy: Policy) -> bytearray:
-    """One flag for each character of the rendered text: 1 where it is trained."""
+def _wanted_characters(rendered: Rendered, policy: Policy) -> bytearray:
+    """One flag for each character of the rendered text: 1 where it is to be trained."""
     flags = bytearray(len(rendered.text))
-    end = rendered.reply_end
-    turn = (end - len(end_of_turn(tokenizer)), end)
     spans = [(start, end) for kind, start, end in rendered.spans if kind in TRAINED_KINDS[policy]]
-    for start, end in [*spans, turn]:
+    for start, end in [*spans, (rendered.contents[-1][1], rendered.reply_end)]:
         flags[start:end] = b"\1" * (end - start)
     return flags
 
 
-def _label_tokens(encoded: Encoded, trained: bytearray) -> tuple[tuple[int, ...], int]:
+def _label_tokens(encoded: Encoded, wanted: bytearray) -> tuple[tuple[int, ...], int]:
     """Labels, and the number of tokens that lost theirs because they straddle a border."""
     labels = [IGNORED] * len(encoded.input_ids)
     straddling = 0
     for tokens in _tokens_sharing_characters(encoded.offsets):
-        flags = trained[encoded.offsets[tokens[0]][0] : max(encoded.offsets[i][1] for i in tokens)]
+        flags = wanted[encoded.offsets[tokens[0]][0] : max(encoded.offsets[i][1] for i in tokens)]
         if all(flags):
             for i in tokens:
                 labels[i] = encoded.input_ids[i]
@@ -120,46 +134,42 @@ def _tokens_sharing_characters(offsets: Sequence[Range]) -> Iterator[list[int]]:
     Byte-level BPE can cut a character into several tokens, all of which then stand for the whole character.
     """
     run: list[int] = []
-    reach = 0
+    run_end = 0
     for i, (start, end) in enumerate(offsets):
         if start == end:
             continue
-        if run and start >= reach:
+        if run and start >= run_end:
             yield run
             run = []
         run.append(i)
-        reach = max(reach, end)
+        run_end = max(run_end, end)
     if run:
         yield run
 
 
-def _check_length(encoded: Encoded, max_length: int | None, where: str) -> None:
-    if max_length is not None and len(encoded.input_ids) > max_length:
+def _check_offsets(rendered: Rendered, encoded: Encoded, wanted: bytearray, where: str) -> None:
+    """Every wanted character has a token, and every token among them its characters: none may lose its label."""
+    without = bytearray(wanted)
+    for start, end in encoded.offsets:
+        without[start:end] = bytes(end - start)
+    empty = next((at for at, end in encoded.offsets if at == end and wanted[at - 1 : at + 1] == b"\1\1"), -1)
+    lost = without.find(1) if any(without) else empty
+    if lost >= 0:
+        around = rendered.text[max(lost - 20, 0) : lost + 20]
         raise InputError(
-            f"{len(encoded.input_ids)} tokens are more than max_length {max_length}, "
-            "and truncation would take the row's cue, answer or end of turn",
+            f"the tokenizer does not say which token stands for a character to be trained, in {around!r}",
             where,
-            "Raise train.max_length or leave the row out.",
+            "Load it with `esr_train.load_tokenizer`, or set trim_offsets to false in its tokenizer.json.",
         )
 
 
 def _check_coverage(
-    tokenizer: PreTrainedTokenizerBase,
-    rendered: Rendered,
-    encoded: Encoded,
-    labels: Sequence[int],
-    where: str,
+    tokenizer: PreTrainedTokenizerBase, rendered: Rendered, encoded: Encoded, labels: Sequence[int], where: str
 ) -> None:
-    turn = end_of_turn(tokenizer)
-    last = (rendered.reply_end - len(turn), rendered.reply_end)
-    trained = [offset for offset, value in zip(encoded.offsets, labels, strict=True) if value != IGNORED]
-    if last not in trained:
-        raise InputError(
-            f"the end of turn {turn} has no label, so the model would never learn to stop",
-            where,
-            f"Use a tokenizer in which {turn} is one token.",
-        )
-    if len(trained) == 1:
+    trained = [i for i, value in enumerate(labels) if value != IGNORED]
+    if not trained or labels[trained[-1]] != chat_template(tokenizer).end_of_turn_id:
+        raise InputError("the end of turn has no label, so the model would never learn to stop", where)
+    if encoded.offsets[trained[0]][0] >= rendered.contents[-1][1]:
         raise InputError("nothing is trained in this row", where, "Leave it out, or use another train.loss.")
 
 
@@ -171,11 +181,15 @@ def _check_decoding(
         tokens = list(group)
         if not trained:
             continue
-        decoded = tokenizer.decode([labels[i] for i in tokens], clean_up_tokenization_spaces=False)
+        # Behind the token before it: some tokenizers drop the white space at the start of what they decode.
+        before, *ids = encoded.input_ids[tokens[0] - 1 : tokens[-1] + 1]
+        head, whole = (
+            tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ([before], [before, *ids])
+        )
         source = text[encoded.offsets[tokens[0]][0] : encoded.offsets[tokens[-1]][1]]
-        if decoded != source:
+        if whole != head + source:
             raise InputError(
-                f"the labelled tokens decode to {decoded[:80]!r} and not to {source[:80]!r}",
+                f"the labelled tokens decode to {whole[len(head) :][:80]!r} and not to {source[:80]!r}",
                 where,
                 "Use a tokenizer that neither rewrites text nor trims offsets.",
             )

@@ -1,9 +1,12 @@
-"""Load a model and its tokenizer; the rules for attention and special tokens of each family."""
+"""Load a model and its tokenizer; where in a model its layers lie."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,10 +20,9 @@ from transformers import (
 
 from esr_train.errors import InputError
 from esr_train.recipe import ModelSection
+from esr_train.template import bos_id, padding_token, stop_ids
 
 ROOT = Path(__file__).resolve().parent.parent
-END_OF_TURN = ("<|eot_id|>", "<end_of_turn>")
-PADDING = ("<|finetune_right_pad_id|>", "<pad>")
 
 
 def local_path(path: str) -> Path | None:
@@ -29,90 +31,87 @@ def local_path(path: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token that is not the end-of-turn token.
+def load_tokenizer(model: ModelSection | Path | str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, with a padding token that means nothing else.
+
+    Args:
+        model: the recipe's `model`, or a folder or hub id.
 
     Raises:
-        InputError: if the folder or hub id cannot be loaded, or no padding token can be found.
+        InputError: if it cannot be loaded, or its chat template cannot be used (see `template.chat_template`).
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_source(section), revision=section.revision)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(section, error) from error
-    end = end_of_turn_id(tokenizer)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == end:
-        known = tokenizer.get_vocab()
-        spare = [token for token in (*PADDING, tokenizer.eos_token) if token in known and known[token] != end]
-        if not spare:
-            raise InputError(
-                "the tokenizer has no padding token apart from the end-of-turn token",
-                f"model.path={section.path}",
-                "Add a pad_token to tokenizer_config.json: padding with the end-of-turn token would mask it.",
-            )
-        tokenizer.pad_token = spare[0]
+    tokenizer = _read_tokenizer(_section(model))
+    tokenizer.pad_token = padding_token(tokenizer)
     return tokenizer
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends the assistant's turn; not always `eos_token` (Gemma's is `<eos>`)."""
-    known = tokenizer.get_vocab()
-    found = next((known[token] for token in END_OF_TURN if token in known), tokenizer.eos_token_id)
-    if found is None:
-        raise InputError("the tokenizer has neither an end-of-turn nor an eos token", tokenizer.name_or_path)
-    return int(found)
-
-
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token at which a reply ends: end of turn, eos, and those of the model's generation config."""
-    return stop_ids_of(getattr(model, "generation_config", None), tokenizer)
-
-
-def stop_ids_of(generation: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """As `stop_ids`, of a generation config or None."""
-    configured = getattr(generation, "eos_token_id", None)
-    if configured is None:
-        configured = []
-    listed = [configured] if isinstance(configured, int) else list(configured)
-    eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return frozenset([end_of_turn_id(tokenizer), *eos, *listed])
-
-
 def load_model(
-    section: ModelSection,
+    model: ModelSection | Path | str,
     quantization: Literal["nf4"] | None = None,
     for_training: bool = False,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None,
+    device: str | None = None,
 ) -> Any:
-    """Load the model.
+    """Load a model.
 
     Args:
-        section: the recipe's `model`.
+        model: the recipe's `model`, or a folder or hub id.
         quantization: `nf4` loads the linear layers in 4 bits (bitsandbytes).
-        for_training: leave the model where it was loaded (the trainer places it); otherwise it goes to the
-            section's device, in evaluation mode.
+        for_training: leave the model where it was loaded (the trainer places it); otherwise it goes to the device,
+            in evaluation mode.
+        dtype: instead of the section's (bfloat16).
+        attn_implementation: instead of the section's (eager).
+        device: instead of the section's (the first accelerator, or else the CPU).
 
     Raises:
         InputError: what cannot be loaded, or an attention implementation that would change the results.
     """
+    section = _section(model, dtype=dtype, attn_implementation=attn_implementation, device=device)
     config = load_config(section)
     _check_attention(config, section)
-    device = choose_device(section)
+    place = choose_device(section)
     options: dict[str, Any] = {"dtype": getattr(torch, section.dtype)}
     if quantization == "nf4":
         options["quantization_config"] = _nf4(section)
-    if quantization or (device.type != "cpu" and not for_training):
-        options["device_map"] = {"": device}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    if quantization or (place.type != "cpu" and not for_training):
+        options["device_map"] = {"": place}
+    with _loading(section):
+        loaded = AutoModelForCausalLM.from_pretrained(
             model_source(section),
             revision=section.revision,
             config=config,
             attn_implementation=section.attn_implementation,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loadable(section, error) from error
-    align_generation(model, load_tokenizer(section))
-    return model if for_training else model.eval()
+    tokenizer = _read_tokenizer(section)
+    if tokenizer.chat_template:
+        align_generation(loaded, tokenizer)
+    return loaded if for_training else loaded.eval()
+
+
+def _section(model: ModelSection | Path | str, **instead: str | None) -> ModelSection:
+    values = model.model_dump() if isinstance(model, ModelSection) else {"path": str(model)}
+    try:
+        return ModelSection.model_validate(values | {key: value for key, value in instead.items() if value})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise InputError(f"{problem['msg']} (got {problem['input']!r})", ".".join(map(str, problem["loc"]))) from error
+
+
+def _read_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    with _loading(section):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model_source(section), revision=section.revision
+        )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.post_processor is not None:
+        # Offsets without white space do not say which token a space belongs to.
+        processor = backend.post_processor
+        processor.__setstate__(processor.__getstate__().replace(b'"trim_offsets":true', b'"trim_offsets":false'))
+        backend.post_processor = processor
+    return tokenizer
 
 
 def choose_device(section: ModelSection) -> torch.device:
@@ -135,12 +134,12 @@ def choose_device(section: ModelSection) -> torch.device:
 
 
 def align_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the model's generation config stop at the end-of-turn token and pad with the padding token."""
+    """Make the model's generation config begin, stop and pad as the tokenizer's chat template has it."""
     generation = model.generation_config
     if generation is not None:
-        generation.eos_token_id = sorted(stop_ids(model, tokenizer))
-        generation.pad_token_id = tokenizer.pad_token_id
-        generation.bos_token_id = tokenizer.bos_token_id
+        generation.eos_token_id = sorted(stop_ids(tokenizer, generation))
+        generation.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer))
+        generation.bos_token_id = bos_id(tokenizer)
 
 
 def bare_model(model: Any) -> Any:
@@ -215,13 +214,17 @@ def model_source(section: ModelSection) -> str:
     return section.path
 
 
-def _not_loadable(section: ModelSection, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0].rstrip(".")
-    return InputError(
-        f"{section.path!r} cannot be loaded ({reason})",
-        "model.path",
-        "Name a local folder or a hub id; for a gated model accept its licence and run `hf auth login`.",
-    )
+@contextmanager
+def _loading(section: ModelSection) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(
+            f"{section.path!r} cannot be loaded ({reason})",
+            "model.path",
+            "Name a local folder or a hub id; for a gated model accept its licence and run `hf auth login`.",
+        ) from error
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
@@ -230,10 +233,8 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         InputError: if it cannot be loaded.
     """
-    try:
+    with _loading(section):
         return AutoConfig.from_pretrained(model_source(section), revision=section.revision)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(section, error) from error
 
 
 def _check_attention(config: PreTrainedConfig, section: ModelSection) -> None:

@@ -1,8 +1,16 @@
-"""A conversation rendered once by the chat template, and where in that text everything lies."""
+"""What a chat template writes, and conversations as text and tokens.
+
+Nothing here knows a model family: what begins a conversation, what ends a turn and whether there is a system role is
+read off probe conversations that the template has rendered.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +21,37 @@ from esr_train.transcript import SpanKind, Transcript
 Range = tuple[int, int]
 """Characters [start, end) of a text."""
 
-_DATE_HEADER = re.compile(r"Cutting Knowledge Date: .*\nToday Date: .*\n*")
-_ENDS_OF_TURN = ("<|eot_id|>", "<end_of_turn>", "<|im_end|>")
+DATE = date(2024, 7, 26)
+"""The day on which every conversation is rendered: a template that reads the clock would give other ids tomorrow."""
+
+_PROBES = {"system": "qsystemq", "user": "qpromptq", "assistant": "qreplyq"}
+_NO_SYSTEM = "Move the system text into the prompt and set `system` to null."
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What a tokenizer's chat template writes.
+
+    Args:
+        around: text before the prompt, between prompt and reply, and behind the reply.
+        around_system: the same with a system message in front; None if the template refuses it, leaves it out, or
+            writes it in generation otherwise than in training.
+        reply_space: white space before the reply (the end of `around[1]`) that the model has to generate itself.
+        turn_end: what ends a reply: the end-of-turn token, with the white space that is written before it.
+        end_of_turn_id: that token's id.
+        bos_id: the token that begins every conversation and occurs nowhere else in it; None if there is none.
+        written: every control token that the template writes up to the end of the reply.
+        control: matches control tokens: the special ones, and others that the template writes.
+    """
+
+    around: tuple[str, ...]
+    around_system: tuple[str, ...] | None
+    reply_space: str
+    turn_end: str
+    end_of_turn_id: int
+    bos_id: int | None
+    written: frozenset[str]
+    control: re.Pattern[str]
 
 
 @dataclass(frozen=True)
@@ -23,18 +60,18 @@ class Rendered:
 
     Args:
         text: the whole conversation, template text included.
+        contents: the messages' ranges, in order; control tokens are what the template writes outside them.
         spans: kind, start and end of every span, as characters of `text`; white space that the template trims
-            off the reply's ends, and any at its start, is in no span.
+            off the reply's ends is in no span.
         reply_start: where the reply begins.
         reply_end: the end of the end-of-turn token; nothing outside [reply_start, reply_end) may be trained.
-        controls: the control tokens' ranges. The same words typed by a user are not among them.
     """
 
     text: str
+    contents: tuple[Range, ...]
     spans: tuple[tuple[SpanKind, int, int], ...]
     reply_start: int
     reply_end: int
-    controls: tuple[Range, ...]
 
 
 @dataclass(frozen=True)
@@ -43,6 +80,71 @@ class Encoded:
 
     input_ids: tuple[int, ...]
     offsets: tuple[Range, ...]
+
+    def first_token(self, character: int) -> int:
+        """Index of the first token that holds some text at or behind a character (their number if there is none)."""
+        ends = (i for i, (_, end) in enumerate(self.offsets) if end > character)
+        return next(ends, len(self.input_ids))
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """What the tokenizer's chat template writes.
+
+    Raises:
+        InputError: if there is no template, or one under which a model cannot be trained and asked in the same words:
+            it rewrites messages, ends replies without a token, begins them otherwise in training than in
+            generation, or writes several BOS tokens.
+    """
+    where = str(tokenizer.name_or_path or "tokenizer")
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the tokenizer has no chat template, so no conversation can be written for this model",
+            where,
+            "Name an instruction-tuned model, or put the template beside the tokenizer as chat_template.jinja.",
+        )
+    if not tokenizer.is_fast:
+        raise InputError("the tokenizer does not say which characters a token stands for", where, "Use a fast one.")
+    return _probe(tokenizer, where, str(tokenizer.chat_template), tokenizer.bos_token, len(tokenizer))
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that begins every text; without a chat template, the one that the tokenizer declares."""
+    return chat_template(tokenizer).bos_id if tokenizer.chat_template else tokenizer.bos_token_id
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: Any) -> frozenset[int]:
+    """Every token at which a reply ends: end of turn, eos, and those of the model's generation config (or None)."""
+    configured = getattr(generation, "eos_token_id", None)
+    listed = configured if isinstance(configured, list | tuple) else [configured]
+    ids = [chat_template(tokenizer).end_of_turn_id, tokenizer.eos_token_id, *listed]
+    return frozenset(int(token) for token in ids if token is not None)
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The declared padding token, or another special token if the template writes that one itself.
+
+    Raises:
+        InputError: if every special token has a meaning in conversations.
+    """
+    special = sorted(_special_tokens(tokenizer), key=lambda name: "pad" not in name.lower())
+    taken = {*chat_template(tokenizer).written, None}
+    for name in (tokenizer.pad_token, *special):
+        if name not in taken:
+            return str(name)
+    raise InputError(
+        "the tokenizer has no padding token apart from tokens of its chat template",
+        str(tokenizer.name_or_path or "tokenizer"),
+        "Add a pad_token to tokenizer_config.json: a model that is padded with its end of turn may not learn to stop.",
+    )
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
+    """A conversation as the model reads it, up to where its reply begins.
+
+    Raises:
+        InputError: if the template refuses or rewrites a message.
+    """
+    return _conversation(tokenizer, prompt, system)[0]
 
 
 def encode_prompt(
@@ -60,16 +162,12 @@ def encode_prompt(
         The ids, and the index of the first one that holds some of `prefix` (their number if there is none).
 
     Raises:
-        InputError: if the template refuses or rewrites a message, or does not write exactly one BOS.
+        InputError: if the template refuses or rewrites a message.
     """
-    messages = _messages(tokenizer, prompt, system)
-    text = _apply(tokenizer, messages, None, add_generation_prompt=True)
-    contents = _find_contents(tokenizer, text, messages, None)
-    reply = (len(text), len(text) + len(prefix))
-    text += prefix
-    encoded = encode(tokenizer, text, find_controls(tokenizer, text, [*contents, reply]))
-    start = next((i for i, (_, end) in enumerate(encoded.offsets) if end > reply[0]), len(encoded.input_ids))
-    return list(encoded.input_ids), start
+    asked, contents = _conversation(tokenizer, prompt, system)
+    text = asked + (chat_template(tokenizer).reply_space + prefix if prefix else "")
+    encoded = encode(tokenizer, text, [*contents, (len(asked), len(text))])
+    return list(encoded.input_ids), encoded.first_token(len(asked))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> Rendered:
@@ -81,137 +179,195 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> Render
     where = f"row {transcript.id!r}"
     if not transcript.content.strip():
         raise InputError("the reply is empty", where)
-    reply = {"role": "assistant", "content": transcript.content}
-    messages = [*_messages(tokenizer, transcript.prompt, transcript.system), reply]
-    text = _apply(tokenizer, messages, where)
-    contents = _find_contents(tokenizer, text, messages, where)
+    template = chat_template(tokenizer)
+    text, contents = _conversation(tokenizer, transcript.prompt, transcript.system, transcript.content, where)
     start, end = contents[-1]
-    return Rendered(
-        text=text,
-        spans=_place_spans(transcript, start, end),
-        reply_start=start,
-        reply_end=end + len(end_of_turn(tokenizer)),
-        controls=find_controls(tokenizer, text, contents),
-    )
+    reply_start = start - len(template.reply_space)
+    spans = []
+    position = start - transcript.content.find(text[start:end])
+    for span in transcript.spans:
+        first, last = max(position, start), min(position + len(span.text), end)
+        if first < last:
+            # What the model generates before the reply's first word belongs to it.
+            spans.append((span.kind, first if spans else reply_start, last))
+        position += len(span.text)
+    return Rendered(text, tuple(contents), tuple(spans), reply_start, end + len(template.turn_end))
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, controls: Sequence[Range], where: str | None = None
+    tokenizer: PreTrainedTokenizerBase, text: str, contents: Sequence[Range], where: str | None = None
 ) -> Encoded:
-    """Tokenise a rendered text; what stands outside `controls` never becomes a control token.
+    """Tokenise a rendered text; what stands in `contents` (ranges in order) never becomes a control token.
 
     Raises:
-        InputError: naming `where`, if the ids do not hold exactly one BOS.
+        InputError: naming `where`, if a message spells out a control token and the tokenizer cannot encode that as
+            text without encoding its neighbours differently.
     """
-    if tuple(controls) == find_controls(tokenizer, text, ()):
-        encoded = _encode_plain(tokenizer, text)
-    else:
-        encoded = _encode_stretches(tokenizer, text, controls)
-    found = encoded.input_ids.count(tokenizer.bos_token_id)
-    if tokenizer.bos_token_id is not None and found != 1:
-        raise InputError(
-            f"the rendered conversation has {found} BOS tokens instead of one",
-            where,
-            "Use a chat template that writes the BOS token once.",
-        )
-    return encoded
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The control token that ends a reply (Gemma-2's `eos_token` is another one)."""
-    known = set(tokenizer.get_added_vocab())
-    return next((token for token in _ENDS_OF_TURN if token in known), str(tokenizer.eos_token))
-
-
-def find_controls(tokenizer: PreTrainedTokenizerBase, text: str, contents: Sequence[Range]) -> tuple[Range, ...]:
-    """Where control tokens stand in `text` outside the ranges in `contents`, which are in order."""
-    names = sorted(_special_tokens(tokenizer), key=len, reverse=True)
-    pattern = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
+    control = chat_template(tokenizer).control
     borders = [0, *(border for content in contents for border in content), len(text)]
     gaps = zip(borders[::2], borders[1::2], strict=True)
-    return tuple(match.span() for gap in gaps for match in pattern.finditer(text, *gap))
+    controls = [match.span() for gap in gaps for match in control.finditer(text, *gap)]
+    spelled = [match.span() for match in control.finditer(text)]
+    encoded = _encode_plain(tokenizer, text)
+    if controls != spelled:
+        if _encode_stretches(tokenizer, text, spelled).input_ids != encoded.input_ids:
+            raise InputError(
+                "a message spells out a control token, which this tokenizer cannot encode as text",
+                where,
+                "Leave the row out, or spell the token differently.",
+            )
+        encoded = _encode_stretches(tokenizer, text, controls)
+    # Some tokens swallow the white space behind them, which they do not stand for.
+    exact = {start: (start, end) for start, end in controls}
+    return Encoded(encoded.input_ids, tuple(exact.get(offset[0], offset) for offset in encoded.offsets))
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-
-
-def _messages(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> list[dict[str, str]]:
-    # Llama-3.1's template writes its date header itself; imported rows have it in their system message.
-    if system is not None and "Cutting Knowledge Date" in str(tokenizer.chat_template):
-        system = _DATE_HEADER.sub("", system, count=1) or None
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": prompt}]
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    where: str | None,
-    add_generation_prompt: bool = False,
-) -> str:
+@lru_cache(maxsize=16)
+def _probe(tokenizer: PreTrainedTokenizerBase, where: str, *_: object) -> ChatTemplate:
+    """The facts; the further arguments are what they depend on if the tokenizer is changed."""
+    around, reply_space = _around(tokenizer, where, "user")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        has_system = messages[0]["role"] == "system"
+        around_system, _ = _around(tokenizer, where, "system", "user")
+    except InputError:
+        around_system = None
+    # Other added tokens than those in brackets of some kind may be ordinary words or white space.
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    special = _special_tokens(tokenizer)
+    names = _matching([name for name in added if name in special or re.fullmatch(r"[^\w\s]\S+[^\w\s]", name)])
+    end = re.match(rf"\s*({names.pattern})", around[-1])
+    if end is None:
         raise InputError(
-            f"the chat template refuses this conversation ({error})",
+            f"the chat template ends a reply with {around[-1]!r}, which does not begin with a token of its own, so the "
+            "model would never learn to stop",
             where,
-            "Move the system text into the prompt and set `system` to null." if has_system else None,
-        ) from error
-    return str(text)
+            "Use a template that writes an end-of-turn token that is in the vocabulary.",
+        )
+    texts = (*around[:-1], end[1], *(around_system or ())[:-1])
+    written = {name for text in texts for name in names.findall(text)}
+    return ChatTemplate(
+        around=around,
+        around_system=around_system,
+        reply_space=reply_space,
+        turn_end=end[0],
+        end_of_turn_id=int(tokenizer.convert_tokens_to_ids(end[1])),
+        bos_id=_find_bos(tokenizer, around, end[1], where),
+        written=frozenset(written),
+        control=_matching({*written, *special}),
+    )
 
 
-def _find_contents(
-    tokenizer: PreTrainedTokenizerBase, text: str, messages: list[dict[str, str]], where: str | None
-) -> list[Range]:
-    """Where each message's content lies, in order.
+def _around(tokenizer: PreTrainedTokenizerBase, where: str, *roles: str) -> tuple[tuple[str, ...], str]:
+    """What is written around messages of these roles and a reply; and the white space that the reply begins with."""
+    messages = [{"role": role, "content": _PROBES[role]} for role in (*roles, "assistant")]
+    pieces = re.split(f"({'|'.join(_PROBES.values())})", _apply(tokenizer, messages, where))
+    if pieces[1::2] != [message["content"] for message in messages]:
+        raise InputError("the chat template rewrites messages, so they cannot be found in its text", where)
+    trained, asked = "".join(pieces[:-2]), _apply(tokenizer, messages[:-1], where, generation=True)
+    reply_space = trained.removeprefix(asked)
+    if not trained.startswith(asked) or reply_space.strip():
+        raise InputError(
+            f"the chat template begins a reply with {trained[-80:]!r} in training and with {asked[-80:]!r} where one "
+            "is to be generated",
+            where,
+            "Use a template that writes the same before a reply in both cases.",
+        )
+    if asked.endswith(" "):
+        raise InputError(
+            f"the chat template asks for a reply with {asked[-20:]!r}, whose last space becomes one token with the "
+            "reply's first word in training, but not in generation",
+            where,
+            "Use a template that asks without that space.",
+        )
+    return tuple(pieces[::2]), reply_space
 
-    Found from the back, each with the end-of-turn token after it: so a content that also occurs in a header,
-    or in another message, is not mistaken for that.
-    """
-    ranges: list[Range] = []
-    limit = len(text)
-    for message in reversed(messages):
-        found = _find_content(text, message["content"], end_of_turn(tokenizer), limit)
-        if found is None:
+
+def _find_bos(tokenizer: PreTrainedTokenizerBase, around: tuple[str, ...], end: str, where: str) -> int | None:
+    bos = tokenizer.bos_token
+    asked = around[:-1]
+    count = sum(text.count(bos) for text in asked) if bos else 0
+    # A token that stands before every role's name is a turn's header, whatever the tokenizer calls it.
+    is_header = count > 1 and not any(re.search(re.escape(bos) + r"(?!\w)", text) for text in asked)
+    starts = count > 0 and asked[0].startswith(bos)
+    if not count or is_header or (bos == end and not starts):
+        return None
+    if not starts or (count > 1 and bos != end):
+        raise InputError(
+            f"the chat template writes {count} BOS tokens instead of one at the start, {bos}, before a reply begins",
+            where,
+            "Use a chat template that writes it once.",
+        )
+    return int(tokenizer.convert_tokens_to_ids(bos))
+
+
+def _matching(names: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(re.escape(name) for name in longest_first) or r"(?!)")
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system: str | None,
+    reply: str | None = None,
+    where: str | None = None,
+) -> tuple[str, list[Range]]:
+    """A rendered conversation, and where each message's content lies in it; without a reply it waits for one."""
+    template = chat_template(tokenizer)
+    given = {"system": _without_header(system, template), "user": prompt, "assistant": reply}
+    messages = [{"role": role, "content": content} for role, content in given.items() if content is not None]
+    text = _apply(tokenizer, messages, where, generation=reply is None)
+    around = template.around if given["system"] is None else template.around_system
+    if around is None:
+        raise InputError("the chat template does not write the system message as it is", where, _NO_SYSTEM)
+    if reply is None:
+        around = (*around[:-2], around[-2].removesuffix(template.reply_space))
+    contents: list[Range] = []
+    position = 0
+    for message, before, behind in zip(messages, around[:-1], around[1:], strict=True):
+        said = message["content"]
+        versions = (said, said.rstrip(), said.lstrip(), said.strip())
+        found = next((kept for kept in versions if text.startswith(before + kept + behind, position)), None)
+        whole = message is not messages[-1] or text[position:] == f"{before}{found}{behind}"
+        if found is None or not whole:
             raise InputError(
                 f"the chat template rewrites the {message['role']} message, so it cannot be found",
                 where,
                 "Use a template that prints messages as they are (white space at their ends may be trimmed).",
             )
-        ranges.insert(0, found)
-        limit = found[0]
-    return ranges
+        contents.append((position + len(before), position + len(before) + len(found)))
+        position = contents[-1][1]
+    return text, contents
 
 
-def _find_content(text: str, content: str, end: str, limit: int) -> Range | None:
-    # Headers end in white space, so white space at a content's start cannot be told from theirs.
-    for version in (content.lstrip(), content.strip()):
-        start = text.rfind(version + end, 0, limit)
-        if start >= 0:
-            return start, start + len(version)
-    return None
+def _without_header(system: str | None, template: ChatTemplate) -> str | None:
+    """Imported system messages may begin with lines that the template writes itself, such as `Today Date: …`."""
+    if system is None or template.around_system is None:
+        return system
+    keys = re.findall(r"^([\w ]+): .*$", template.around_system[0], re.MULTILINE)
+    lines = "".join(rf"{re.escape(key)}: .*(?:\n+|\Z)" for key in keys)
+    return re.sub(rf"\A{lines}", "", system) or None if lines else system
 
 
-def _place_spans(transcript: Transcript, start: int, end: int) -> tuple[tuple[SpanKind, int, int], ...]:
-    content = transcript.content
-    position = start - (len(content) - len(content.lstrip()))
-    placed = []
-    for span in transcript.spans:
-        first, last = max(position, start), min(position + len(span.text), end)
-        if first < last:
-            placed.append((span.kind, first, last))
-        position += len(span.text)
-    return tuple(placed)
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str | None, generation: bool = False
+) -> str:
+    try:
+        # Transcripts hold no reasoning, so a template that can leave out the stretch for it must do so.
+        options = {"strftime_now": DATE.strftime, "enable_thinking": False}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        fix = _NO_SYSTEM if messages[0]["role"] == "system" else None
+        raise InputError(f"the chat template refuses this conversation ({error})", where, fix) from error
+    return str(text)
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, split_special_tokens: bool = False) -> Encoded:
     found = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        split_special_tokens=split_special_tokens,
+        text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=split_special_tokens
     )
     offsets = tuple((int(start), int(end)) for start, end in found["offset_mapping"])
     return Encoded(tuple(found["input_ids"]), offsets)
@@ -219,15 +375,18 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, split_special_t
 
 def _encode_stretches(tokenizer: PreTrainedTokenizerBase, text: str, controls: Sequence[Range]) -> Encoded:
     """Tokenise between control tokens; tokenizers split there anyway, so other ids stay what they are."""
+    special = _special_tokens(tokenizer)
+    spelled = [match for match in chat_template(tokenizer).control.finditer(text) if match.span() not in controls]
+    # A control token that is not special is always taken for one: the tokenizer never sees such a word whole.
+    apart = [match.start() + 1 for match in spelled if match[0] not in special]
+    borders = sorted({0, len(text), *apart, *(border for control in controls for border in control)})
     ids: list[int] = []
     offsets: list[Range] = []
-    position = 0
-    for start, end in [*controls, (len(text), len(text))]:
-        stretch = _encode_plain(tokenizer, text[position:start], split_special_tokens=True)
+    for start, end in pairwise(borders):
+        if (start, end) in controls:
+            stretch = Encoded((int(tokenizer.convert_tokens_to_ids(text[start:end])),), ((0, end - start),))
+        else:
+            stretch = _encode_plain(tokenizer, text[start:end], split_special_tokens=True)
         ids += stretch.input_ids
-        offsets += [(position + first, position + last) for first, last in stretch.offsets]
-        if start < end:
-            ids.append(tokenizer.get_added_vocab()[text[start:end]])
-            offsets.append((start, end))
-        position = end
+        offsets += [(start + first, start + last) for first, last in stretch.offsets]
     return Encoded(tuple(ids), tuple(offsets))

@@ -20,6 +20,7 @@ from esr_train.steering.engine import Engine, Sampling
 from esr_train.steering.latent_labels import label_files, read_labels
 from esr_train.steering.readout import measure_residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine
+from esr_train.template import prompt_text
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
 from eval.judging.judge import Judge, JudgeContext, open_judge
@@ -177,11 +178,7 @@ class World:
 
     def rendered(self, prompts: Sequence[Prompt]) -> list[str]:
         """The prompts as the model reads them, up to where its reply begins."""
-        chat = self.tokenizer.apply_chat_template
-        return [
-            chat([{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True)
-            for prompt in prompts
-        ]
+        return [prompt_text(self.tokenizer, prompt.text) for prompt in prompts]
 
     def sampling(self, max_new_tokens: int | None = None) -> Sampling:
         """The recipe's sampling, the same for every arm."""

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, GenerationConfig
 from esr_train.__main__ import main
 from esr_train.adapters import is_complete, load_adapter, merge
 from esr_train.errors import InputError
-from esr_train.models import end_of_turn_id, load_model
+from esr_train.models import load_model
 from esr_train.recipe import dump_recipe
+from esr_train.template import chat_template
 from esr_train.training.saving import final_metrics, model_card
 from esr_train.training.settings import lora_config
 from esr_train.training.trainer import adapter_folder
@@ -60,7 +61,7 @@ def test_the_merge_command_says_what_it_changed_and_the_model_stops_at_the_end_o
     assert "merged: merged; on probe texts the largest difference of a log-probability is " in capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained("merged")
     generation = GenerationConfig.from_pretrained("merged")
-    assert end_of_turn_id(tokenizer) in generation.eos_token_id
+    assert chat_template(tokenizer).end_of_turn_id in generation.eos_token_id
     assert generation.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.chat_template
     assert not list((tmp_path / "merged").glob("adapter*"))

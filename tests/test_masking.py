@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from esr_train.errors import InputError
-from esr_train.masking import IGNORED, TRAINED_KINDS, Labelled, Policy, _label_tokens, label
-from esr_train.template import Encoded, encode_prompt, render
+from esr_train.masking import IGNORED, TRAINED_KINDS, Labelled, Policy, label
+from esr_train.template import encode_prompt, render
 from esr_train.transcript import Span, SpanKind, Transcript
 from tests.conftest import Family, make_family
 
@@ -105,11 +105,6 @@ def _with_space_merged_into_first_byte(tokenizer: PreTrainedTokenizerFast) -> Pr
     return changed
 
 
-def test_tokens_with_empty_offsets_carry_no_label() -> None:
-    encoded = Encoded((5, 6, 7, 8), ((0, 0), (0, 2), (2, 2), (2, 3)))
-    assert _label_tokens(encoded, bytearray(b"\1\1\1")) == ((IGNORED, 6, IGNORED, 8), 0)
-
-
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
@@ -167,28 +162,6 @@ def test_a_row_with_nothing_to_train_is_refused(family: Family) -> None:
 def test_a_row_whose_only_trained_token_straddles_is_refused(family: Family) -> None:
     with pytest.raises(InputError, match="row 'r7': nothing is trained"):
         label(family.tokenizer, row((OFF, "Trim. Wa"), (CUE, "it")))
-
-
-def test_an_end_of_turn_that_is_not_one_token_is_refused(llama: Family) -> None:
-    tokenizer = deepcopy(llama.tokenizer)
-    tokenizer.eos_token = "[over]"
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "[over]")
-    tokenizer._tokenizer = _without_added(tokenizer, "[over]", "<|eot_id|>")
-    with pytest.raises(InputError, match=r"row 'r7': the end of turn \[over\] has no label"):
-        label(tokenizer, row((ANSWER, "Smooth it.")))
-
-
-def _without_added(tokenizer: PreTrainedTokenizerFast, *names: str) -> Tokenizer:
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in names]
-    return Tokenizer.from_str(json.dumps(state))
-
-
-def test_two_bos_are_refused(family: Family) -> None:
-    tokenizer = deepcopy(family.tokenizer)
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    with pytest.raises(InputError, match=r"row 'r7'.* 2 BOS tokens"):
-        label(tokenizer, row((ANSWER, "Smooth it.")))
 
 
 def test_labels_that_decode_to_other_text_are_refused(llama: Family) -> None:

@@ -1,5 +1,7 @@
 """Loading models and tokenizers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,13 +10,12 @@ from esr_train.errors import InputError
 from esr_train.models import (
     bare_model,
     decoder_layers,
-    end_of_turn_id,
     hidden_size,
     load_model,
     load_tokenizer,
-    stop_ids,
 )
 from esr_train.recipe import ModelSection
+from tests.chat_templates import KINDS, make_tokenizer
 from tests.conftest import Family, make_family
 
 
@@ -72,25 +73,63 @@ def test_a_device_that_is_not_there_is_bad_input(folders):
 def test_generation_stops_at_the_end_of_the_turn(folders, name, end):
     tokenizer, model = load_tokenizer(section(folders[name])), load_model(section(folders[name]))
     expected = tokenizer.convert_tokens_to_ids(end)
-    assert end_of_turn_id(tokenizer) == expected
     assert expected in model.generation_config.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != expected
 
 
-def test_the_end_of_turn_is_found_where_eos_is_another_token():
-    """As in Gemma's released tokenizer; the model may list further tokens of its own."""
-    family = make_family("gemma")
-    family.tokenizer.eos_token = "<eos>"
-    family.model.generation_config.eos_token_id = [1, 7]
-    ids = {family.tokenizer.convert_tokens_to_ids(token) for token in ("<eos>", "<end_of_turn>")}
-    assert stop_ids(family.model, family.tokenizer) == ids | {1, 7}
+def test_generation_stops_where_training_ends_a_turn_whatever_the_tokenizer_declares(tmp_path):
+    """A ChatML tokenizer whose BOS, eos and padding token are other ones; the model lists a token of its own."""
+    tokenizer, model = make_tokenizer(KINDS["ChatML as it comes out of GGUF"]), make_family("llama").model
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path)
+    model.generation_config.eos_token_id = 7
+    model.save_pretrained(tmp_path)
+    generation = load_model(str(tmp_path), device="cpu").generation_config
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    assert generation.eos_token_id == sorted([7, *ids])
+    assert (generation.bos_token_id, generation.pad_token_id) == (None, ids[0])
 
 
-def test_padding_is_never_the_end_of_the_turn(tmp_path):
+@pytest.mark.parametrize("declared", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", None])
+def test_padding_is_no_token_of_the_template(tmp_path, declared):
     tokenizer = make_family("llama").tokenizer
-    tokenizer.pad_token = "<|eot_id|>"
+    tokenizer.pad_token = declared
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(section(str(tmp_path))).pad_token == "<|finetune_right_pad_id|>"
+
+
+def test_a_padding_token_without_another_meaning_is_kept(tmp_path):
+    tokenizer = make_family("llama").tokenizer
+    tokenizer.pad_token = "<|end_of_text|>"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(section(str(tmp_path))).pad_token == "<|end_of_text|>"
+
+
+def test_no_token_is_left_for_padding(tmp_path):
+    kind = KINDS["ChatML"]
+    make_tokenizer(replace(kind, special=kind.special[:2])).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no padding token apart from"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_path_is_enough_and_its_options_are_the_section_s(folders):
+    model = load_model(folders["llama"], dtype="float32", attn_implementation="sdpa", device="cpu")
+    assert (model.dtype, model.config._attn_implementation) == (torch.float32, "sdpa")
+    assert load_model(folders["llama"], device="cpu").dtype == torch.bfloat16
+    assert load_model(section(folders["llama"]), dtype="bfloat16").dtype == torch.bfloat16
+    assert load_tokenizer(folders["llama"]).get_vocab() == load_tokenizer(section(folders["llama"])).get_vocab()
+    with pytest.raises(InputError, match=r"dtype.*'float16'"):
+        load_model(folders["llama"], dtype="float16")
+
+
+def test_a_model_without_a_chat_template_can_be_loaded_but_not_talked_to(folders, tmp_path):
+    family = make_family("llama")
+    family.tokenizer.chat_template = None
+    family.tokenizer.save_pretrained(tmp_path)
+    family.model.save_pretrained(tmp_path)
+    assert load_model(tmp_path, device="cpu")
+    with pytest.raises(InputError, match="no chat template"):
+        load_tokenizer(tmp_path)
 
 
 def test_layers_are_found_in_every_wrapper(family: Family):

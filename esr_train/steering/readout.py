@@ -13,6 +13,7 @@ from tqdm import tqdm
 from esr_train.errors import InputError
 from esr_train.models import check_layer, decoder_layers
 from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
+from esr_train.template import bos_id
 
 QUESTIONS = (
     "How do I fold a fitted sheet?",
@@ -30,7 +31,7 @@ QUESTIONS = (
 def with_bos(tokenizer: Any, text: str) -> list[int]:
     """A text's token ids with exactly one BOS in front, if the tokenizer has one."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    bos = tokenizer.bos_token_id
+    bos = bos_id(tokenizer)
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from esr_train.models import bare_model, stop_ids
+from esr_train.models import bare_model
 from esr_train.steering.engine import (
     Completion,
     Encoding,
@@ -28,6 +28,7 @@ from esr_train.steering.engine import (
 )
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.sampling import processors, row_seeds
+from esr_train.template import stop_ids
 
 
 @dataclass
@@ -58,7 +59,7 @@ class TransformersEngine:
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_rows: int = 32) -> None:
         self.model, self.tokenizer, self.batch_rows = model, tokenizer, batch_rows
-        self._stop_ids = stop_ids(bare_model(model), tokenizer)
+        self._stop_ids = stop_ids(tokenizer, bare_model(model).generation_config)
 
     @torch.no_grad()
     def generate(

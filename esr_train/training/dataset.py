@@ -15,7 +15,6 @@ from esr_train.files import write_jsonl
 from esr_train.interchange import read_training_file
 from esr_train.masking import Labelled, label
 from esr_train.recipe import Recipe
-from esr_train.template import render
 from esr_train.training.batches import best_fit
 from esr_train.transcript import SaeRef, Steering, Transcript, VectorRef
 
@@ -93,13 +92,8 @@ def _row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, transcript: Transcr
         transcript.source,
         VectorSource.of(steering),
         float(threshold["raw"]) if threshold else steering.strength.raw,
-        _reply_start(tokenizer, labelled, transcript),
+        labelled.reply_start,
     )
-
-
-def _reply_start(tokenizer: PreTrainedTokenizerBase, labelled: Labelled, transcript: Transcript) -> int:
-    character = render(tokenizer, transcript).reply_start
-    return next(index for index, (_, end) in enumerate(labelled.offsets) if end > character)
 
 
 def _check_steering(rows: Sequence[TrainingRow], data: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from esr_train.adapters import check_adapter
 from esr_train.errors import InputError, RunError
-from esr_train.models import model_source, stop_ids_of
+from esr_train.models import model_source
 from esr_train.recipe import ModelSection
 from esr_train.steering.directions import LoadedSae
 from esr_train.steering.engine import (
@@ -32,6 +32,7 @@ from esr_train.steering.engine import (
 from esr_train.steering.interventions import check_intervention
 from esr_train.steering.vllm.vllm_server import LORA_MODULES, NOT_SERVED, VllmServer
 from esr_train.steering.vllm.vllm_worker import KEY, Report, Wanted, packed
+from esr_train.template import stop_ids
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _stops(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> list[in
     generation = None
     with suppress(OSError):
         generation = GenerationConfig.from_pretrained(model_source(section), revision=section.revision or "main")
-    return sorted(stop_ids_of(generation, tokenizer))
+    return sorted(stop_ids(tokenizer, generation))
 
 
 def _params(row: _Row, sampling: Sampling, stops: list[int], scored: bool) -> Any:
