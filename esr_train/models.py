@@ -1,6 +1,7 @@
 """Load a model and its tokenizer; where in a model its layers lie."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -78,13 +79,15 @@ def load_model(
     if quantization or (place.type != "cpu" and not for_training):
         options["device_map"] = {"": place}
     with _loading(section):
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(
             model_source(section),
             revision=section.revision,
             config=config,
             attn_implementation=section.attn_implementation,
+            output_loading_info=True,
             **options,
         )
+        _check_whole(report)
     tokenizer = _read_tokenizer(section)
     if tokenizer.chat_template:
         align_generation(loaded, tokenizer)
@@ -216,10 +219,13 @@ def model_source(section: ModelSection) -> str:
 
 @contextmanager
 def _loading(section: ModelSection) -> Iterator[None]:
+    """Whatever a library says about a broken folder becomes a sentence."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise InputError(
             f"{section.path!r} cannot be loaded ({reason})",
             "model.path",
@@ -245,6 +251,14 @@ def _check_attention(config: PreTrainedConfig, section: ModelSection) -> None:
             "model.attn_implementation",
             "Set it to eager (or flash_attention_2 on a GPU), the same for training and evaluation.",
         )
+
+
+def _check_whole(report: Mapping[str, Any]) -> None:
+    # transformers fills in missing weights at random and drops surplus layers, with a line in the log.
+    surplus = [name for name in report["unexpected_keys"] if re.fullmatch(r"model\.layers\..*\.weight", name)]
+    if wrong := sorted(report["missing_keys"]) + sorted(surplus):
+        which = "has no" if report["missing_keys"] else "has a surplus"
+        raise ValueError(f"the checkpoint {which} {wrong[0]}, so it does not belong to its config.json")
 
 
 def _nf4(section: ModelSection) -> BitsAndBytesConfig:

@@ -114,7 +114,8 @@ BROKEN_MODELS = {
     "an unknown architecture": set_config(model_type="somebodys"),
     "another width": set_config(hidden_size=128),
     "a width that is a word": set_config(hidden_size="wide"),
-    "no layers": set_config(num_hidden_layers=-1),
+    "more layers than weights": set_config(num_hidden_layers=6),
+    "fewer layers than weights": set_config(num_hidden_layers=2),
 }
 
 
