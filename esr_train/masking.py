@@ -183,9 +183,8 @@ def _check_decoding(
             continue
         # Behind the token before it: some tokenizers drop the white space at the start of what they decode.
         before, *ids = encoded.input_ids[tokens[0] - 1 : tokens[-1] + 1]
-        head, whole = (
-            tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ([before], [before, *ids])
-        )
+        parts = ([before], [before, *ids])
+        head, whole = (str(tokenizer.decode(part, clean_up_tokenization_spaces=False)) for part in parts)
         source = text[encoded.offsets[tokens[0]][0] : encoded.offsets[tokens[-1]][1]]
         if whole != head + source:
             raise InputError(

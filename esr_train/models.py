@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import ValidationError
@@ -79,13 +79,16 @@ def load_model(
     if quantization or (place.type != "cpu" and not for_training):
         options["device_map"] = {"": place}
     with _loading(section):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model_source(section),
-            revision=section.revision,
-            config=config,
-            attn_implementation=section.attn_implementation,
-            output_loading_info=True,
-            **options,
+        loaded, report = cast(
+            Any,
+            AutoModelForCausalLM.from_pretrained(
+                model_source(section),
+                revision=section.revision,
+                config=config,
+                attn_implementation=section.attn_implementation,
+                output_loading_info=True,
+                **options,
+            ),
         )
         _check_whole(report)
     tokenizer = _read_tokenizer(section)

@@ -34,7 +34,7 @@ class ChatTemplate:
 
     Args:
         around: text before the prompt, between prompt and reply, and behind the reply.
-        around_system: the same with a system message in front; None if the template refuses it, leaves it out, or
+        around_system: the same with a system message in front; empty if the template refuses it, leaves it out, or
             writes it in generation otherwise than in training.
         reply_space: white space before the reply (the end of `around[1]`) that the model has to generate itself.
         turn_end: what ends a reply: the end-of-turn token, with the white space that is written before it.
@@ -45,7 +45,7 @@ class ChatTemplate:
     """
 
     around: tuple[str, ...]
-    around_system: tuple[str, ...] | None
+    around_system: tuple[str, ...]
     reply_space: str
     turn_end: str
     end_of_turn_id: int
@@ -183,7 +183,7 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> Render
     text, contents = _conversation(tokenizer, transcript.prompt, transcript.system, transcript.content, where)
     start, end = contents[-1]
     reply_start = start - len(template.reply_space)
-    spans = []
+    spans: list[tuple[SpanKind, int, int]] = []
     position = start - transcript.content.find(text[start:end])
     for span in transcript.spans:
         first, last = max(position, start), min(position + len(span.text), end)
@@ -227,9 +227,9 @@ def _probe(tokenizer: PreTrainedTokenizerBase, where: str, *_: object) -> ChatTe
     """The facts; the further arguments are what they depend on if the tokenizer is changed."""
     around, reply_space = _around(tokenizer, where, "user")
     try:
-        around_system, _ = _around(tokenizer, where, "system", "user")
+        around_system = _around(tokenizer, where, "system", "user")[0]
     except InputError:
-        around_system = None
+        around_system = ()
     # Other added tokens than those in brackets of some kind may be ordinary words or white space.
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     special = _special_tokens(tokenizer)
@@ -242,14 +242,14 @@ def _probe(tokenizer: PreTrainedTokenizerBase, where: str, *_: object) -> ChatTe
             where,
             "Use a template that writes an end-of-turn token that is in the vocabulary.",
         )
-    texts = (*around[:-1], end[1], *(around_system or ())[:-1])
+    texts = (*around[:-1], end[1], *around_system[:-1])
     written = {name for text in texts for name in names.findall(text)}
     return ChatTemplate(
         around=around,
         around_system=around_system,
         reply_space=reply_space,
         turn_end=end[0],
-        end_of_turn_id=int(tokenizer.convert_tokens_to_ids(end[1])),
+        end_of_turn_id=tokenizer.get_added_vocab()[end[1]],
         bos_id=_find_bos(tokenizer, around, end[1], where),
         written=frozenset(written),
         control=_matching({*written, *special}),
@@ -296,7 +296,7 @@ def _find_bos(tokenizer: PreTrainedTokenizerBase, around: tuple[str, ...], end: 
             where,
             "Use a chat template that writes it once.",
         )
-    return int(tokenizer.convert_tokens_to_ids(bos))
+    return tokenizer.get_added_vocab()[bos]
 
 
 def _matching(names: Iterable[str]) -> re.Pattern[str]:
@@ -321,7 +321,7 @@ def _conversation(
     messages = [{"role": role, "content": content} for role, content in given.items() if content is not None]
     text = _apply(tokenizer, messages, where, generation=reply is None)
     around = template.around if given["system"] is None else template.around_system
-    if around is None:
+    if not around:
         raise InputError("the chat template does not write the system message as it is", where, _NO_SYSTEM)
     if reply is None:
         around = (*around[:-2], around[-2].removesuffix(template.reply_space))
@@ -345,7 +345,7 @@ def _conversation(
 
 def _without_header(system: str | None, template: ChatTemplate) -> str | None:
     """Imported system messages may begin with lines that the template writes itself, such as `Today Date: …`."""
-    if system is None or template.around_system is None:
+    if system is None or not template.around_system:
         return system
     keys = re.findall(r"^([\w ]+): .*$", template.around_system[0], re.MULTILINE)
     lines = "".join(rf"{re.escape(key)}: .*(?:\n+|\Z)" for key in keys)
@@ -357,7 +357,7 @@ def _apply(
 ) -> str:
     try:
         # Transcripts hold no reasoning, so a template that can leave out the stretch for it must do so.
-        options = {"strftime_now": DATE.strftime, "enable_thinking": False}
+        options: dict[str, Any] = {"strftime_now": DATE.strftime, "enable_thinking": False}
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **options)
     except (TemplateError, TypeError, ValueError) as error:
         fix = _NO_SYSTEM if messages[0]["role"] == "system" else None
@@ -384,7 +384,7 @@ def _encode_stretches(tokenizer: PreTrainedTokenizerBase, text: str, controls: S
     offsets: list[Range] = []
     for start, end in pairwise(borders):
         if (start, end) in controls:
-            stretch = Encoded((int(tokenizer.convert_tokens_to_ids(text[start:end])),), ((0, end - start),))
+            stretch = Encoded((tokenizer.get_added_vocab()[text[start:end]],), ((0, end - start),))
         else:
             stretch = _encode_plain(tokenizer, text[start:end], split_special_tokens=True)
         ids += stretch.input_ids

@@ -197,7 +197,7 @@ def test_facts_are_read_off_what_the_template_writes(name: str) -> None:
     tokenizer = make_tokenizer(KINDS[name])
     facts = chat_template(tokenizer)
     bos = None if facts.bos_id is None else tokenizer.decode([facts.bos_id])
-    assert (facts.turn_end, bos, padding_token(tokenizer), facts.around_system is not None) == FACTS[name]
+    assert (facts.turn_end, bos, padding_token(tokenizer), bool(facts.around_system)) == FACTS[name]
     assert tokenizer.decode([facts.end_of_turn_id]) == facts.turn_end.strip()
     assert facts.end_of_turn_id in stop_ids(tokenizer, None)
 
