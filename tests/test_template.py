@@ -256,6 +256,16 @@ def test_a_template_under_which_no_model_can_be_trained_and_asked_is_refused(nam
         chat_template(make_tokenizer(kind))
 
 
+@pytest.mark.parametrize("name", [name for name in UNUSABLE if "BOS" in name])
+def test_two_bos_are_an_error(name: str) -> None:
+    for act in (
+        lambda tokenizer: encode_prompt(tokenizer, "How?"),
+        lambda tokenizer: label(tokenizer, transcript("A")),
+    ):
+        with pytest.raises(InputError, match=r"writes \d BOS tokens instead of one"):
+            act(make_tokenizer(UNUSABLE[name][0]))
+
+
 def test_facts_follow_a_tokenizer_that_is_changed(llama: Family) -> None:
     tokenizer = deepcopy(llama.tokenizer)
     assert chat_template(tokenizer).turn_end == "<|eot_id|>"
