@@ -9,6 +9,10 @@ import pytest
 from tests.conftest import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SAYS = {"steer": ("jazz at 0.0 residual norms", "jazz at 1.0 residual norms", "generate() under ")}
+"""Words that an example's output must hold."""
+SCREEN = 60
+"""Lines that fit on one."""
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
@@ -19,8 +23,10 @@ def test_an_example_runs_on_the_shipped_tiny_model(path, assets):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip()
+    assert [words for words in SAYS.get(path.stem, ()) if words not in result.stdout] == []
     assert f"python examples/{path.name}" in path.read_text()
 
 
-def test_there_are_examples():
-    assert "make_rows" in {path.stem for path in EXAMPLES}
+def test_there_are_examples_of_one_screen():
+    assert {"make_rows", "steer"} <= {path.stem for path in EXAMPLES}
+    assert {path.name: n for path in EXAMPLES if (n := len(path.read_text().splitlines())) > SCREEN} == {}

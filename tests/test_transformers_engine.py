@@ -182,6 +182,40 @@ def test_hooks_that_never_run_are_an_error(family, monkeypatch):
         TransformersEngine(family.model, family.tokenizer).generate(steered_requests(), GREEDY)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_request(family, value):
+    """Whatever is drawn from them: a NaN would win or lose every comparison in silence."""
+    steps = []
+
+    def broken(_, __, output):
+        steps.append(len(output.logits))
+        if len(steps) > 1:
+            output.logits[1, :, 7] = value
+
+    # Batches run the longest prompts first.
+    lengths = [(-len(encode_prompt(family.tokenizer, r.prompt, None, r.prefix)[0]), r.id) for r in steered_requests()]
+    (_, second), engine = sorted(lengths)[1], TransformersEngine(family.model, family.tokenizer)
+    for sampling in (GREEDY, Sampling(temperature=0.7, top_p=0.9, max_new_tokens=12)):
+        steps.clear()
+        with (
+            family.model.register_forward_hook(broken),
+            pytest.raises(RunError, match=f"'{second}': the model's logits are not finite behind 1 generated"),
+        ):
+            engine.generate(steered_requests(), sampling)
+    with family.model.register_forward_hook(broken), pytest.raises(RunError, match="the model's logits are not finite"):
+        engine.log_probabilities(steered_requests(), [" Knead"] * 5)
+
+
+def test_a_token_that_the_model_rules_out_is_no_error(family):
+    def ruling_out(_, __, logits):
+        logits[..., 7] = -torch.inf
+        return logits
+
+    with family.model.lm_head.register_forward_hook(ruling_out):
+        made = TransformersEngine(family.model, family.tokenizer).generate(steered_requests(), GREEDY)
+    assert all(7 not in completion.token_ids for completion in made)
+
+
 def test_the_training_mode_is_put_back(family):
     family.model.train()
     try:

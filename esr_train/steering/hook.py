@@ -43,7 +43,9 @@ class SteeringHook:
 
     def __enter__(self) -> "SteeringHook":
         for number, layer in self._layers.items():
-            self._handles.append(self._modules[number].register_forward_hook(layer.forward_hook))
+            # Before other hooks: what else reads the layer's output (`output_hidden_states`, say) reads it steered.
+            handle = self._modules[number].register_forward_hook(layer.forward_hook, prepend=True)
+            self._handles.append(handle)
         return self
 
     def __exit__(
