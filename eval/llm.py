@@ -29,32 +29,23 @@ if TYPE_CHECKING:
     from inspect_ai.model import Model
 
 Value = TypeVar("Value")
-ROUNDS = 6
-"""How often a question is asked in all, if its answers cannot be used."""
-RETRIES = 5
-"""How often a request is sent again each time, if the API refuses, fails or does not answer."""
-TIMEOUT = 120
-"""Seconds until an open request is given up and sent again."""
-MAX_TOKENS = 2048
-"""Of a reply, reasoning included."""
-OUTAGE = 8
-"""If none of this many questions is answered, the model is out of reach, and asking on would waste the run."""
+ROUNDS = 6  # times that a question is asked in all, if its answers cannot be used
+RETRIES = 5  # times that a request is sent again each time, if the API refuses, fails or does not answer
+TIMEOUT = 120  # seconds until an open request is given up and sent again
+MAX_TOKENS = 2048  # of a reply, reasoning included
+OUTAGE = 8  # so many questions of which none is answered mean that the model is out of reach
+LEDGER = ".requests.json"  # how the name of a ledger's file ends
+ENGINE_QUESTIONS = 128  # that a local model is asked at once: its replies are on disk after so many
 HOPELESS = {401: "the key is refused", 403: "the key has no access", 404: "there is no such model"}
-STRUCTURED = ("anthropic", "google", "grok", "mistral", "openai")
+STRUCTURED = ("anthropic/", "google/", "grok/", "mistral/", "openai/")
 """Providers that are told the form of an answer; one whose API refuses that is asked without."""
 PRICES = {
     "anthropic/claude-haiku-4-5": (1.0, 5.0),
-    "anthropic/claude-sonnet-4-5": (3.0, 15.0),
     "openai/gpt-4.1": (2.0, 8.0),
     "openai/gpt-4.1-mini": (0.4, 1.6),
-    "openai/gpt-4o": (2.5, 10.0),
     "openai/gpt-4o-mini": (0.15, 0.6),
 }
 """Dollars per million tokens read and written, of 2026-11; check them: `llm.prices` in a recipe overrules them."""
-LEDGER = ".requests.json"
-"""How the name of a ledger's file ends."""
-ENGINE_QUESTIONS = 128
-"""Questions that a local model is asked at once: its replies are on disk after so many."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +64,7 @@ Answered = Callable[[int, Reply], bool]
 
 
 class Llm(Protocol):
-    """A language model that answers single messages.
-
-    Attributes:
-        name: the model's.
-        settings: whatever else decides what it answers (JSON values).
-    """
+    """A language model that answers single messages; `settings` (JSON values) decide with its name what it answers."""
 
     name: str
     settings: dict[str, Any]
@@ -152,25 +138,27 @@ class Ledger:
 
     def count(self, reply: Reply) -> None:
         """Enter a reply."""
-        self.spent.asked += reply.text is not None
-        self.spent.lost += reply.lost
-        self.spent.read += reply.read
-        self.spent.written += reply.written
+        spent = self.spent
+        spent.asked += reply.text is not None
+        spent.lost += reply.lost
+        spent.read += reply.read
+        spent.written += reply.written
         if self._price:
-            cost = (reply.read * self._price[0] + reply.written * self._price[1]) / 1e6
-            self.spent.dollars = (self.spent.dollars or 0.0) + cost
+            spent.dollars = (spent.read * self._price[0] + spent.written * self._price[1]) / 1e6
 
     def write(self) -> None:
         """Bring the file up to date."""
         if self.file:
             write_json(self.file, asdict(self.spent))
 
-    def dollars_left(self) -> float:
-        """What may be spent yet in all; other processes may be spending it, too."""
-        if self.limit is None:
-            return float("inf")
-        others = set(self.folder.rglob(f"*{LEDGER}")) - {self.file} if self.folder else ()
-        return self.limit - (self.spent.dollars or 0.0) - sum(read_json(each)["dollars"] or 0.0 for each in others)
+    def others(self) -> float:
+        """Dollars in the other ledgers that share the limit."""
+        files = set(self.folder.rglob(f"*{LEDGER}")) - {self.file} if self.folder and self.limit else ()
+        return sum(read_json(file)["dollars"] or 0.0 for file in files)
+
+    def is_exhausted(self, others: float) -> bool:
+        """Whether the limit is reached, given what the other ledgers hold."""
+        return self.limit is not None and others + (self.spent.dollars or 0.0) >= self.limit
 
 
 @dataclass(frozen=True)
@@ -218,63 +206,52 @@ class Asker:
             RunError: if the limit is reached, or none of many questions was answered; what came until then is kept.
         """
         answers = [_parsed(index, self._kept(question), parse) for index, question in enumerate(questions)]
-        spent = self.ledger.spent
+        texts, spent = list(questions), self.ledger.spent
         spent.cached += sum(answer.value is not None for answer in answers)
-        texts = list(questions)
 
         def take(index: int, reply: Reply) -> None:
             answer = answers[index] = _parsed(index, reply, parse)
-            self.ledger.count(reply)
             if answer.value is not None:
                 self._keep(questions[index], answer.text)
             elif answer.replied:
                 spent.refused += 1
-                reason = (
-                    f"An earlier reply could not be used: {answer.error}. Reply anew, in exactly the form asked for."
-                )
-                texts[index] = f"{questions[index]}\n\n{reason}"
-            self.ledger.write()
+                why = f"An earlier reply could not be used: {answer.error}. Reply anew, in exactly the form asked for."
+                texts[index] = f"{questions[index]}\n\n{why}"
 
         for _ in range(ROUNDS):
-            pending = [index for index, answer in enumerate(answers) if answer.value is None]
-            if pending:
-                self._round(pending, texts, take, form)
+            if pending := [index for index, answer in enumerate(answers) if answer.value is None]:
+                self._round({index: texts[index] for index in pending}, take, form)
         spent.failed += sum(answer.value is None for answer in answers)
         self.ledger.write()
         return answers
 
-    def _round(
-        self,
-        indices: list[int],
-        texts: list[str],
-        take: Callable[[int, Reply], None],
-        form: type[BaseModel] | None,
-    ) -> None:
+    def _round(self, texts: dict[int, str], take: Callable[[int, Reply], None], form: type[BaseModel] | None) -> None:
         """Ask once. A reply is taken when it comes, so that an interruption loses those alone that are open."""
         from tqdm import tqdm
 
-        left, before, replies = self.ledger.dollars_left(), self.ledger.spent.dollars or 0.0, list[Reply]()
-        with tqdm(total=len(indices), desc=self.label, unit="answer", leave=False, delay=1, dynamic_ncols=True) as bar:
+        indices, ledger, others, replies = list(texts), self.ledger, self.ledger.others(), list[Reply]()
+        with tqdm(total=len(texts), desc=self.label, unit="answer", leave=False, delay=1, dynamic_ncols=True) as bar:
 
             def answered(number: int, reply: Reply) -> bool:
                 replies.append(reply)
+                ledger.count(reply)
                 take(indices[number], reply)
-                bar.set_postfix_str(str(self.ledger.spent), refresh=False)
+                ledger.write()
+                bar.set_postfix_str(str(ledger.spent), refresh=False)
                 bar.update()
-                return (self.ledger.spent.dollars or 0.0) - before < left
+                return not ledger.is_exhausted(others)
 
-            if left > 0:
-                self.llm.ask([texts[index] for index in indices], answered, form)
-        kept = "What is finished is kept; "
-        if len(replies) < len(indices):
+            if not ledger.is_exhausted(others):
+                self.llm.ask(list(texts.values()), answered, form)
+        if len(replies) < len(texts):
             raise RunError(
-                f"{self.llm.name}: the limit of ${self.ledger.limit:g} is reached ({self.ledger.spent}). {kept}raise "
-                "llm.limit_dollars and run the same command again to go on."
+                f"{self.llm.name}: the limit of ${ledger.limit:g} is reached ({ledger.spent}). What is finished is "
+                "kept; raise llm.limit_dollars and run the same command again to go on."
             )
         if len(replies) >= OUTAGE and all(reply.text is None for reply in replies):
             raise RunError(
                 f"{self.llm.name} answered none of {len(replies)} questions, the last time with: {replies[-1].error}. "
-                f"{kept}run the same command again when it can be reached."
+                "What is finished is kept; run the same command again when it can be reached."
             )
 
     def _file(self, question: str) -> Path | None:
@@ -320,7 +297,7 @@ class InspectLlm:
     def __init__(self, name: str, temperature: float | None = 0.0, concurrency: int = 16) -> None:
         self.name, self.concurrency = name, concurrency
         self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": MAX_TOKENS}
-        self._structured = name.startswith(tuple(f"{provider}/" for provider in STRUCTURED))
+        self._structured = name.startswith(STRUCTURED)
         self._lost = 0
         self._lock = threading.Lock()
         self._runner: asyncio.Runner | None = None
@@ -350,7 +327,7 @@ class InspectLlm:
             raise failures.exceptions[0] from None
 
     async def _ask(self, model: "Model", question: str, form: type[BaseModel] | None) -> Reply:
-        from inspect_ai.model import GenerateConfig, ResponseSchema
+        from inspect_ai.model import GenerateConfig, ModelUsage, ResponseSchema
         from inspect_ai.util import json_schema
         from tenacity import RetryError
 
@@ -367,9 +344,7 @@ class InspectLlm:
                 self._structured = False
                 return await self._ask(model, question, None)
             return Reply(None, error, lost=self._lost_since())
-        usage = output.usage
-        if usage is None:
-            return Reply(output.completion, lost=self._lost_since())
+        usage = output.usage or ModelUsage()
         read = usage.input_tokens + (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
         return Reply(output.completion, None, read, usage.output_tokens, self._lost_since())
 

@@ -182,7 +182,9 @@ def test_a_shipped_price_counts_for_a_dated_name_too_and_the_recipe_s_price_coun
 
 
 def test_free_models_have_a_price_too():
-    assert Ledger("mine/own", LlmSection(limit_dollars=1, prices={"mine/own": (0.0, 0.0)})).dollars_left() == 1
+    ledger = Ledger("mine/own", LlmSection(limit_dollars=1, prices={"mine/own": (0.0, 0.0)}))
+    ledger.count(Reply("x", None, 10**9, 10**9))
+    assert (ledger.spent.dollars, ledger.is_exhausted(0.5), ledger.is_exhausted(1.0)) == (0.0, False, True)
 
 
 def test_a_limit_without_a_price_is_refused_before_anything_is_asked():

@@ -1,5 +1,4 @@
-"""How good the attempts of a response are; the kinds of judges that come with the project register themselves here."""
+"""How good the attempts of a response are; the kinds of judges that come with the project register themselves."""
 
-from eval.judging import lexical, model_judge
-
-__all__ = ["lexical", "model_judge"]
+import eval.judging.lexical
+import eval.judging.model_judge  # noqa: F401

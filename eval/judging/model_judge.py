@@ -12,22 +12,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+import eval.judging.rubric as rubric
 from esr_train.recipe import LocalJudgeSection, ModelJudgeSection
 from esr_train.restarts import LEADING_MARKS, Range, attempts, find_cues
 from eval.judging.judge import Attempt, JudgeContext, JudgeItem, Judgement, register_judge
 from eval.judging.replies import read_reply
-from eval.judging.rubric import (
-    Parts,
-    Split,
-    Whole,
-    begins_at,
-    digest,
-    filled,
-    locate,
-    parts_question,
-    split_question,
-    whole_question,
-)
 from eval.llm import LEDGER, Answer, Asker, EngineLlm, InspectLlm, Ledger, Llm
 
 Value = TypeVar("Value")
@@ -90,16 +79,16 @@ class ModelJudge:
             InputError, RunError: if the model cannot be reached at all, or the limit is reached; see `eval.llm`.
         """
         shown = [_Case(item) for item in items if item.response.strip()]
-        cuts = self._ask(shown, lambda case: split_question(case.item), _read_split, Split)
+        cuts = self._ask(shown, lambda case: rubric.split_question(case.item), _read_split, rubric.Split)
         for case, cut in zip(shown, cuts, strict=True):
             case.cut, case.ranges = cut, united(case.item.response, cut.value.starts) if cut.value else ()
         recut = [case for case in shown if case.cut.value and not _same(case.cut.value.starts, case.ranges)]
-        parts = self._ask(recut, lambda case: parts_question(case.item, case.texts()), _read_parts, Parts)
+        parts = self._ask(recut, lambda case: rubric.parts_question(case.item, case.texts()), _read_parts, rubric.Parts)
         for case, scores in zip(recut, parts, strict=True):
             case.parts = scores
         # With a restart, a recovery is not silent.
         single = [case for case in shown if case.item.recovery and len(case.ranges) == 1]
-        wholes = self._ask(single, lambda case: whole_question(case.item), _read_whole, Whole)
+        wholes = self._ask(single, lambda case: rubric.whole_question(case.item), _read_whole, rubric.Whole)
         for case, recovers in zip(single, wholes, strict=True):
             case.recovers = recovers
         cases = iter(shown)
@@ -148,7 +137,7 @@ class ModelJudge:
 
 def judge_name(llm: Llm, repeat: int) -> str:
     """A name that tells apart models, their settings, what they are asked, and repeats."""
-    told = json.dumps([digest(), llm.settings], sort_keys=True)
+    told = json.dumps([rubric.digest(), llm.settings], sort_keys=True)
     again = f"#{repeat}" if repeat else ""
     return f"{llm.name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}{again}"
 
@@ -175,15 +164,15 @@ def read_cut(item: JudgeItem, values: dict[str, Any]) -> Cut:
     Raises:
         ValueError: for an answer of another form, or a quotation that is not in the response.
     """
-    answer = filled(Split, values)
+    answer = rubric.filled(rubric.Split, values)
     if item.label and answer.hijacked is None:
         raise ValueError("hijacked: field required")
     first, *others = (attempt.begins for attempt in answer.attempts)
-    if not begins_at(first, item.response):
+    if not rubric.begins_at(first, item.response):
         raise ValueError(f"the first attempt begins with the first words of the text, not with {first[:80]!r}")
     starts = [0]
     for words in others:
-        start = locate(words, item.response, starts[-1] + 1)
+        start = rubric.locate(words, item.response, starts[-1] + 1)
         if start is None:
             raise ValueError(f"no attempt can begin with {words[:80]!r}: these words do not follow in the text")
         starts.append(start)
@@ -196,14 +185,14 @@ def _read_split(case: _Case, values: dict[str, Any]) -> Cut:
 
 
 def _read_parts(case: _Case, values: dict[str, Any]) -> tuple[float, ...]:
-    scores = tuple(map(float, filled(Parts, values).scores))
+    scores = tuple(map(float, rubric.filled(rubric.Parts, values).scores))
     if len(scores) != len(case.ranges):
         raise ValueError(f"it has {len(scores)} scores for {len(case.ranges)} parts")
     return scores
 
 
 def _read_whole(_: _Case, values: dict[str, Any]) -> bool:
-    answer = filled(Whole, values)
+    answer = rubric.filled(rubric.Whole, values)
     return answer.strays and answer.returns
 
 
