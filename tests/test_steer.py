@@ -250,12 +250,3 @@ def test_public_names_are_there_documented_and_light(tmp_path):
         assert name in dir(esr_train)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = esr_train.nothing
-
-
-def test_model_and_tokenizer_are_loaded_by_name_with_padding_on_the_left(assets):
-    path = str(assets / "llama")
-    model = esr_train.load_model(path, dtype="float32", device="cpu")
-    tokenizer = esr_train.load_tokenizer(path)
-    assert (model.training, model.dtype, tokenizer.padding_side) == (False, torch.float32, "left")
-    with pytest.raises(InputError, match="does not exist"):
-        esr_train.load_model("./nowhere")

@@ -162,41 +162,24 @@ class LoadedSae:
         Raises:
             InputError: for an SAE whose activations cannot be computed token by token.
         """
-        self.check_readable()
+        self.check_use("read")
         if self.module.W_dec.device != hidden.device:
             self.module.to(hidden.device)
         activations = self.module.encode(hidden.float())
         # TopK SAEs may answer in sparse tensors, which neither index nor gather.
         return activations.to_dense() if activations.is_sparse else activations
 
-    def check_readable(self, latents: tuple[int, ...] = ()) -> None:
-        """Refuse to read activations of an SAE for which they cannot be computed, or of latents that it does not have.
+    def check_use(self, how: Literal["read", "clamped", "ablated"], latents: tuple[int, ...] = ()) -> None:
+        """Refuse what is not defined for an SAE, or latents that it does not have.
 
         Raises:
             InputError: naming the reason.
         """
-        if self.not_encoded:
+        if reason := self.not_encoded or (self.not_edited if how != "read" else None):
             raise InputError(
-                f"the activations of its latents cannot be read: {self.not_encoded}",
+                f"its latents cannot be {how}: {reason}",
                 sae_name(self.ref),
                 "Steer additively with latents that are chosen by hand, or take another SAE.",
-            )
-        for latent in latents:
-            self.row(latent)
-
-    def check_editable(self, latents: tuple[int, ...], how: str) -> None:
-        """Refuse to set latents of an SAE for which that is not defined, or that it does not have.
-
-        Args:
-            latents: their indices.
-            how: "clamped" or "ablated".
-
-        Raises:
-            InputError: naming the reason.
-        """
-        if reason := self.not_encoded or self.not_edited:
-            raise InputError(
-                f"its latents cannot be {how}: {reason}", sae_name(self.ref), "Steer additively, or take another SAE."
             )
         for latent in latents:
             self.row(latent)

@@ -23,7 +23,7 @@ class Clamp:
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
-        self.sae.check_editable((self.latent,), "clamped")
+        self.sae.check_use("clamped", (self.latent,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Ablate:
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
-        self.sae.check_editable(self.latents, "ablated")
+        self.sae.check_use("ablated", self.latents)
 
 
 Intervention = Add | Clamp | Ablate

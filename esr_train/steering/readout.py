@@ -13,7 +13,7 @@ from tqdm import tqdm
 from esr_train.errors import InputError
 from esr_train.models import check_layer, decoder_layers
 from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
-from esr_train.template import bos_id
+from esr_train.template import bos_id, prompt_text
 
 QUESTIONS = (
     "How do I fold a fitted sheet?",
@@ -39,6 +39,8 @@ def hidden_states(
     model: Any, tokenizer: Any, texts: Sequence[str], layer: int, rows: int = 1
 ) -> Iterator[torch.Tensor]:
     """The output of decoder layer `layer` for every text in turn, [tokens, d_model], without BOS and empty texts.
+
+    Where a tokenizer has no BOS the first token, whose states are as extreme, is left out in its stead.
 
     Args:
         model: in any wrapper; its training mode is left as it is found.
@@ -93,18 +95,12 @@ def measure_residual_norm(model: Any, tokenizer: Any, layer: int, texts: Sequenc
     Raises:
         InputError: if the layer does not exist, or there is no token besides BOS.
     """
-    texts = texts or [_asked(tokenizer, question) for question in QUESTIONS]
+    if not texts:
+        texts = [prompt_text(tokenizer, text) for text in QUESTIONS] if tokenizer.chat_template else QUESTIONS
     norms = [hidden.float().norm(dim=-1).cpu() for hidden in hidden_states(model, tokenizer, texts, layer)]
     if not norms:
         raise InputError("there is no text to measure the residual norm on")
     return float(torch.cat(norms).median())
-
-
-def _asked(tokenizer: Any, question: str) -> str:
-    if not tokenizer.chat_template:
-        return question
-    messages = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def active_latents(

@@ -30,8 +30,8 @@ def steer(model: Any, steering: Steering | list[Steering]) -> Iterator["SteeredR
             output = model.generate(**inputs)
         print(steered.tokens)
 
-    Every token that is fed is steered, BOS, too. Padding is not, on either side: it is told by `attention_mask`, so
-    batches need one. Where a row has ended, `generate` goes on feeding it padding until the longest has, which counts.
+    Every token that is fed is steered, BOS, too. Padding is not: `attention_mask` tells it, so batches need one (and to
+    generate, `tokenizer.padding_side = "left"`). A row that has ended is fed padding until all have, which counts.
     An intervention on `generated` positions leaves the prompt alone: whatever is not fed one by one behind a cache.
 
     Args:

@@ -128,7 +128,7 @@ class VllmEngine:
             InputError: a latent that the SAE does not have; else as `generate`.
             RunError: as `generate`, and if a token was not read.
         """
-        sae.check_readable(tuple(latents))
+        sae.check_use("read", tuple(latents))
         rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
         return [_read(answer) for answer in self._answers(rows, sampling, read=(sae, tuple(latents)))]
 

@@ -20,6 +20,7 @@ requests it concerns, and they fail when their results are fetched.
 
 import io
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -191,7 +192,7 @@ class _Steps:
         self._tokens: TokenRows | None = None
         self._generated = False
         self._inside = False
-        self._reads: dict[int, list[tuple[_Running, int, int]]] = {}
+        self._bounds = np.zeros(1, dtype=np.int64)
         # Of every step the keys in the batch, and whether their logits are finite, as tensors: nothing waits for them.
         self._finite: list[tuple[list[str | None], torch.Tensor]] = []
         self._forward, self._sample = runner._model_forward, runner._sample
@@ -220,29 +221,29 @@ class _Steps:
 
     def _begin(self, width: int) -> None:
         """Set the rows of a step of `width` tokens, padding at their end included."""
-        batch, bounds = self.runner.input_batch, self.runner.query_start_loc.np
+        batch = self.runner.input_batch
         names = list(batch.req_ids)
+        self._bounds = self.runner.query_start_loc.np[: len(names) + 1].astype(np.int64)
         changed = names != self._names
         if changed:
             self._admit(names)
         if not (self._row >= 0).any():
             self._set_rows(None)
             return
-        lengths = np.diff(bounds[: len(names) + 1]).astype(np.int64)
+        lengths = np.diff(self._bounds)
         starts = batch.num_computed_tokens_cpu[: len(names)].astype(np.int64)
         self._follow(starts, lengths)
         generated = bool((lengths == 1).all() and (starts >= self._reply_start).all())
-        same = self._tokens is not None and len(self._tokens.index) == width and not changed and not self._reads
+        same = self._tokens is not None and len(self._tokens.index) == width and not changed
         if same and generated and self._generated:
             for layer in self._layers.values():
                 layer.counted = False
             return
         self._set_rows(self._token_rows(starts, lengths, width))
         self._generated = generated
-        self._reads = self._reading(bounds)
 
     def _set_rows(self, tokens: TokenRows | None) -> None:
-        self._tokens, self._generated, self._reads = tokens, False, {}
+        self._tokens, self._generated = tokens, False
         for layer in self._layers.values():
             layer.set_rows(tokens)
 
@@ -312,7 +313,7 @@ class _Steps:
         try:
             hidden, residual = output
             steered = layer.steer(hidden, residual)
-            for running, first, last in self._reads.get(layer.number, ()):
+            for running, first, last in self._readers(layer.number):
                 self._read(running, steered[first:last].float() + residual[first:last].float())
         except Exception as error:
             for running in self._running.values():
@@ -321,15 +322,12 @@ class _Steps:
             return None
         return steered, residual
 
-    def _reading(self, bounds: np.ndarray) -> dict[int, list[tuple[_Running, int, int]]]:
-        """For each layer, who reads there, and from which to which of the step's tokens."""
-        reads: dict[int, list[tuple[_Running, int, int]]] = {}
-        for number, name in enumerate(self._names):
+    def _readers(self, layer: int) -> Iterator[tuple[_Running, int, int]]:
+        """Who reads at a layer, and from which to which of the step's tokens."""
+        for name, first, last in zip(self._names, self._bounds, self._bounds[1:], strict=False):
             running = self._running.get(name)
-            if running is not None and running.reads_at is not None:
-                tokens = (running, int(bounds[number]), int(bounds[number + 1]))
-                reads.setdefault(running.reads_at, []).append(tokens)
-        return reads
+            if running is not None and running.reads_at == layer:
+                yield running, int(first), int(last)
 
     def _read(self, running: _Running, states: torch.Tensor) -> None:
         assert running.wanted.read is not None
