@@ -2,73 +2,103 @@
 
 import difflib
 import inspect
-import math
 import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import Field, ValidationError
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 from trl import SFTConfig
 
 from esr_train.errors import InputError, first_line
 from esr_train.models import decoder_layers, load_config
-from esr_train.recipe import Recipe
+from esr_train.recipe import AtLeastOne, Count, Fraction, Positive, Recipe, Section
 
-LORA_DEFAULTS: dict[str, Any] = {
-    "r": 32,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "target_modules": "all-linear",
-}
-"""The paper's adapter."""
+Logger = Literal["none", "wandb", "trackio", "tensorboard"]
+LOGGERS = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""What each logger needs one of."""
 
-LORA_FIELDS = frozenset(
-    re.findall(
-        r"\w+",
-        """r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern
-        alpha_pattern use_rslora use_dora init_lora_weights""",
-    )
-)
-"""What may be set of LoraConfig; every one is tested to do what it says."""
+Texts = str | list[str]
+Cadence = Literal["no", "steps", "epoch"]
 
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 10,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 4,
-    "train_sampling_strategy": "group_by_length",
-    "logging_steps": 10,
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "report_to": "none",
-}
-"""The paper's optimisation, with rows of like length batched together."""
 
-FIELDS = frozenset(
-    re.findall(
-        r"\w+",
-        """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
-        adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps per_device_train_batch_size
-        gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs neftune_noise_alpha loss_type
-        tf32 full_determinism torch_empty_cache_steps
+class TrainerArguments(Section):
+    """The fields of trl.SFTConfig that do here what they say, with the paper's optimisation as defaults."""
 
-        packing packing_strategy train_sampling_strategy dataloader_num_workers dataloader_pin_memory
-        dataloader_persistent_workers dataloader_prefetch_factor dataloader_drop_last
+    learning_rate: Positive = 2e-4
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    warmup_steps: Annotated[float, Field(ge=0)] = 10
+    optim: str | None = None
+    optim_args: str | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Annotated[float, Field(ge=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    num_train_epochs: Positive = 3.0
+    max_steps: AtLeastOne | None = None
+    per_device_train_batch_size: AtLeastOne = 2
+    gradient_accumulation_steps: AtLeastOne = 4
+    gradient_checkpointing: bool | None = Field(None, description="None: on an accelerator")
+    gradient_checkpointing_kwargs: dict[Literal["use_reentrant"], bool] | None = None
+    neftune_noise_alpha: Positive | None = None
+    loss_type: Literal["nll", "dft"] = "nll"
+    tf32: bool | None = None
+    full_determinism: bool = False
+    torch_empty_cache_steps: AtLeastOne | None = None
+    packing: bool = False
+    packing_strategy: str = "bfd"
+    train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = "group_by_length"
+    dataloader_num_workers: Count = 0
+    dataloader_pin_memory: bool = True
+    dataloader_persistent_workers: bool = False
+    dataloader_prefetch_factor: AtLeastOne | None = None
+    dataloader_drop_last: bool = False
+    eval_strategy: Cadence = "no"
+    eval_steps: Positive | None = None
+    eval_delay: Annotated[float, Field(ge=0)] = 0.0
+    eval_on_start: bool = False
+    per_device_eval_batch_size: AtLeastOne = 8
+    load_best_model_at_end: bool = False
+    metric_for_best_model: Literal["loss", "eval_loss"] | None = None
+    save_strategy: Cadence = "epoch"
+    save_steps: Positive = 500
+    save_total_limit: AtLeastOne = 1
+    logging_strategy: Cadence = "steps"
+    logging_steps: Positive = 10
+    logging_first_step: bool = False
+    report_to: Logger | list[Logger] = "none"
+    run_name: str | None = None
+    project: str | None = None
+    trackio_space_id: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+    ddp_backend: str | None = None
+    ddp_timeout: AtLeastOne | None = None
 
-        eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end
-        metric_for_best_model save_strategy save_steps save_total_limit logging_strategy logging_steps
-        logging_first_step report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
-        push_to_hub hub_model_id hub_private_repo
 
-        ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers""",
-    )
-)
-"""What may be set of SFTConfig; the others are refused, with a reason where there is one."""
+class LoraArguments(Section):
+    """The fields of peft.LoraConfig that do here what they say, with the paper's adapter as defaults."""
+
+    r: AtLeastOne = 32
+    lora_alpha: Positive = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: Texts = "all-linear"
+    exclude_modules: Texts | None = None
+    layers_to_transform: list[Count] | Count | None = None
+    layers_pattern: Texts | None = None
+    rank_pattern: dict[str, AtLeastOne] | None = None
+    alpha_pattern: dict[str, Positive] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal[True, "gaussian"] = True
+
 
 REASONS = {
     "output_dir": "The run directory decides where files go.",
@@ -106,16 +136,14 @@ REASONS = {
     "hub_strategy": "The finished adapter alone is uploaded.",
     "hub_always_push": "The finished adapter alone is uploaded.",
     "hub_revision": "The finished adapter goes to the main branch.",
+    "init_lora_weights": "Others change the base model's weights, need data, or steer before anything is trained.",
+    "report_to": "Of what the trainer can report to, only these are tested.",
+    "metric_for_best_model": "The held-out loss is what is measured.",
     "trainable_token_indices": "Tokens of their own are neither merged nor served; LoRA layers alone are trained.",
     "modules_to_save": "Layers trained whole are not served; LoRA layers alone are trained.",
     "bias": "These models have no biases.",
     "task_type": "It is CAUSAL_LM.",
 }
-
-LOGGERS = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX")}
-"""What each logger needs one of."""
-
-_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps")
 
 
 def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
@@ -129,20 +157,17 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
         InputError: a key that does not exist (near matches are named) or does not do here what it says, a value that
             the trainer, its optimiser or its schedule refuses, packing that cuts rows, or a logger that is not there.
     """
-    given = dict(recipe.train.args)
-    _refuse_fields(given, FIELDS, SFTConfig, "train.args")
-    if given.pop("packing", False) and (strategy := given.pop("packing_strategy", "bfd")) != "bfd":
+    given = _checked(recipe.train.args, TrainerArguments, SFTConfig, "train.args")
+    if given.pop("packing") and given["packing_strategy"] != "bfd":
         raise InputError(
-            f"the packing strategy {strategy!r} cuts rows, and with them detours from their corrections",
+            f"the packing strategy {given['packing_strategy']!r} cuts rows, and with them detours from corrections",
             "train.args.packing_strategy",
             "Leave it out: bfd packs whole rows.",
         )
-    _check_values(given)
     # The trainer would upload checkpoints and a card of its own; see `training.saving`.
-    given.pop("push_to_hub", None)
+    del given["push_to_hub"], given["packing_strategy"]
     on_cpu = trains_on_cpu(recipe)
     values = {
-        **DEFAULTS,
         "gradient_checkpointing": not on_cpu,
         **given,
         "output_dir": str(directory),
@@ -169,17 +194,6 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
     return args
 
 
-def _check_values(given: dict[str, Any]) -> None:
-    for key in _COUNTS:
-        if key in given and not (isinstance(given[key], int) and given[key] >= 1):
-            raise InputError("this must be a whole number from 1 on", f"train.args.{key}")
-    if given.get("metric_for_best_model", "eval_loss") not in ("loss", "eval_loss"):
-        fix = "Leave it out: the held-out loss is what is measured."
-        raise InputError("there is no such metric", "train.args.metric_for_best_model", fix)
-    if given.get("loss_type", "nll") not in ("nll", "dft"):
-        raise InputError("there is no such loss", "train.args.loss_type", "It is nll or dft.")
-
-
 def _try_optimiser(args: SFTConfig) -> None:
     """Make an optimiser and a schedule as the trainer will, so that what they refuse is refused now."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -200,18 +214,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     Raises:
         InputError: a key that does not exist or does not do here what it says, or a value that LoRA refuses.
     """
-    given = dict(recipe.train.lora)
-    _refuse_fields(given, LORA_FIELDS, LoraConfig, "train.lora")
-    values = {**LORA_DEFAULTS, **given}
-    start = values.get("init_lora_weights", True)
-    if start not in (True, "gaussian"):
-        what = f"{start!r} changes the base model's weights, needs data, or steers before anything is trained"
-        raise InputError(what, "train.lora.init_lora_weights", "Take true or gaussian.")
-    for key, lowest, below in (("r", 1, math.inf), ("lora_alpha", 1e-6, math.inf), ("lora_dropout", 0, 1)):
-        value = values[key]
-        whole = isinstance(value, int) or key != "r"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (whole and lowest <= value < below):
-            raise InputError(f"{value!r} is out of range", f"train.lora.{key}", f"It begins at {lowest:g}.")
+    values = _checked(recipe.train.lora, LoraArguments, LoraConfig, "train.lora")
     try:
         return LoraConfig(**values, task_type="CAUSAL_LM")
     except (TypeError, ValueError) as error:
@@ -230,8 +233,9 @@ def check_lora(recipe: Recipe, lora: LoraConfig) -> None:
     for key in ("target_modules", "exclude_modules"):
         listed = getattr(lora, key)
         for part in listed if isinstance(listed, set | list) else []:
-            if not any(name == part or name.endswith(f".{part}") for name in names):
-                raise InputError(f"the model has no module {part!r}", f"train.lora.{key}", "Such as q_proj.")
+            if part == "lm_head" or not any(name == part or name.endswith(f".{part}") for name in names):
+                what = f"the model has no module {part!r} that can be trained"
+                raise InputError(what, f"train.lora.{key}", "Such as q_proj.")
     numbers = lora.layers_to_transform if lora.layers_to_transform is not None else []
     for number in [numbers] if isinstance(numbers, int) else numbers:
         if not 0 <= number < layers:
@@ -287,13 +291,20 @@ def trains_on_cpu(recipe: Recipe) -> bool:
     return recipe.model.device == "cpu" or not torch.cuda.is_available()
 
 
-def _refuse_fields(given: dict[str, Any], allowed: frozenset[str], kind: type, where: str) -> None:
+def _checked(given: dict[str, Any], schema: type[Section], kind: type, where: str) -> dict[str, Any]:
+    """What is given and our defaults; fields that are left to the library are not in it."""
     known = sorted(inspect.signature(kind).parameters)
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3)
             fix = f"Did you mean {' or '.join(near)}?" if near else f"See the fields of {kind.__name__}."
             raise InputError(f"{kind.__name__} has no field of this name", f"{where}.{key}", fix)
-        if key not in allowed:
+        if key not in schema.model_fields:
             what = "this is not set here" if key in REASONS else "this field is not known to do here what it says"
             raise InputError(what, f"{where}.{key}", REASONS.get(key, "Leave it out."))
+    try:
+        return schema.model_validate(given).model_dump(exclude_none=True)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        what = f"{mistake['msg'][0].lower()}{mistake['msg'][1:]} (got {mistake['input']!r})"
+        raise InputError(what, f"{where}.{mistake['loc'][0]}", REASONS.get(str(mistake["loc"][0]))) from error

@@ -253,8 +253,15 @@ def live_injection(recipe: Recipe, rows: Sequence[TrainingRow]) -> LiveInjection
     if recipe.train.live is None:
         return None
     sources = table(rows)
-    vectors, positions = load_vectors(sources), recipe.engine.positions
-    return LiveInjection(recipe.train.live, vectors, sources[0].layer, recipe.seed, positions)
+    vectors, highest = load_vectors(sources), recipe.train.live.strength[1]
+    for row in rows:
+        if row.vector and not (vectors[sources.index(row.vector)] * row.threshold_raw * highest).isfinite().all():
+            raise InputError(
+                f"a strength of {row.threshold_raw:g} decoder rows is no finite vector",
+                f"row {row.labelled.id!r}",
+                "Correct its steering or leave it out.",
+            )
+    return LiveInjection(recipe.train.live, vectors, sources[0].layer, recipe.seed, recipe.engine.positions)
 
 
 def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
