@@ -1,4 +1,4 @@
-"""The door of the measuring room: `esr eval COMMAND …`, or `python -m eval COMMAND …`."""
+"""Entry point of the evaluation: `esr eval COMMAND …`, or `python -m eval COMMAND …`."""
 
 import argparse
 import re
@@ -154,7 +154,7 @@ def _power(options: argparse.Namespace) -> None:
     base, icc = options.base, options.icc
     if options.run:
         trials = read_trials(options.run / "trials" / "base.jsonl")
-        rate, found = planned_from([each for each in trials if each.condition == options.condition], options.metric)
+        rate, found = planned_from(trials, options.condition, options.metric)
         base, icc = rate if base is None else base, found if icc is None else icc
     if base is None:
         raise InputError("there is no rate to start from", "--base", "Give --base, or --run RUN to take it from a run.")

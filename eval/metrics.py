@@ -12,11 +12,11 @@ from enum import Enum
 from typing import Protocol, TypeVar
 
 from eval.judging.judge import Attempt
+from eval.statistics import UNBOUNDED
 from eval.store import Trial
 
 OFF_TOPIC_BELOW = 50.0
 """An attempt that scores less is off-topic."""
-UNBOUNDED = (-math.inf, math.inf)
 
 
 class Gap(Enum):

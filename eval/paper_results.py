@@ -3,20 +3,22 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.restarts import find_cues
+from esr_train.values import typed
 from eval.judging.judge import Attempt
 from eval.judging.rubric import locate
 from eval.store import Trial, TrialCell, UsedStrength
 
 _NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*100)?\s*")
 _JUDGES = ("judge_model_name", "judge_model", "judge")
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,30 @@ class Imported:
     config: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _File:
+    results_by_feature: tuple[Any, ...]
+    experiment_config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Feature:
+    feature_index_in_sae: int
+    feature_label: str | None = None
+    threshold: float | None = None
+    error: Any = None
+    trials: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Result:
+    prompt: str
+    response: str
+    threshold: float | None
+    seed: int | None = None
+    score: Any = None
+
+
 def read_results(path: Path | str, arm: str) -> Imported:
     """Read an `experiment_results_*.json`.
 
@@ -42,78 +68,72 @@ def read_results(path: Path | str, arm: str) -> Imported:
     prompt, latent, strength and seed are repeats, told apart by the row's `seed`.
 
     Raises:
-        InputError: naming the place in the file, for another form.
+        InputError: naming the key, for another form.
     """
-    values = read_json(path)
-    features = values.get("results_by_feature") if isinstance(values, dict) else None
-    if not isinstance(features, list):
-        raise InputError("this is no result file: it has no list 'results_by_feature'", str(path))
-    config = values.get("experiment_config")
-    config = config if isinstance(config, dict) else {}
+    try:
+        made = _read(read_json(path), arm)
+    except ValueError as error:
+        raise InputError(f"this is not a result file: {error}", str(path)) from None
+    if not made.trials:
+        raise InputError("there is no trial in the file", str(path), "Name a file whose features have trials.")
+    return made
+
+
+def _read(value: Any, arm: str) -> Imported:
+    file = _known(_File, value, "")
+    config = file.experiment_config or {}
     judge = next((str(config[name]) for name in _JUDGES if config.get(name)), "imported")
-    seen: Counter[str] = Counter()
     trials: list[Trial] = []
     failed: dict[str, str] = {}
-    for number, feature in enumerate(features):
-        where = f"{path}: results_by_feature[{number}]"
-        latent = _whole(_of(feature, where).get("feature_index_in_sae"), f"{where}.feature_index_in_sae")
-        if feature.get("error"):
-            failed[str(latent)] = str(feature["error"])
-        trials += [_row(arm, judge, latent, feature, each, at, seen) for at, each in _trials(feature, where)]
-    if not trials:
-        raise InputError("there is no trial in the file", str(path), "Name a file whose features have trials.")
+    seen: Counter[TrialCell] = Counter()
+    for number, feature_value in enumerate(file.results_by_feature):
+        name = f"results_by_feature[{number}]"
+        feature = _known(_Feature, feature_value, name)
+        if feature.error:
+            failed[str(feature.feature_index_in_sae)] = str(feature.error)
+        for index, trial in enumerate(feature.trials or ()):
+            at = f"{name}.trials[{index}]"
+            given = {"threshold": feature.threshold, **trial} if isinstance(trial, dict) else trial
+            cell, condition = _cell(feature, result := _known(_Result, given, at))
+            trials.append(_trial(f"{arm}/{at}", condition, seen[cell], cell, judge, result))
+            seen[cell] += 1
     return Imported(trials, failed, config)
 
 
-def _trials(feature: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    found = feature.get("trials") or []
-    if not isinstance(found, list):
-        raise InputError("the trials are no list", f"{where}.trials")
-    for number, trial in enumerate(found):
-        at = f"{where}.trials[{number}]"
-        yield at, _of(trial, at)
+def _known(kind: type[_Kind], value: Any, name: str) -> _Kind:
+    """The keys that we read; the files hold many others."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return typed(kind, {key: value[key] for key in value if key in names} if isinstance(value, dict) else value, name)
 
 
-def _row(
-    arm: str,
-    judge: str,
-    latent: int,
-    feature: Mapping[str, Any],
-    trial: Mapping[str, Any],
-    where: str,
-    seen: Counter[str],
-) -> Trial:
-    prompt, response = (_text(trial.get(name), f"{where}.{name}") for name in ("prompt", "response"))
-    threshold = _strength(feature.get("threshold"), where)
-    strength = _strength(trial.get("threshold", feature.get("threshold")), where)
-    condition = _condition(strength, threshold)
-    seed = _whole(trial.get("seed") or 0, f"{where}.seed")
-    steered = condition != "unsteered"
-    cell = TrialCell(
-        prompt,
-        topic=prompt,
-        latent=latent if steered else None,
-        label=feature.get("feature_label") if steered else None,
-        strength=UsedStrength(strength or 0.0, None) if steered else None,
-        seed=seed,
-    )
-    alike = repr(cell)
-    seen[alike] += 1
-    attempts, error = _judged(trial.get("score"), response)
+def _cell(feature: _Feature, result: _Result) -> tuple[TrialCell, str]:
+    """What was run, and under which condition."""
+    seed, strength, threshold = result.seed or 0, result.threshold, feature.threshold
+    if not strength:
+        return TrialCell(result.prompt, result.prompt, None, None, None, seed), "unsteered"
+    used, latent, label = UsedStrength(strength, None), feature.feature_index_in_sae, feature.feature_label
+    cell = TrialCell(result.prompt, topic=result.prompt, latent=latent, label=label, strength=used, seed=seed)
+    if not threshold or math.isclose(strength, threshold, rel_tol=1e-6):
+        return cell, "steered"
+    return cell, f"boost_x{strength / threshold:.3g}"
+
+
+def _trial(key: str, condition: str, repeat: int, cell: TrialCell, judge: str, result: _Result) -> Trial:
+    attempts, error = _attempts(result.score, result.response)
     return Trial(
-        key=f"{arm}/{where.rsplit(': ', 1)[-1]}",
-        arm=arm,
+        key=key,
+        arm=key.partition("/")[0],
         condition=condition,
-        seed=seen[alike] - 1,
+        seed=repeat,
         cell=cell,
         engine="imported",
         sampling=None,
-        response=response,
+        response=result.response,
         finish_reason=None,
         tokens=None,
         steered_tokens=None,
         attempts=attempts,
-        cue=bool(find_cues(response)),
+        cue=bool(find_cues(result.response)),
         judge=judge,
         judge_raw="",
         flags={},
@@ -121,15 +141,7 @@ def _row(
     )
 
 
-def _condition(strength: float | None, threshold: float | None) -> str:
-    if not strength:
-        return "unsteered"
-    if not threshold or math.isclose(strength, threshold, rel_tol=1e-6):
-        return "steered"
-    return f"boost_x{strength / threshold:.3g}"
-
-
-def _judged(score: Any, response: str) -> tuple[tuple[Attempt, ...], str | None]:
+def _attempts(score: Any, response: str) -> tuple[tuple[Attempt, ...], str | None]:
     """Attempts as character ranges, or why there are none."""
     if not isinstance(score, dict):
         return (), "the file has no score"
@@ -139,10 +151,8 @@ def _judged(score: Any, response: str) -> tuple[tuple[Attempt, ...], str | None]
     if not isinstance(named, list) or not named or not all(isinstance(each, dict) for each in named):
         return (), "the judge named no attempt"
     starts = _starts([str(each.get("attempt_text") or "") for each in named], response)
-    ends = [*starts[1:], len(response)]
     scores = [_score(each.get("score")) for each in named]
-    ranges = zip(starts, ends, scores, strict=True)
-    return tuple(Attempt(*each) for each in ranges), None
+    return tuple(map(Attempt, starts, [*starts[1:], len(response)], scores)), None
 
 
 def _starts(texts: Sequence[str], response: str) -> list[int]:
@@ -166,36 +176,4 @@ def _score(value: Any) -> float | None:
     if isinstance(value, str):
         match = _NUMBER.fullmatch(value)
         value = float(match[1]) if match else None
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
-    return float(value) if usable else None
-
-
-def _strength(value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise InputError(f"the strength {value!r} is no number", f"{where}.threshold")
-    return found
-
-
-def _whole(value: Any, where: str) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{value!r} is no whole number", where) from None
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"a text is needed, not {type(value).__name__}", where)
-    return value
-
-
-def _of(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"an object is needed, not {type(value).__name__}", where)
-    return value
+    return float(value) if type(value) in (int, float) and 0 <= value <= 100 else None

@@ -52,8 +52,8 @@ def trials_needed(
     return clusters * per_cluster
 
 
-def planned_from(trials: Sequence[Trial], name: str) -> tuple[float, float]:
-    """A metric's rate and its intra-cluster correlation (0 where it cannot be estimated) in earlier trials.
+def planned_from(trials: Sequence[Trial], condition: str, name: str) -> tuple[float, float]:
+    """A metric's rate and its intra-cluster correlation (0 where it cannot be estimated) in a condition's trials.
 
     Raises:
         InputError: if the metric is no rate, or no trial has a value.
@@ -61,7 +61,11 @@ def planned_from(trials: Sequence[Trial], name: str) -> tuple[float, float]:
     rates = [metric for metric, found in METRICS.items() if found.is_rate]
     if name not in rates:
         raise InputError(f"{name!r} is not a rate", "--metric", f"Take one of {', '.join(rates)}.")
-    scored = [trial for trial in trials if not isinstance(METRICS[name].of(trial), Gap)]
+    there = sorted({trial.condition for trial in trials})
+    if there and condition not in there:
+        raise InputError(f"no trial ran under {condition!r}", "--condition", f"Take one of {', '.join(there)}.")
+    here = [trial for trial in trials if trial.condition == condition]
+    scored = [trial for trial in here if not isinstance(METRICS[name].of(trial), Gap)]
     if not scored:
         raise InputError(f"no trial has a value of {name}", "--run", "Name a run whose base arm was measured.")
     events, clusters = METRICS[name].values(scored), [cluster_of(trial) for trial in scored]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 RESAMPLES = 2000
 ALPHA = 0.05
+UNBOUNDED = (-math.inf, math.inf)
 ENOUGH_CLUSTERS = 8
 """With fewer clusters than this with an event no bootstrap is used."""
 PRIOR_ICC = 0.05
@@ -47,13 +48,18 @@ class Estimate:
 
 
 def cluster_interval(
-    values: ArrayLike, clusters: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0
+    values: ArrayLike,
+    clusters: Sequence[Hashable],
+    bounds: tuple[float, float] = UNBOUNDED,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Interval:
     """The 95 % interval of the mean of `values` that holds though values of one cluster are alike.
 
     Args:
         values: one for each trial; all 0 or 1 are a rate (see `rate`), others a mean (see `mean`).
         clusters: what each trial belongs to: its latent where it was steered, else its prompt.
+        bounds: the least and the largest value there can be, such as 0 and 100 of scores.
         resamples: of the bootstrap.
         seed: of the resampling; the same values in any order give the same interval.
 
@@ -66,7 +72,8 @@ def cluster_interval(
     x = np.asarray(values, dtype=float)
     if not np.isfinite(x).all():
         raise ValueError("a value is not finite: leave unscored trials out, with their clusters")
-    found = (rate if np.isin(x, (0, 1)).all() else mean)(x, list(clusters), 0, resamples, seed)
+    given = (x, list(clusters), 0, resamples, seed)
+    found = rate(*given) if np.isin(x, (0, 1)).all() else mean(*given, bounds=bounds)
     return (None, None) if found.low is None or found.high is None else (float(found.low), float(found.high))
 
 
@@ -112,7 +119,7 @@ def mean(
     unscored: int = 0,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Estimate:
     """The mean over trials, with a studentised cluster bootstrap (Student's t over few clusters).
 
@@ -133,7 +140,7 @@ def paired(
     resamples: int = RESAMPLES,
     seed: int = 0,
     of_rates: bool = False,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Estimate:
     """The mean of per-cell differences, clustered like the cells; its interval stays within `bounds`.
 

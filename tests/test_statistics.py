@@ -1,6 +1,8 @@
 """Intervals that hold on clustered data, and what is said where there is little or nothing to go by."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +13,7 @@ from eval.judging.agreement import kappa, krippendorff_alpha
 from eval.power import intra_cluster_correlation, trials_needed
 from eval.statistics import Estimate
 from eval.store import Trial
+from tests.conftest import ROOT
 from tests.trial_maker import made
 
 
@@ -312,3 +315,10 @@ def test_an_interval_for_a_notebook_is_that_of_a_rate_or_a_mean_in_plain_floats(
     assert statistics.cluster_interval([], []) == (None, None)
     with pytest.raises(ValueError, match="not finite: leave unscored trials out"):
         statistics.cluster_interval([1.0, math.nan], [1, 2])
+
+
+def test_the_front_door_has_what_it_names_and_loads_nothing_by_itself() -> None:
+    told = "import sys, eval; print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    told += "; print([getattr(eval, name).__name__ for name in eval.__all__] == eval.__all__)"
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "True"]

@@ -100,7 +100,17 @@ def test_the_run_of_a_recipe_is_left_alone(results, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("[]", "results_by_feature"),
+        ("[]", "this is not an object: []"),
+        ("{}", "the key 'results_by_feature' is missing"),
+        ('{"results_by_feature": [{"feature_index_in_sae": 5.9}]}', "feature_index_in_sae is not a whole number: 5.9"),
+        (
+            '{"results_by_feature": [{"feature_index_in_sae": true}]}',
+            "not a whole number: true",
+        ),
+        ('{"results_by_feature": [], "results_by_feature": []}', "comes twice"),
+        (json.dumps({"results_by_feature": [feature(1, result(1.5, {}))]}), "trials[0].seed is not a whole number"),
+        (json.dumps({"results_by_feature": [feature(1, result(1, {}), threshold=float("nan"))]}), "no finite number"),
+        ("", "not valid JSON"),
         ('{"results_by_feature": []}', "no trial"),
         ('{"results_by_feature": [3]}', "results_by_feature[0]"),
         ('{"results_by_feature": [{"feature_index_in_sae": "x"}]}', "feature_index_in_sae"),
