@@ -1,5 +1,6 @@
 """Every example runs as its first lines say, offline, and prints what it found."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,3 +31,13 @@ def test_an_example_runs_on_the_shipped_tiny_model(path, assets):
 def test_there_are_examples_of_one_screen():
     assert {"make_rows", "steer"} <= {path.stem for path in EXAMPLES}
     assert {path.name: n for path in EXAMPLES if (n := len(path.read_text().splitlines())) > SCREEN} == {}
+
+
+def test_the_notebook_was_executed_on_the_script_as_it_is():
+    cells = json.loads((ROOT / "examples" / "steer.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    script = (ROOT / "examples" / "steer.py").read_text(encoding="utf-8").split('"""', 2)[2]
+    assert code[0] == "%cd -q .."
+    assert "\n\n".join(code[1:]) == script.strip()
+    printed = "".join(text for cell in cells for output in cell.get("outputs", ()) for text in output["text"])
+    assert [words for words in SAYS["steer"] if words not in printed] == []
