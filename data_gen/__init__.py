@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from data_gen.collect import generate_rows
-    from data_gen.description import describe, lines
+    from data_gen.description import describe
     from data_gen.mixture import mix, mix_sized
     from data_gen.sources import Context, Cues, Make, Outcome, SteerableLatent, read_cues, register_source
 
@@ -22,7 +22,6 @@ __all__ = [
     "SteerableLatent",
     "describe",
     "generate_rows",
-    "lines",
     "mix",
     "mix_sized",
     "read_cues",
@@ -31,7 +30,7 @@ __all__ = [
 
 _MODULES = {
     "data_gen.collect": ("generate_rows",),
-    "data_gen.description": ("describe", "lines"),
+    "data_gen.description": ("describe",),
     "data_gen.mixture": ("mix", "mix_sized"),
     "data_gen.sources": ("Context", "Cues", "Make", "Outcome", "SteerableLatent", "read_cues", "register_source"),
 }

@@ -13,9 +13,8 @@ from esr_train.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from data_gen.mixture import Sized
+    from data_gen.mixture import Mixture
     from esr_train.recipe import Recipe
-    from esr_train.transcript import Transcript
 
 Commands = argparse._SubParsersAction
 SWEEP = "10,20,30,40,50,60,70,80,90"
@@ -127,22 +126,23 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _mix(options: argparse.Namespace) -> None:
-    from data_gen.mixture import Sized, each_once, mix, mix_sized, one
+    from data_gen.description import read_file
+    from data_gen.mixture import Mixture, each_once, mix, mix_sized, one
     from esr_train.masking import trained_tokens
     from esr_train.transcript import write_transcripts
 
     _check_size(options)
     targets = _shares(options)
-    files = [_read(file) for file in options.files]
+    files = [read_file(file) for file in options.files]
     rows = each_once(files)
     if doubled := sum(map(len, files)) - len(rows):
         print(f"{doubled} rows left out: an earlier file holds them, too")
     tokenizer = _tokenizer(options.tokenizer)
     weigh = partial(trained_tokens, tokenizer, policy=options.loss) if tokenizer else one
 
-    def mixture(share: float | None) -> Sized:
+    def mixture(share: float | None) -> Mixture:
         if options.rows is None or share is None:
-            return Sized(mix(rows, share, options.seed, weigh), 0, 0)
+            return Mixture(mix(rows, share, options.seed, weigh))
         return mix_sized(rows, share, options.rows, options.seed, options.repeat)
 
     mixtures = {path: mixture(share) for path, share in targets.items()}
@@ -185,7 +185,7 @@ def _shares(options: argparse.Namespace) -> dict[Path, float | None]:
     return {options.out / f"{percent:02d}.jsonl": percent / 100 for percent in percents}
 
 
-def _counted(mixed: "Sized") -> str:
+def _counted(mixed: "Mixture") -> str:
     total, corrections = len(mixed.rows), sum(row.corrects for row in mixed.rows)
     again = f" ({mixed.repeated} of them repeats)" if mixed.repeated else ""
     fewer = f" ({mixed.missing} fewer than asked for: there are no more)" if mixed.missing else ""
@@ -207,9 +207,10 @@ def _import_file(options: argparse.Namespace) -> None:
 
 
 def _export_file(options: argparse.Namespace) -> None:
+    from data_gen.description import read_file
     from esr_train.interchange import export_file
 
-    report = export_file(options.out, _read(options.file), options.format, options.style)
+    report = export_file(options.out, read_file(options.file), options.format, options.style)
     print(f"{report.rows} rows: {options.out}")
     for loss in report.lost or ["nothing"]:
         print(f"lost: {loss}")
@@ -236,11 +237,11 @@ def _labels(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from data_gen.description import show
+    from data_gen.description import read_file, show
     from data_gen.pages import preview_page
 
     _at_least_one("--rows", options.rows)
-    rows, tokenizer = _read(options.file), _tokenizer(options.tokenizer)
+    rows, tokenizer = read_file(options.file), _tokenizer(options.tokenizer)
     if options.html is None:
         show(rows[: options.rows], tokenizer, options.loss)
     else:
@@ -248,35 +249,30 @@ def _preview(options: argparse.Namespace) -> None:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    from data_gen.description import describe, funnel_lines, funnels, lines, requests
+    from data_gen.description import describe_files, text_of
 
-    tokenizer = _tokenizer(options.tokenizer)
-    folder, files = _files(options.path)
-    described = {file: describe(_read(file), tokenizer, options.loss) for file in files}
+    holdings = describe_files(options.path, _tokenizer(options.tokenizer), options.loss)
     if options.html is not None:
         from data_gen.pages import stats_page
 
-        title = f"What {options.path.resolve().name} holds"
-        _write(options.html, stats_page(title, described, funnels(folder), requests(folder)))
+        _write(options.html, stats_page(f"What {options.path.resolve().name} holds", holdings))
         return
-    for file, description in described.items():
-        print("\n".join([f"{file}:", *(f"  {line}" for line in lines(description))]))
-    for source, funnel in funnels(folder).items():
-        print("\n".join(funnel_lines(source, funnel)))
-    for source, spent in requests(folder).items():
+    for file, parts in holdings.parts.items():
+        print("\n".join([f"{file}:", *(f"  {line}" for line in text_of(parts))]))
+    for line in text_of(holdings.funnels):
+        print(line)
+    for source, spent in holdings.requests.items():
         print(f"{source}: requests to the writer: {spent}")
 
 
 def _card(options: argparse.Namespace) -> None:
     from data_gen.card import write_card
-    from data_gen.description import describe, funnels, requests
+    from data_gen.description import describe_files
 
-    tokenizer = _tokenizer(options.tokenizer)
-    folder, files = _files(options.path)
-    rows = {file: _read(file) for file in files}
-    described = {file: (read, describe(read, tokenizer, options.loss)) for file, read in rows.items()}
-    out = options.out or files[0].parent / "README.md"
-    write_card(out, described, funnels(folder), requests(folder), *_run_of(files[0]))
+    holdings = describe_files(options.path, _tokenizer(options.tokenizer), options.loss)
+    first = next(iter(holdings.rows))
+    out = options.out or first.parent / "README.md"
+    write_card(out, holdings, *_run_of(first))
     print(out)
 
 
@@ -298,26 +294,6 @@ def _write(path: Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text)
     print(path)
-
-
-def _files(path: Path) -> tuple[Path, list[Path]]:
-    """Where funnels lie, and the transcript files that a path names: itself, or those of a run directory."""
-    if not path.is_dir():
-        return path, [path]
-    folder = path / "data" if (path / "data").is_dir() else path
-    files = [file for file in sorted(folder.glob("*.jsonl")) if not file.name.endswith(".candidates.jsonl")]
-    if not files:
-        raise InputError("there is no transcript file here", str(folder), "Generate data first, or name a file.")
-    return folder, files
-
-
-def _read(path: Path) -> "list[Transcript]":
-    from esr_train.transcript import read_transcripts
-
-    rows = read_transcripts(path)
-    if not rows:
-        raise InputError("there is no row in the file", str(path), "Name a transcript file with rows.")
-    return rows
 
 
 def _tokenizer(path: str | None) -> "PreTrainedTokenizerBase | None":

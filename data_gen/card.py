@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_gen.description import Description, funnel_parts, lines
+from data_gen.description import KEPT, Holdings, Part, text_of
 from esr_train.errors import InputError
 from esr_train.files import replacing
 from esr_train.recipe import AskingJudgeSection, Recipe, SourceSection
 from esr_train.transcript import Transcript
-from eval.llm import Spent
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData
@@ -27,23 +26,14 @@ SOURCES = {
 NO_RECIPE = "No recipe lies beside the files: the rest is not known."
 
 
-def write_card(
-    path: Path,
-    files: Mapping[Path, tuple[Sequence[Transcript], Description]],
-    funnels: Mapping[str, Mapping[str, int]],
-    requests: Mapping[str, Spent],
-    recipe: Recipe | None,
-    provenance: Mapping[str, Any],
-) -> None:
+def write_card(path: Path, holdings: Holdings, recipe: Recipe | None, provenance: Mapping[str, Any]) -> None:
     """Write the card of transcript files. The licence is left to whoever publishes them.
 
     Args:
         path: of the card; the hub wants it to be a `README.md` in or above the files' folder.
-        files: with their rows and what these hold.
-        funnels: source -> how many candidates ended how.
-        requests: source -> what a writer was asked for it.
+        holdings: the files and what is said of them.
         recipe: that made the files, if it is known.
-        provenance: commit and versions of that run, if they are known.
+        provenance: commit and versions of that run, as far as they are known.
 
     Raises:
         InputError: if there is a file already: what somebody wrote into a card is not overwritten; if a file is not
@@ -53,21 +43,21 @@ def write_card(
 
     if path.exists():
         raise InputError("there is a card already", str(path), "Remove it, or name another file with --out.")
-    rows = [row for transcripts, _ in files.values() for row in transcripts]
-    title = f"Self-correction transcripts: {recipe.name if recipe else next(iter(files)).stem}"
+    rows = [row for transcripts in holdings.rows.values() for row in transcripts]
+    title = f"Self-correction transcripts: {recipe.name if recipe else next(iter(holdings.rows)).stem}"
     steerings = [row.steering for row in rows if row.steering]
     card = DatasetCard.from_template(
-        _header(path, title, files, len(rows)),
+        _header(path, title, holdings.rows, len(rows)),
         template_path=str(TEMPLATE),
         title=title,
         rows=f"{len(rows):,}",
         corrections=f"{sum(row.corrects for row in rows):,}",
         models=_listed(f"`{model}`" for row in rows if (model := row.meta.get("model"))),
         saes=_listed(f"`{each.sae.release}`, `{each.sae.id}`, layer {each.layer}" for each in steerings if each.sae),
-        files=[{"name": file.name, "lines": lines(description)} for file, (_, description) in files.items()],
+        files={file.name: text_of(parts) for file, parts in holdings.parts.items()},
         made=[*_sources(rows, recipe), *(_made(recipe, provenance) if recipe else [NO_RECIPE])],
-        funnels=[(source, *_funnel(funnel)) for source, funnel in funnels.items()],
-        requests=requests,
+        funnels=[_funnel(part) for part in holdings.funnels],
+        requests=holdings.requests,
         splits=_splits(recipe),
     )
     with replacing(path) as file:
@@ -124,9 +114,10 @@ def _made(recipe: Recipe, provenance: Mapping[str, Any]) -> list[str]:
     return [f"{line}." for line in said if line]
 
 
-def _funnel(funnel: Mapping[str, int]) -> tuple[str, str]:
-    (_, kept), *reasons = funnel_parts(funnel)
-    return f"{kept:,} of {sum(funnel.values()):,}", ", ".join(f"{name} {count:,}" for name, count in reasons) or "none"
+def _funnel(part: Part) -> tuple[str, str, str]:
+    kept, total = part.counts.get(KEPT, 0), sum(part.counts.values())
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in part.counts.items() if reason != KEPT)
+    return part.name.removeprefix("funnel-"), f"{kept:,} of {total:,}", reasons or "none"
 
 
 def _splits(recipe: Recipe | None) -> str | None:

@@ -1,12 +1,12 @@
-"""What transcript files hold, counted and in words: the one description that statistics, pages and card show."""
+"""What transcript files hold, in words and numbers: the one description that statistics, pages and card show."""
 
 import math
-import statistics
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 from data_gen.collect import KEPT
@@ -14,7 +14,7 @@ from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.mask_preview import counted, token_texts, visible
 from esr_train.masking import Labelled, Policy, label
-from esr_train.transcript import SpanKind, Steering, Transcript
+from esr_train.transcript import SpanKind, Transcript, read_transcripts
 from eval.llm import Spent
 
 if TYPE_CHECKING:
@@ -25,77 +25,74 @@ Value = TypeVar("Value")
 OPENING_WORDS = 3
 """Words of a cue that are compared when its variety is measured."""
 FUNNEL, REQUESTS = ".funnel.json", ".requests.json"
+CORRECTION = "self-correction"
+NAMES = {"off_topic": "off-topic", "cue": "cue", "answer": "answer", "reply": "whole reply"}
 STYLES = {SpanKind.OFF_TOPIC: "red", SpanKind.CUE: "bold yellow", SpanKind.ANSWER: "green"}
 TRAINED, MASKED = "green", "dim"
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a file holds.
+class Part:
+    """One thing that is said of a file.
 
     Args:
-        rows: rows per source, and of them those that turn back from a detour.
-        topics: of the prompts -> rows, commonest first; rows that name none are not counted.
-        latents: that steered a row, by number and label -> rows, commonest first.
-        unit: of `lengths`: `tokens`, or `characters` without a tokenizer.
-        lengths: of every span, per kind; of the replies (`reply`).
-        tokens: of whole rows, with their trained ones, one pair a row; None without a tokenizer.
-        corrects: whether each row turns back.
-        scores: that the judge gave, 0-100, per span kind.
-        openings: the first three words of cues, letters' case aside -> cues that open so, commonest first.
+        name: of its figure, for links and tests.
+        title: of its figure.
+        lines: what is said without the figure.
+        caption: what is said below it.
+        counts: kinds and how many there are of each, drawn as bars.
+        series: what is measured and its values, drawn as a histogram.
+        unit: of the values.
+        ends: of the values' axis; None: 0 and the largest value.
+        minor: kinds whose bars are grey.
     """
 
-    rows: Mapping[str, tuple[int, int]]
-    topics: Mapping[str, int]
-    latents: Mapping[str, int]
-    unit: str
-    lengths: Mapping[str, Sequence[int]]
-    tokens: Sequence[tuple[int, int]] | None
-    corrects: Sequence[bool]
-    scores: Mapping[str, Sequence[float]]
-    openings: Mapping[str, int]
-
-    @property
-    def trained(self) -> float | None:
-        """Share of the tokens that carry loss."""
-        if self.tokens is None:
-            return None
-        return sum(trained for _, trained in self.tokens) / sum(total for total, _ in self.tokens)
+    name: str
+    title: str
+    lines: tuple[str, ...]
+    caption: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    unit: str = ""
+    ends: tuple[float, float] | None = None
+    minor: Collection[str] = ()
 
 
 def describe(
     rows: Sequence[Transcript], tokenizer: "PreTrainedTokenizerBase | None" = None, policy: Policy = "masked"
-) -> Description:
+) -> list[Part]:
     """Count what `rows` hold.
 
     Args:
         rows: at least one.
-        tokenizer: if given, rows are labelled under `policy` and their tokens counted.
+        tokenizer: if given, rows are labelled under `policy` and their tokens counted; characters are if not.
         policy: of the mask.
 
     Raises:
         InputError: naming the row, if it cannot be labelled.
     """
-    labelled = [label(tokenizer, row, policy) for row in rows] if tokenizer else None
-    sources = Counter(row.source for row in rows)
-    corrections = Counter(row.source for row in rows if row.corrects)
-    return Description(
-        rows={source: (sources[source], corrections[source]) for source in sorted(sources)},
-        topics=_counted(str(row.meta["topic"]) for row in rows if "topic" in row.meta),
-        latents=_latents([row.steering for row in rows if row.steering]),
-        unit="characters" if labelled is None else "tokens",
-        lengths=_by_kind(_characters(rows) if labelled is None else _tokens_of_spans(labelled)),
-        tokens=None if labelled is None else [(len(row.labels), row.trained) for row in labelled],
-        corrects=[row.corrects for row in rows],
-        scores=_by_kind(_scores(rows)),
-        openings=cue_openings(rows),
-    )
+    labelled = [label(tokenizer, row, policy) for row in rows] if tokenizer else []
+    topics = (str(row.meta["topic"]) for row in rows if "topic" in row.meta)
+    return [
+        _sources(rows),
+        _coverage("topics", "Topics of the prompts", topics),
+        _coverage("latents", "Latents that steered", _latents(rows)),
+        *_lengths(_tokens(labelled) if labelled else _characters(rows), "tokens" if labelled else "characters"),
+        *([_trained(rows, labelled)] if labelled else []),
+        _scores(rows),
+        _cues(cue_openings(rows)),
+    ]
+
+
+def text_of(parts: Iterable[Part]) -> list[str]:
+    """What is said without figures, line by line."""
+    return [line for part in parts for line in part.lines]
 
 
 def cue_openings(rows: Sequence[Transcript]) -> dict[str, int]:
     """The first three words of the rows' cues, letters' case aside, commonest first."""
     cues = (span.text for row in rows for span in row.spans if span.kind is SpanKind.CUE)
-    return _counted(" ".join(cue.lower().split()[:OPENING_WORDS]) for cue in cues)
+    return dict(Counter(" ".join(cue.lower().split()[:OPENING_WORDS]) for cue in cues).most_common())
 
 
 def entropy(counts: Mapping[str, int]) -> float:
@@ -104,51 +101,57 @@ def entropy(counts: Mapping[str, int]) -> float:
     return sum(count / total * math.log2(total / count) for count in counts.values())
 
 
-def funnels(path: Path) -> dict[str, dict[str, int]]:
-    """The funnels that lie beside a file, or in a folder: source -> how many candidates ended how."""
-    return {name: _counts(file) for name, file in _beside(path, FUNNEL).items()}
+@dataclass(frozen=True)
+class Holdings:
+    """What a transcript file, or the files of a run directory, hold.
+
+    Args:
+        rows: of each file.
+        parts: what is said of each file.
+        funnels: what became of the candidates of each source, from the files beside them.
+        requests: source -> what a writer was asked for it.
+    """
+
+    rows: Mapping[Path, Sequence[Transcript]]
+    parts: Mapping[Path, Sequence[Part]]
+    funnels: Sequence[Part]
+    requests: Mapping[str, Spent]
 
 
-def requests(path: Path) -> dict[str, Spent]:
-    """What writers were asked, by source, from the files that lie beside a file or in a folder."""
-    names = {field.name for field in fields(Spent)}
-    return {name: Spent(**_counts(file, names)) for name, file in _beside(path, REQUESTS).items()}
+def describe_files(
+    path: Path, tokenizer: "PreTrainedTokenizerBase | None" = None, policy: Policy = "masked"
+) -> Holdings:
+    """Read and count a transcript file, or those of a run directory, and what lies beside them.
+
+    Raises:
+        InputError: for a file that cannot be read or holds no rows; for a folder without such files.
+    """
+    folder, files = path.parent, [path]
+    if path.is_dir():
+        folder = path / "data" if (path / "data").is_dir() else path
+        files = [file for file in sorted(folder.glob("*.jsonl")) if not file.name.endswith(".candidates.jsonl")]
+    if not files:
+        raise InputError("there is no transcript file here", str(folder), "Generate data first, or name a file.")
+    rows = {file: read_file(file) for file in files}
+    known = {field.name for field in fields(Spent)}
+    return Holdings(
+        rows,
+        {file: describe(read, tokenizer, policy) for file, read in rows.items()},
+        [_funnel(name, _counts(file)) for name, file in _beside(folder, FUNNEL).items()],
+        {name: Spent(**_counts(file, known)) for name, file in _beside(folder, REQUESTS).items()},
+    )
 
 
-def funnel_parts(funnel: Mapping[str, int]) -> list[tuple[str, int]]:
-    """How candidates ended: those that were kept, then the reasons against the others, commonest first."""
-    rejected = Counter({name: count for name, count in funnel.items() if name != KEPT})
-    return [(KEPT, funnel.get(KEPT, 0)), *rejected.most_common()]
+def read_file(path: Path) -> list[Transcript]:
+    """The rows of a transcript file.
 
-
-def lines(description: Description) -> list[str]:
-    """A description for a person to read."""
-    total, corrections = len(description.corrects), sum(description.corrects)
-    sources = ", ".join(f"{name} {count}" for name, (count, _) in description.rows.items())
-    said = [
-        f"rows: {total} ({sources})",
-        f"self-correction: {corrections} ({corrections / total:.1%})",
-        f"topics: {len(description.topics)}",
-        f"latents: {len(description.latents)}",
-        *(f"{name} length: {_spread(lengths)} {description.unit}" for name, lengths in description.lengths.items()),
-    ]
-    if description.tokens is not None:
-        said += [f"row length: {_spread([length for length, _ in description.tokens])} tokens"]
-        said += [f"trained tokens: {description.trained:.1%}"]
-    if not description.openings:
-        return [*said, "cues: none"]
-    cues, (commonest, count) = sum(description.openings.values()), next(iter(description.openings.items()))
-    distinct = f"{len(description.openings)} distinct openings of three words"
-    bits = f"entropy {entropy(description.openings):.2f} bits"
-    return [*said, f"cues: {cues}, {distinct}, {bits}; commonest {commonest!r} ({count / cues:.1%})"]
-
-
-def funnel_lines(source: str, funnel: Mapping[str, int]) -> list[str]:
-    """One source's funnel for a person to read: what was kept, and why the others were not."""
-    (_, kept), *rejected = funnel_parts(funnel)
-    total = sum(funnel.values())
-    passed = f"{source}: {kept} of {total} candidates passed" + (f" ({kept / total:.1%})" if total else "")
-    return [passed, *(f"  {name}: {count}" for name, count in rejected)]
+    Raises:
+        InputError: if it cannot be read, or holds none.
+    """
+    rows = read_transcripts(path)
+    if not rows:
+        raise InputError("there is no row in the file", str(path), "Name a transcript file with rows.")
+    return rows
 
 
 def show(
@@ -181,9 +184,9 @@ def show(
         console.print(Text.assemble(*[(visible(span.text), STYLES[span.kind]) for span in row.spans]))
         if tokenizer is not None:
             labelled = label(tokenizer, row, policy)
+            tokens = [(visible(text), TRAINED if trained else MASKED) for text, trained, _ in token_texts(labelled)]
             console.print(Text(counted(labelled), "bold"))
-            pieces = [(visible(text), TRAINED if trained else MASKED) for text, trained, _ in token_texts(labelled)]
-            console.print(Text.assemble(*pieces))
+            console.print(Text.assemble(*tokens))
 
 
 def heading(row: Transcript) -> str:
@@ -196,50 +199,49 @@ def heading(row: Transcript) -> str:
     return f"{row.id} ({row.source}; {what}{name}, strength {steering.strength.norm:.2f})"
 
 
-def _beside(path: Path, ending: str) -> dict[str, Path]:
-    folder = path if path.is_dir() else path.parent
-    files = sorted({*folder.glob(f"*{ending}"), *folder.glob(f"sources/*{ending}")})
-    return {file.name.removesuffix(ending): file for file in files}
+def _sources(rows: Sequence[Transcript]) -> Part:
+    sources = sorted(Counter(row.source for row in rows).items())
+    kinds = Counter(f"{row.source}, {CORRECTION}" if row.corrects else row.source for row in rows)
+    total, corrections = len(rows), sum(row.corrects for row in rows)
+    lines = (
+        f"rows: {total} ({', '.join(f'{name} {count}' for name, count in sources)})",
+        f"{CORRECTION}: {corrections} ({corrections / total:.1%})",
+    )
+    caption = f"{total:,} rows; {corrections / total:.1%} turn back from a detour ({CORRECTION})."
+    minor = [kind for kind in kinds if not kind.endswith(CORRECTION)]
+    return Part("sources", "Where the rows come from", lines, caption, dict(sorted(kinds.items())), minor=minor)
 
 
-def _counts(file: Path, names: Collection[str] | None = None) -> dict[str, int]:
-    counts = read_json(file)
-    if (
-        not isinstance(counts, dict)
-        or not all(isinstance(count, int | float) or count is None for count in counts.values())
-        or (names is not None and not counts.keys() <= set(names))
-    ):
-        raise InputError("these are no counts", str(file), "Generate the rows again, or remove the file.")
-    return counts
+def _coverage(name: str, title: str, names: Iterable[str]) -> Part:
+    counts = dict(Counter(names).most_common())
+    each = sorted(counts.values()) or [0]
+    caption = f"{len(counts)} {name}, {each[0]:,} to {each[-1]:,} rows each, half of them {median(each):g} or more."
+    return Part(name, title, (f"{name}: {len(counts)}",), caption, counts)
 
 
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(names).most_common())
-
-
-def _by_kind(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
-    values: dict[str, list[Value]] = {}
-    for kind, value in pairs:
-        values.setdefault(kind, []).append(value)
-    return values
-
-
-def _latents(steered: Sequence[Steering]) -> dict[str, int]:
-    def name(steering: Steering) -> str:
-        what = "vector" if steering.latent is None else str(steering.latent)
-        place = steering.sae.id if steering.sae else steering.vector.file if steering.vector else ""
-        return " ".join(filter(None, (what, steering.label, f"({place})" if several else "")))
-
+def _latents(rows: Sequence[Transcript]) -> Iterator[str]:
+    steered = [row.steering for row in rows if row.steering]
     several = len({steering.sae or steering.vector for steering in steered}) > 1
-    return _counted(map(name, steered))
+    for steering in steered:
+        what = "vector" if steering.latent is None else str(steering.latent)
+        origin = steering.sae.id if steering.sae else steering.vector.file if steering.vector else ""
+        yield " ".join(filter(None, (what, steering.label, f"({origin})" if several else "")))
+
+
+def _lengths(lengths: Iterable[tuple[str, int]], unit: str) -> Iterator[Part]:
+    for kind, values in _grouped(lengths).items():
+        line = f"{kind} length: {_spread(values)} {unit}"
+        caption = f"{len(values):,} of them, in {unit}; the dashed line is the median."
+        yield Part(f"length-{kind}", f"Length: {NAMES[kind]}", (line,), caption, series={kind: values}, unit=unit)
 
 
 def _characters(rows: Sequence[Transcript]) -> Iterator[tuple[str, int]]:
-    yield from (("reply", len(row.content)) for row in rows)
-    yield from ((str(span.kind), len(span.text)) for row in rows for span in row.spans)
+    for row in rows:
+        yield "reply", len(row.content)
+        yield from ((str(span.kind), len(span.text)) for span in row.spans)
 
 
-def _tokens_of_spans(labelled: Sequence[Labelled]) -> Iterator[tuple[str, int]]:
+def _tokens(labelled: Sequence[Labelled]) -> Iterator[tuple[str, int]]:
     """As `_characters`; a token belongs to the span in which it begins."""
     for row in labelled:
         starts = [start for start, end in row.offsets if end > start]
@@ -248,16 +250,91 @@ def _tokens_of_spans(labelled: Sequence[Labelled]) -> Iterator[tuple[str, int]]:
         yield from ((str(kind), count) for (kind, _, _), count in zip(row.spans, counts, strict=True))
 
 
-def _scores(rows: Sequence[Transcript]) -> Iterator[tuple[str, float]]:
-    for row in rows:
-        scores = row.meta.get("scores")
-        for kind, score in scores.items() if isinstance(scores, dict) else ():
-            if isinstance(score, int | float):
-                yield kind, float(score)
+def _trained(rows: Sequence[Transcript], labelled: Sequence[Labelled]) -> Part:
+    lengths = [len(row.labels) for row in labelled]
+    share = f"{sum(row.trained for row in labelled) / sum(lengths):.1%}"
+    names = (CORRECTION if row.corrects else "normal" for row in rows)
+    shares = (100 * row.trained / len(row.labels) for row in labelled)
+    return Part(
+        "trained",
+        "How much of a row is trained",
+        (f"row length: {_spread(lengths)} tokens", f"trained tokens: {share}"),
+        f"{share} of all tokens carry loss; here the share of every row, prompt included.",
+        series=_grouped(zip(names, shares, strict=True)),
+        unit="% of its tokens",
+        ends=(0, 100),
+    )
+
+
+def _scores(rows: Sequence[Transcript]) -> Part:
+    scores = [row.meta["scores"] for row in rows if isinstance(row.meta.get("scores"), dict)]
+    series = _grouped(
+        (name, float(found[kind]))
+        for kind, name in NAMES.items()
+        for found in scores
+        if isinstance(found.get(kind), int | float)
+    )
+    lines = tuple(f"{name} score: median {median(values):g}" for name, values in series.items())
+    caption = "Scores that the judge gave, 0 (off the subject) to 100 (answers the question well), of the kept rows."
+    return Part("scores", "What the judge found", lines, caption, series=series, unit="score", ends=(0, 100))
+
+
+def _cues(openings: Mapping[str, int]) -> Part:
+    if not openings:
+        return Part("cues", "How cues begin", ("cues: none",), "")
+    cues, (commonest, count) = sum(openings.values()), next(iter(openings.items()))
+    bits, distinct = entropy(openings), f"{len(openings)} distinct openings"
+    most = f"commonest {commonest!r} ({count / cues:.1%})"
+    line = f"cues: {cues}, {distinct} of three words, entropy {bits:.2f} bits; {most}"
+    caption = (
+        f"The first three words of {cues:,} cues: {distinct}, entropy {bits:.2f} of at most "
+        f"{math.log2(len(openings)):.2f} bits."
+    )
+    return Part("cues", "How cues begin", (line,), caption, openings)
+
+
+def _funnel(source: str, funnel: Mapping[str, int]) -> Part:
+    """What was kept, then the reasons against the others, commonest first."""
+    rejected = Counter({name: count for name, count in funnel.items() if name != KEPT}).most_common()
+    kept, total = funnel.get(KEPT, 0), sum(funnel.values())
+    share = f"{kept / total:.1%}" if total else "none"
+    passed = f"{source}: {kept} of {total} candidates passed" + (f" ({share})" if total else "")
+    name, _, digest = source.rpartition("-")
+    return Part(
+        f"funnel-{source}",
+        f"What became of {name or source} rows",
+        (passed, *(f"  {reason}: {count}" for reason, count in rejected)),
+        f"{total:,} candidates; {share} were kept." + (f" Source {digest}." if name else ""),
+        counts={KEPT: kept, **dict(rejected)} if total else {},
+        minor=[reason for reason, _ in rejected],
+    )
+
+
+def _counts(file: Path, known: Collection[str] | None = None) -> dict[str, int]:
+    counts = read_json(file)
+    if (
+        not isinstance(counts, dict)
+        or not all(isinstance(count, int | float) or count is None for count in counts.values())
+        or (known is not None and not counts.keys() <= set(known))
+    ):
+        raise InputError("these are no counts", str(file), "Generate the rows again, or remove the file.")
+    return counts
+
+
+def _beside(folder: Path, ending: str) -> dict[str, Path]:
+    files = sorted({*folder.glob(f"*{ending}"), *folder.glob(f"sources/*{ending}")})
+    return {file.name.removesuffix(ending): file for file in files}
+
+
+def _grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
+    values: dict[str, list[Value]] = {}
+    for kind, value in pairs:
+        values.setdefault(kind, []).append(value)
+    return values
 
 
 def _spread(values: Sequence[int]) -> str:
     """Median, 95th percentile (the value that 95 % do not exceed) and largest."""
     ordered = sorted(values)
     most = ordered[math.ceil(0.95 * len(ordered)) - 1]
-    return f"median {statistics.median(ordered):g}, 95 % up to {most:g}, longest {ordered[-1]}"
+    return f"median {median(ordered):g}, 95 % up to {most:g}, longest {ordered[-1]}"

@@ -1,8 +1,8 @@
 """What is thrown away after it was judged: detours that are no text, answers that repeat them, rows seen before."""
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from data_gen.sources import Make, Outcome
 from esr_train.transcript import SpanKind, Transcript
@@ -21,9 +21,7 @@ LEAST_TEXT = 0.5
 """Share of letters and digits among the visible characters below which a detour is no text."""
 LOOP = re.compile(r"([^\W_]{1,4}?)\1{9,}")
 """One to four letters ten times in a row."""
-PERMUTATIONS = 128
-MARGIN = 0.8
-"""MinHash estimates; rows are compared exactly from this share of `ALIKE` on."""
+Triple = tuple[str, ...]
 
 
 def screened(make: Make) -> Make:
@@ -74,35 +72,25 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        from datasketch import MinHashLSH
-
         self._exact: set[str] = set()
-        self._triples: list[frozenset[tuple[str, ...]]] = []
-        self._index: Any = MinHashLSH(threshold=MARGIN * ALIKE, num_perm=PERMUTATIONS)
+        self._sizes: list[int] = []
+        self._holders: defaultdict[Triple, list[int]] = defaultdict(list)
 
     def again(self, row: Transcript) -> str | None:
         """Why a row is refused as a repeat; one that is not is remembered."""
         exact = f"{fingerprint(row.prompt)} {fingerprint(row.content)}"
         if exact in self._exact:
             return "duplicate"
-        if not self._is_new(row):
-            return "near duplicate"
-        self._exact.add(exact)
-        return None
-
-    def _is_new(self, row: Transcript) -> bool:
-        from datasketch import MinHash
-
         words = _words(" ".join(span.text for span in row.spans if span.kind is not SpanKind.CUE))
         triples = frozenset(_grams(words, TRIPLE) or [tuple(words)])
-        sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([" ".join(triple).encode() for triple in triples])
-        near = [self._triples[index] for index in self._index.query(sketch)]
-        if any(len(triples & other) / len(triples | other) >= ALIKE for other in near):
-            return False
-        self._index.insert(len(self._triples), sketch)
-        self._triples.append(triples)
-        return True
+        shared = Counter(index for triple in triples for index in self._holders.get(triple, ()))
+        if any(both >= ALIKE * (len(triples) + self._sizes[index] - both) for index, both in shared.items()):
+            return "near duplicate"
+        self._exact.add(exact)
+        for triple in triples:
+            self._holders[triple].append(len(self._sizes))
+        self._sizes.append(len(triples))
+        return None
 
 
 def _words(text: str) -> list[str]:

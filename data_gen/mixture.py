@@ -14,18 +14,18 @@ Weigh = Callable[[Transcript], int]
 
 
 @dataclass(frozen=True)
-class Sized:
-    """A mixture of a given size.
+class Mixture:
+    """Rows in the order of the file.
 
     Args:
-        rows: in the order of the file.
+        rows: all of them.
         repeated: self-correction rows that are there for a second time or more.
         missing: normal rows that the size asked for beyond those there were.
     """
 
     rows: list[Transcript]
-    repeated: int
-    missing: int
+    repeated: int = 0
+    missing: int = 0
 
 
 def one(row: Transcript) -> int:
@@ -48,18 +48,18 @@ def mix(
         InputError: if one kind is missing while the share asks for it.
     """
     rng = Random(seed)
-    rows = _shuffled(transcripts, rng)
+    rows, corrections, normals = _shuffled(transcripts, rng)
     if self_correction is None:
         return rows
-    corrections, normals = _kinds(rows)
-    weights = [weigh(row) for row in corrections], [weigh(row) for row in normals]
-    wanted_corrections, wanted_normals = sizes(*weights, self_correction)
-    return _mixed([*corrections[:wanted_corrections], *normals[:wanted_normals]], rng)
+    wanted, others = sizes([*map(weigh, corrections)], [*map(weigh, normals)], self_correction)
+    chosen = [*corrections[:wanted], *normals[:others]]
+    rng.shuffle(chosen)
+    return chosen
 
 
 def mix_sized(
     transcripts: Sequence[Transcript], self_correction: float, size: int, seed: int, repeat: bool = False
-) -> Sized:
+) -> Mixture:
     """A mixture of at most `size` rows, counted as the paper counts: each kind's number is rounded down.
 
     Normal rows are taken as far as there are any; self-correction rows, whose number the share is about, must suffice.
@@ -76,20 +76,27 @@ def mix_sized(
         InputError: if they are too few and may not repeat.
     """
     rng = Random(seed)
-    corrections, normals = _kinds(_shuffled(transcripts, rng))
+    _, corrections, normals = _shuffled(transcripts, rng)
     # What a decimal share loses in binary must not cost a row: 0.29 * 100 is below 29.
     wanted, others = int(size * self_correction + 1e-6), int(size * (1 - self_correction) + 1e-6)
-    if wanted > len(corrections) and not (repeat and corrections):
+    short = max(0, wanted - len(corrections))
+    if short and not (repeat and corrections):
         raise InputError(
             f"{self_correction:.0%} of {size} rows are {wanted} self-correction rows, and there are "
-            f"{len(corrections)} ({wanted - len(corrections)} too few)",
+            f"{len(corrections)} ({short} too few)",
             "--rows",
             "Name files with more of them, ask for fewer rows, or add --repeat if rows may come more than once."
             if corrections
             else "Name files with some.",
         )
-    chosen = [*_repeated(corrections, wanted), *normals[:others]]
-    return Sized(_mixed(chosen, rng), max(0, wanted - len(corrections)), max(0, others - len(normals)))
+    turns = [divmod(index, len(corrections)) for index in range(wanted)]
+    chosen = [
+        replace(corrections[index], id=f"{corrections[index].id}#{turn + 1}") if turn else corrections[index]
+        for turn, index in turns
+    ]
+    chosen += normals[:others]
+    rng.shuffle(chosen)
+    return Mixture(chosen, short, max(0, others - len(normals)))
 
 
 def sizes(corrections: Sequence[int], normals: Sequence[int], share: float) -> tuple[int, int]:
@@ -106,10 +113,10 @@ def sizes(corrections: Sequence[int], normals: Sequence[int], share: float) -> t
             "data.self_correction",
             "Generate rows of the missing kind, or set the share to 0 or 1.",
         )
-    turned, plain = sum(corrections), sum(normals)
-    if share <= 0 or (share < 1 and plain * share < turned * (1 - share)):
-        return _nearest(corrections, plain * share / (1 - share)), len(normals)
-    return len(corrections), _nearest(normals, turned * (1 - share) / share)
+    correcting, normal = sum(corrections), sum(normals)
+    if share <= 0 or (share < 1 and normal * share < correcting * (1 - share)):
+        return _nearest(corrections, normal * share / (1 - share)), len(normals)
+    return len(corrections), _nearest(normals, correcting * (1 - share) / share)
 
 
 def each_once(files: Iterable[Sequence[Transcript]]) -> list[Transcript]:
@@ -120,43 +127,31 @@ def each_once(files: Iterable[Sequence[Transcript]]) -> list[Transcript]:
     Raises:
         InputError: if two rows have one id.
     """
-    held: Counter[object] = Counter()
+    earlier: Counter[object] = Counter()
     ids: set[str] = set()
     rows: list[Transcript] = []
     for file in files:
         own: Counter[object] = Counter()
         for row in file:
-            what = (row.prompt.strip(), row.content, row.steering)
-            own[what] += 1
-            if own[what] <= held[what]:
+            content = (row.prompt.strip(), row.content, row.steering)
+            own[content] += 1
+            if own[content] <= earlier[content]:
                 continue
             if row.id in ids:
                 raise InputError(f"the id {row.id!r} stands for two rows", None, "Give every row an id of its own.")
             ids.add(row.id)
             rows.append(row)
-        held |= own
+        earlier |= own
     return rows
 
 
-def _shuffled(transcripts: Iterable[Transcript], rng: Random) -> list[Transcript]:
-    """The rows in a seeded order that does not depend on the files'."""
-    return _mixed(sorted(transcripts, key=lambda row: row.id), rng)
-
-
-def _mixed(rows: list[Transcript], rng: Random) -> list[Transcript]:
+def _shuffled(
+    transcripts: Iterable[Transcript], rng: Random
+) -> tuple[list[Transcript], list[Transcript], list[Transcript]]:
+    """All rows, those that correct themselves, and the others; the order does not depend on the files'."""
+    rows = sorted(transcripts, key=lambda row: row.id)
     rng.shuffle(rows)
-    return rows
-
-
-def _kinds(rows: Sequence[Transcript]) -> tuple[list[Transcript], list[Transcript]]:
-    """Self-correction rows, and the others."""
-    return [row for row in rows if row.corrects], [row for row in rows if not row.corrects]
-
-
-def _repeated(rows: Sequence[Transcript], count: int) -> list[Transcript]:
-    """The first `count` rows, from the beginning again where they are too few."""
-    turns = [divmod(place, len(rows)) for place in range(count)]
-    return [replace(rows[place], id=f"{rows[place].id}#{turn + 1}") if turn else rows[place] for turn, place in turns]
+    return rows, [row for row in rows if row.corrects], [row for row in rows if not row.corrects]
 
 
 def _nearest(weights: Sequence[int], total: float) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 from data_gen.sources import (
     SEEDS,
-    Asked,
     Context,
     Make,
     Outcome,
@@ -23,6 +22,7 @@ from esr_train.errors import InputError
 from esr_train.models import local_path
 from esr_train.recipe import PromptedSection
 from esr_train.restarts import attempts, split_cue
+from esr_train.steering.engine import Request
 from esr_train.tables import read_rows
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt, deal_subjects, fingerprint
@@ -77,7 +77,7 @@ def _by_the_model_itself(context: Context) -> Make:
             for rng, prompt in zip(rngs, chosen, strict=True)
         ]
         asked = [
-            Asked(prompt.text, rng.randrange(SEEDS))
+            Request("", prompt.text, seed=rng.randrange(SEEDS))
             for group in (others, chosen)
             for prompt, rng in zip(group, rngs, strict=True)
         ]

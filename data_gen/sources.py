@@ -15,7 +15,6 @@ from esr_train.recipe import SOURCE_SECTIONS, DataSection, NormalSection, Source
 from esr_train.restarts import sentences
 from esr_train.steering.directions import Direction, Positions
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
-from esr_train.steering.interventions import Intervention
 from esr_train.transcript import Span, SpanKind, Steering, Transcript
 from eval.cells import Pools, Prompt
 from eval.judging.judge import Judge, JudgeItem, first_scores
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 SEEDS = 2**31
 CUES = Path(__file__).parent / "cues.txt"
 LABEL = "{label}"
-SILENT = "silent"
-"""The register of cues that say nothing of a mistake: they lead into the answer."""
 _HEADING = re.compile(r"\[([\w -]+)\]")
 _STEM_WORDS = 2
 
@@ -56,16 +53,6 @@ class SteerableLatent:
         """This latent at a strength, as a transcript records it."""
         direction = self.direction
         return Steering(direction.sae, direction.layer, direction.latent, direction.label, direction.strength(norm))
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One generation that a source asks for."""
-
-    prompt: str
-    seed: int
-    prefix: str = ""
-    interventions: tuple[Intervention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,14 +147,11 @@ class Context:
     open_writer: Callable[[str], Asker] | None = None
     progress: Progress | None = None
 
-    def generate(self, asked: Sequence[Asked], max_new_tokens: int | None = None) -> list[Completion]:
-        """One completion for each of `asked`, in order; `max_new_tokens` shortens them."""
-        requests = [
-            Request(str(number), each.prompt, prefix=each.prefix, interventions=each.interventions, seed=each.seed)
-            for number, each in enumerate(asked)
-        ]
+    def generate(self, requests: Sequence[Request], max_new_tokens: int | None = None) -> list[Completion]:
+        """One completion a request, in order, whatever their ids; `max_new_tokens` shortens them."""
+        numbered = [replace(request, id=str(number)) for number, request in enumerate(requests)]
         sampling = replace(self.sampling, max_new_tokens=max_new_tokens) if max_new_tokens else self.sampling
-        return self.engine.generate(requests, sampling, self.progress)
+        return self.engine.generate(numbered, sampling, self.progress)
 
     def scores(self, items: Sequence[JudgeItem]) -> list[float | None]:
         """The score of each response taken as one attempt; None where the judge failed."""
@@ -245,7 +229,8 @@ def normal(context: Context, section: NormalSection) -> Make:
     def make(numbers: Sequence[int]) -> list[Outcome]:
         chosen = [prompts[number % len(prompts)] for number in numbers]
         seeds = [candidate_rng(context.seed, "normal", number).randrange(SEEDS) for number in numbers]
-        completions = context.generate([Asked(prompt.text, seed) for prompt, seed in zip(chosen, seeds, strict=True)])
+        requests = [Request("", prompt.text, seed=seed) for prompt, seed in zip(chosen, seeds, strict=True)]
+        completions = context.generate(requests)
         texts = [completion.text.strip() for completion in completions]
         scores = context.scores([JudgeItem(p.text, text) for p, text in zip(chosen, texts, strict=True)])
         outcomes = []

@@ -7,7 +7,6 @@ from random import Random
 from data_gen.filters import DEGENERATE, degenerate
 from data_gen.sources import (
     SEEDS,
-    Asked,
     Context,
     Make,
     Outcome,
@@ -21,7 +20,7 @@ from data_gen.sources import (
 )
 from esr_train.recipe import SteeredSection
 from esr_train.restarts import attempts, split_cue
-from esr_train.steering.engine import Completion
+from esr_train.steering.engine import Completion, Request
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
 from eval.judging.judge import JudgeItem
@@ -76,13 +75,11 @@ def _draw(context: Context, section: SteeredSection, number: int) -> _Candidate:
     return _Candidate(number, rng, prompt, latent, latent.threshold * rng.uniform(*section.strength))
 
 
-def _asked(context: Context, candidate: _Candidate) -> Asked:
-    return Asked(
-        candidate.prompt.text,
-        candidate.rng.randrange(SEEDS),
-        prefix=candidate.text,
-        interventions=(candidate.latent.direction.add(candidate.norm, context.positions),),
-    )
+def _request(context: Context, candidate: _Candidate, steers: bool) -> Request:
+    """To write on behind what a candidate has, under its steering or without."""
+    steering = (candidate.latent.direction.add(candidate.norm, context.positions),) if steers else ()
+    seed = candidate.rng.randrange(SEEDS)
+    return Request("", candidate.prompt.text, prefix=candidate.text, interventions=steering, seed=seed)
 
 
 def _start(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
@@ -90,8 +87,8 @@ def _start(context: Context, section: SteeredSection, candidates: list[_Candidat
     most = section.start[1]
     counts = [candidate.rng.randint(*section.start) for candidate in candidates] if most else []
     going = [(candidate, count) for candidate, count in zip(candidates, counts, strict=False) if count]
-    asked = [replace(_asked(context, candidate), interventions=()) for candidate, _ in going]
-    completions = context.generate(asked, START_TOKENS * most) if asked else []
+    requests = [_request(context, candidate, steers=False) for candidate, _ in going]
+    completions = context.generate(requests, START_TOKENS * most) if requests else []
     for (candidate, count), completion in zip(going, completions, strict=True):
         candidate.parts.append((SpanKind.ANSWER, cut_words(completion.text.strip(), count)))
 
@@ -99,7 +96,8 @@ def _start(context: Context, section: SteeredSection, candidates: list[_Candidat
 def _detour(context: Context, section: SteeredSection, candidates: list[_Candidate]) -> None:
     """Let the steered model write on, cut it, refuse what is no text or still on topic, and put a cue behind it."""
     going = [candidate for candidate in candidates if not candidate.reason]
-    completions = context.generate([_asked(context, candidate) for candidate in going], section.max_new_tokens)
+    requests = [_request(context, candidate, steers=True) for candidate in going]
+    completions = context.generate(requests, section.max_new_tokens)
     for candidate, completion in zip(going, completions, strict=True):
         text = _cut(section, candidate.rng, completion)
         candidate.parts.append((SpanKind.OFF_TOPIC, text))
@@ -136,8 +134,8 @@ def _correct(context: Context, section: SteeredSection, candidates: list[_Candid
         for candidate in going:
             _shorten_cue(candidate)
     afresh = section.correction == "afresh"
-    asked = [replace(_asked(context, candidate), interventions=()) for candidate in going]
-    completions = context.generate([replace(each, prefix="") for each in asked] if afresh else asked)
+    requests = [_request(context, candidate, steers=False) for candidate in going]
+    completions = context.generate([replace(request, prefix="") for request in requests] if afresh else requests)
     for candidate, completion in zip(going, completions, strict=True):
         if afresh:
             candidate.parts.append((SpanKind.ANSWER, completion.text.strip()))

@@ -6,11 +6,13 @@ from random import Random
 import pytest
 
 from data_gen.description import cue_openings, entropy
-from data_gen.sources import LABEL, SILENT, Cues, read_cues, stem
+from data_gen.sources import LABEL, Cues, read_cues, stem
 from esr_train.errors import InputError
 from esr_train.restarts import attempts, find_cues, split_cue
 from esr_train.transcript import Span, SpanKind, Transcript
 
+SILENT = "silent"
+"""The register of cues that say nothing of a mistake: they lead into the answer."""
 REGISTERS = {"plain", "apologetic", "brief", "explicit", SILENT}
 SHIPPED = read_cues()
 LABELS = ["owls", "the Silk Road", "references to ships, sailing and the sea"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_gen.collect import Collected, collect
-from data_gen.description import requests
+from data_gen.description import describe_files
 from data_gen.prompted import ANSWER_WORDS, PARTS, Task, prompted, read_subjects
 from data_gen.sources import Context, read_cues
 from esr_train.errors import InputError, RunError
@@ -18,7 +18,7 @@ from esr_train.files import read_json, write_jsonl
 from esr_train.recipe import LlmSection, PromptedSection, SplitSection, load_recipe
 from esr_train.restarts import attempts
 from esr_train.steering.engine import Sampling
-from esr_train.transcript import SpanKind
+from esr_train.transcript import SpanKind, write_transcripts
 from eval import llm
 from eval.cells import Pools, Prompt, Side
 from eval.judging.judge import Attempt, JudgeItem, Judgement
@@ -306,5 +306,5 @@ def test_a_recipe_names_its_writer_and_says_how_models_are_asked(tmp_path):
 def test_what_was_asked_is_in_the_statistics(world):
     with LlmStub(writes) as stub:
         here = world(stub)
-        here.collect()
-    assert requests(here.folder)["prompted"].asked == ROWS
+        write_transcripts(here.folder / "rows.jsonl", here.collect().transcripts)
+    assert describe_files(here.folder / "rows.jsonl").requests["prompted"].asked == ROWS
