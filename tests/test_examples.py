@@ -10,7 +10,10 @@ import pytest
 from tests.conftest import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SAYS = {"steer": ("jazz at 0.0 residual norms", "jazz at 1.0 residual norms", "generate() under ")}
+SAYS = {
+    "make_rows": ("[steered towards ", "off_topic: ", "cue: ", "answer: "),
+    "steer": ("jazz at 0.0 residual norms", "jazz at 1.0 residual norms", "generate() under "),
+}
 """Words that an example's output must hold."""
 SCREEN = 60
 """Lines that fit on one."""
