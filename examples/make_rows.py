@@ -1,4 +1,4 @@
-"""Make rows in which a model drifts off under steering, notices it and answers: `python examples/make_rows.py`, seconds.
+"""Make rows in which a model drifts off under steering and comes back: `python examples/make_rows.py`, a few seconds.
 
 The model, SAE and prompts are the small ones of this repository, which know an invented language of 208 subjects.
 """
