@@ -59,12 +59,13 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     import torch
 
     torch.set_num_threads(options.threads)
+    from recipes.sources import make_context
+
     from data_gen.collect import Meter, collect
     from data_gen.sources import Context, SteerableLatent
     from data_gen.steered import steered
     from esr_train.recipe import load_recipe
     from recipes.resources import World
-    from recipes.sources import make_context
     from recipes.steering_latents import choose_latents
 
     recipe = load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml")

@@ -105,24 +105,21 @@ def _add_mask(parser: argparse.ArgumentParser, effect: str) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from esr_train.recipe import load_recipe
+    from recipes.loading import read_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = read_recipe(options.recipe, options.overrides)
     if options.arm not in (None, *recipe.trained_arms):
         trained = ", ".join(recipe.trained_arms) or "none"
         raise InputError(f"the recipe trains no arm {options.arm!r}", "--arm", f"It trains {trained}.")
-    from recipes.pipeline import begun
+    from recipes.pipeline import generate
     from recipes.workers import joined
 
     ranks = joined(recipe)
     if ranks.count > 1 and ranks.first:
         print(f"{ranks.count} processes make the rows", flush=True)
-    _, parts = begun(recipe, ranks)
-    for part in parts:
-        for arm in [options.arm] if options.arm else recipe.trained_arms:
-            part.data(arm)
-            if ranks.first:
-                print(part.directory / "data" / f"{arm}.jsonl")
+    files = generate(recipe, [options.arm] if options.arm else recipe.trained_arms, ranks)
+    for file in files if ranks.first else ():
+        print(file)
 
 
 def _mix(options: argparse.Namespace) -> None:
@@ -217,8 +214,6 @@ def _export_file(options: argparse.Namespace) -> None:
 
 
 def _labels(options: argparse.Namespace) -> None:
-    from esr_train.recipe import load_recipe
-
     if options.latents is not None:
         _at_least_one("--latents", options.latents)
     if not 0 <= options.concreteness <= 100:
@@ -227,7 +222,9 @@ def _labels(options: argparse.Namespace) -> None:
         )
     if not options.out.name.endswith(".jsonl"):
         raise InputError("labels are written as JSON lines", f"--out {options.out}", "Name a .jsonl file.")
-    recipe = load_recipe(options.recipe, options.overrides)
+    from recipes.loading import read_recipe
+
+    recipe = read_recipe(options.recipe, options.overrides)
     from recipes.labelling import write_labels
 
     count = write_labels(
@@ -279,13 +276,14 @@ def _card(options: argparse.Namespace) -> None:
 def _run_of(file: Path) -> "tuple[Recipe | None, dict[str, Any]]":
     """Recipe and provenance of the run directory in which a file, or its folder, lies."""
     from esr_train.files import read_json
-    from esr_train.recipe import load_recipe
+    from recipes.loading import read_recipe
 
     folder = next((parent for parent in file.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
     if folder is None:
         return None, {}
-    provenance = folder / "provenance.json"
-    return load_recipe(folder / "recipe.yaml"), read_json(provenance) if provenance.is_file() else {}
+    stages = folder / "stages.json"
+    made = [stage["made"] for stage in read_json(stages).values() if stage.get("done")] if stages.is_file() else []
+    return read_recipe(folder / "recipe.yaml"), made[-1] if made else {}
 
 
 def _write(path: Path, text: str) -> None:

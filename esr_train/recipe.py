@@ -1,6 +1,11 @@
 """One experiment from model to report, as a YAML file: every command reads the same recipe."""
 
+import hashlib
+import importlib.util
+import re
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -221,9 +226,6 @@ class CalibrationSection(Section):
     stop_width: Positive | None = Field(
         None, description="a latent is asked no more once its 90 % interval is narrower than this share of its median"
     )
-    prior: tuple[Positive, Positive] | None = Field(
-        None, description="mean and standard deviation of the thresholds; None: the middle and half of the bounds"
-    )
     prompts: AtLeastOne = Field(4, description="responses per latent and round")
     bounds: Range = (0.1, 2.0)
     max_new_tokens: AtLeastOne = 256
@@ -334,30 +336,11 @@ class TrainSection(Section):
     probe: ProbeSection | None = None
 
 
-Condition = Literal[
-    "steered",
-    "unsteered",
-    "steered_recalibrated",
-    "boost",
-    "random_direction",
-    "random_latents",
-    "unsteered_continues",
-    "steered_continues",
-    "switched_off",
-]
-NEEDS: dict[str, str] = {
-    "unsteered_continues": "steered",
-    "steered_continues": "unsteered",
-    "switched_off": "steered",
-}
-"""Conditions whose replies go on from another condition's responses."""
+CONDITION_NAMES: dict[str, str | None] = {}
+"""Conditions that an evaluation knows -> the condition from whose responses each goes on, if it does.
 
-
-class BoostSection(Section):
-    """Strengths beside the threshold; each is a condition of its own."""
-
-    multiples: tuple[Positive, ...] = Field((0.5, 0.75, 1.25, 1.5), description="of the threshold")
-    deviations: tuple[float, ...] = Field((), description="added, in standard deviations of the latent's posterior")
+`eval.conditions` fills it in; while nobody has, names of conditions are taken as they are.
+"""
 
 
 class EvalSection(Section):
@@ -367,21 +350,25 @@ class EvalSection(Section):
     control_trials: AtLeastOne | None = Field(
         None, description="the same for conditions beside steered, unsteered and steered_recalibrated; None: `trials`"
     )
-    conditions: tuple[Condition, ...] = ("steered", "unsteered")
-    boost: BoostSection = BoostSection()
-    prefix_sentences: AtLeastOne = Field(2, description="sentences of a response that another condition goes on from")
+    conditions: tuple[str, ...] = ("steered", "unsteered")
+    boost: tuple[Positive, ...] = Field(
+        (0.5, 0.75, 1.25, 1.5), description="multiples of the threshold; each is a condition of its own"
+    )
     restart_phrases: str | None = Field(
         None, description="text file, one a line: how likely they are is measured at sentence ends"
     )
-    bootstrap: AtLeastOne = 2000
+    bootstrap: AtLeastOne = Field(2000, description="resamples behind each interval")
 
     @model_validator(mode="after")
     def _conditions_are_complete(self) -> "EvalSection":
         for condition in self.conditions:
-            if NEEDS.get(condition, condition) not in self.conditions:
-                raise ValueError(f"{condition!r} goes on from responses of {NEEDS[condition]!r}: add that condition")
-        if "boost" in self.conditions and not (self.boost.multiples or self.boost.deviations):
-            raise ValueError("the condition 'boost' needs boost.multiples or boost.deviations")
+            if CONDITION_NAMES and condition not in CONDITION_NAMES:
+                raise ValueError(f"there is no condition {condition!r}: take {', '.join(CONDITION_NAMES)}")
+            source = CONDITION_NAMES.get(condition)
+            if source and source not in self.conditions:
+                raise ValueError(f"{condition!r} goes on from responses of {source!r}: add that condition")
+        if "boost" in self.conditions and not self.boost:
+            raise ValueError("the condition 'boost' needs multiples in eval.boost")
         return self
 
 
@@ -420,7 +407,7 @@ class ArmSection(Section):
         None, description="a shipped prompt variant by name, or a text with {prompt} and perhaps {label}"
     )
     edit: EditSection | None = None
-    conditions: tuple[Condition, ...] | None = Field(None, description="some of eval.conditions; None: all of them")
+    conditions: tuple[str, ...] | None = Field(None, description="some of eval.conditions; None: all of them")
 
     @property
     def is_trained(self) -> bool:
@@ -449,6 +436,7 @@ class Recipe(Section):
     seed: int = 0
     seeds: tuple[int, ...] | None = Field(None, description="several runs with one combined metrics.json")
     workers: AtLeastOne = Field(1, description="seeds run at once, each in a process of its own with one thread")
+    plugins: tuple[str, ...] = Field((), description="Python files that register sources, conditions or judges")
     model: ModelSection
     sae: SaeSection | None = None
     latents: LatentsSection = LatentsSection()
@@ -533,13 +521,88 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise InputError("a recipe is a mapping of keys to values", str(path), "See `esr recipes show`.")
     for override in overrides:
         _apply(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str = "the recipe") -> Recipe:
+    """A recipe from its values; the plug-ins that it names are imported first.
+
+    Raises:
+        InputError: naming every mistake at once, each with its key, and `where`.
+    """
+    for plugin in values.get("plugins") or ():
+        import_plugin(str(plugin))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         mistakes = [f"{_key(item['loc'])}: {_message(item)}" for item in error.errors()]
         raise InputError(
-            f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)} in the recipe: " + "; ".join(mistakes), str(path)
+            f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)} in the recipe: " + "; ".join(mistakes), where
         ) from error
+
+
+def import_plugin(path: str) -> None:
+    """Import a Python file once: what it registers can then stand in recipes.
+
+    Args:
+        path: absolute, or from the current folder on.
+
+    Raises:
+        InputError: if there is no such file, or importing it fails.
+    """
+    file = Path(path).expanduser().resolve()
+    name = f"esr_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}_{file.stem}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise InputError("this is not a Python file", f"plugins: {path}", "Name a .py file.")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # Whatever somebody's own module raises.
+        del sys.modules[name]
+        raise InputError(f"importing it fails ({type(error).__name__}: {error})", f"plugins: {path}") from error
+
+
+@dataclass(frozen=True)
+class ExplainedKey:
+    """A key of a recipe: its name with dots, its kind and default as text, and what it means."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def explained_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[ExplainedKey]:
+    """Every key that a recipe may have, in the order of the schema; those of an arm stand under `arms.NAME`."""
+    keys: list[ExplainedKey] = []
+    for name, field in section.model_fields.items():
+        inner = list(dict.fromkeys(_sections(field.annotation)))
+        if not inner:
+            kind = re.sub(r"\b(typing|esr_train\.recipe)\.", "", _kind(field.annotation))
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            keys.append(ExplainedKey(f"{prefix}{name}", kind, default, field.description or ""))
+        elif name == "judges":
+            keys.append(ExplainedKey(name, "list of judge sections", "()", field.description or ""))
+        else:
+            inside = f"{prefix}{name}.NAME." if name == "arms" else f"{prefix}{name}."
+            found = {key.name: key for part in inner for key in explained_keys(part, inside)}
+            keys += found.values()
+    return keys
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The section classes in a type, wherever they stand."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def _kind(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def dump_recipe(recipe: Recipe) -> str:

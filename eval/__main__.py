@@ -33,6 +33,10 @@ def _parser() -> argparse.ArgumentParser:
         "--arm", help="base, or one of the recipe's arms; unless given all of them, and a report at the end"
     )
 
+    run.add_argument(
+        "--redo", action="append", default=[], metavar="STAGE", help="make a stage anew, such as trials/tuned"
+    )
+
     compare = add_command(commands, "compare", _compare, "print the arms of one run, or of several, beside each other")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     compare.add_argument("--all", action="store_true", help="every metric, not only the headline's")
@@ -66,11 +70,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     recipe = _recipe(options.recipe, options.overrides)
-    from recipes.pipeline import begun
+    from recipes.pipeline import calibrate
 
-    top, _ = begun(recipe)
-    top.calibrated  # noqa: B018 - the property's first use does the work
-    print(top.directory / "thresholds.json")
+    print(calibrate(recipe))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -78,24 +80,13 @@ def _run(options: argparse.Namespace) -> None:
     arms = ("base", *recipe.arms)
     if options.arm not in (None, *arms):
         raise InputError(f"the recipe has no arm {options.arm!r}", "--arm", f"It has {', '.join(arms)}.")
-    from recipes.pipeline import begun
-    from recipes.results import reports, spent
+    from recipes.pipeline import evaluate
     from recipes.workers import joined
 
     ranks = joined(recipe)
     if ranks.count > 1 and ranks.first:
         print(f"{ranks.count} processes share the cells", flush=True)
-    top, parts = begun(recipe, ranks)
-    for part in parts:
-        for arm in [options.arm] if options.arm else arms:
-            part.measure_arm(arm)
-            if ranks.first:
-                print(part.directory / "trials" / f"{arm}.jsonl", flush=True)
-    for rank, told in enumerate(ranks.gather(spent(top))):
-        for line in told if ranks.first and rank else ():
-            print(f"process {rank}: {line}", flush=True)
-    if not options.arm:
-        ranks.by_first(lambda: reports(top, parts))
+    evaluate(recipe, options.arm, ranks, options.redo)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -140,10 +131,9 @@ def _import(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     folder = options.run if options.run.is_dir() else None
     recipe = _recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides)
-    from recipes.pipeline import experiments
-    from recipes.results import reports
+    from recipes.pipeline import report_again
 
-    reports(*experiments(recipe, folder))
+    report_again(recipe, folder)
 
 
 def _power(options: argparse.Namespace) -> None:
@@ -163,9 +153,9 @@ def _power(options: argparse.Namespace) -> None:
 
 
 def _recipe(path: Path | str, overrides: Sequence[str]) -> "Recipe":
-    from esr_train.recipe import load_recipe
+    from recipes.loading import read_recipe
 
-    return load_recipe(path, list(overrides))
+    return read_recipe(path, list(overrides))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from esr_train.errors import InputError, RunError
 from esr_train.files import read_json, write_json
 from esr_train.recipe import CalibrationSection
 from esr_train.steering.directions import Positions
-from esr_train.steering.engine import Engine, Progress, Request, Sampling
+from esr_train.steering.engine import Progress, Request, Sampling
 from esr_train.transcript import SaeRef
 from esr_train.values import typed
 from eval.cells import Prompt, derived_seed, fingerprint
-from eval.judging.judge import Judge, JudgeItem, first_scores
+from eval.judging.judge import JudgeItem, first_scores
 from eval.store import RowStore
-from eval.variants import PLAIN, Variant
+from eval.variants import Arm
 
 if TYPE_CHECKING:
     from esr_train.steering.directions import Direction
@@ -32,6 +32,8 @@ PRIOR_WIDTH = 0.5
 BOUND_MARGIN = 0.05
 """A threshold nearer to a bound than this share of their distance is flagged."""
 LEAST_PROBABILITY = 1e-6
+
+
 Scores = tuple[float, ...]
 """First-attempt scores (0-100) of one latent's responses in one round, without the unscored."""
 
@@ -87,17 +89,26 @@ class Threshold:
         return (self.high - self.low) / 3.29
 
 
+@dataclass(frozen=True)
+class CalibrationPrompts:
+    """The prompts of a calibration.
+
+    Args:
+        search: asked while bisecting; a latent is never asked about its own topic.
+        verify: other prompts, on which the thresholds are checked.
+    """
+
+    search: Sequence[Prompt]
+    verify: Sequence[Prompt]
+
+
 def calibrate(
-    engine: Engine,
-    judge: Judge,
+    arm: Arm,
     latents: Sequence["Direction"],
-    prompts: Sequence[Prompt],
-    verify_on: Sequence[Prompt],
+    prompts: CalibrationPrompts,
     section: CalibrationSection,
-    sampling: Sampling,
     *,
     positions: Positions = "all",
-    variant: Variant = PLAIN,
     seed: int = 0,
     store: RowStore[Scores] | None = None,
     progress: Progress | None = None,
@@ -105,18 +116,20 @@ def calibrate(
     """Thresholds of all latents in lockstep: every round is one call of the engine with a query for each.
 
     Probabilistic bisection (Waeber, Frazier & Henderson 2011): the posterior of each threshold lives on a
-    grid over `section.bounds`, its prior is Gaussian, and each round asks at the posterior's median. With
-    `section.stop_width` a round leaves out the latents whose posterior is already that narrow. To recalibrate
-    for a tuned model, call this with its engine (and wider bounds if it resists).
+    grid over `section.bounds`, its prior is Gaussian around their middle, and each round asks at the posterior's
+    median. With `section.stop_width` a round leaves out the latents whose posterior is already that narrow. To
+    recalibrate for a tuned model, call this with its arm (and wider bounds if it resists).
 
     Args:
-        prompts: asked while bisecting; a latent is never asked about its own topic.
-        verify_on: other prompts, on which the thresholds are checked.
-        sampling: as in the trials, but with `section.max_new_tokens`.
-        variant: the arm's prompt variant and interventions.
+        arm: the model; its sampling is taken with `section.max_new_tokens`.
+        latents: directions to be steered along.
+        prompts: to search and to verify on.
+        section: the recipe's `calibration`.
+        positions: which tokens are steered.
+        seed: of prompts and sampling.
         store: the rounds' scores are kept here, so that a killed calibration goes on where it stopped; rows
             of other settings are ignored. One file a model: an engine does not tell models apart.
-        progress: told of `work(len(latents), section)` responses in all.
+        progress: told of `response_count(len(latents), section)` responses in all.
 
     Raises:
         InputError: if the bounds are not two increasing strengths above 0, or a latent has no prompt of
@@ -129,40 +142,39 @@ def calibrate(
     if not latents:
         return []
     grid = np.linspace(low, high, GRID_POINTS)
-    middle, width = section.prior or ((low + high) / 2, PRIOR_WIDTH * (high - low))
-    prior = np.exp(-0.5 * ((grid - middle) / width) ** 2)
+    prior = np.exp(-0.5 * ((grid - (low + high) / 2) / (PRIOR_WIDTH * (high - low))) ** 2)
     posterior = np.tile(prior / prior.sum(), (len(latents), 1))
-    ask = _Lockstep(engine, judge, tuple(latents), sampling, section, positions, variant, seed, store, progress)
+    lockstep = _Lockstep(arm, tuple(latents), section, positions, seed, store, progress)
     seen = np.zeros(len(latents), dtype=int)
-    for round_ in range(section.rounds):
+    for number in range(section.rounds):
         asked_at = quantile(posterior, grid, 0.5)
-        places = still_wide(posterior, grid, section.stop_width)
-        if progress and len(places) < len(latents):
-            progress((len(latents) - len(places)) * section.prompts, 0)
-        scores = ask.scores(f"round {round_}", places, asked_at, prompts, section.prompts)
-        for place, found in zip(places, scores, strict=True):
-            posterior[place] = updated(posterior[place], grid, asked_at[place], found, section.target)
-            seen[place] += len(found)
+        open_indices = still_wide(posterior, grid, section.stop_width)
+        if progress and len(open_indices) < len(latents):
+            progress((len(latents) - len(open_indices)) * section.prompts, 0)
+        scores = lockstep.scores(f"round {number}", open_indices, asked_at, prompts.search, section.prompts)
+        for index, new in zip(open_indices, scores, strict=True):
+            posterior[index] = updated(posterior[index], grid, asked_at[index], new, section.target)
+            seen[index] += len(new)
     thresholds = _thresholds(latents, posterior, grid, seen)
     if not section.verify:
         return thresholds
-    norms = [each.norm for each in thresholds]
-    checked = ask.scores("verify", range(len(latents)), norms, verify_on, section.verify)
+    norms = [threshold.norm for threshold in thresholds]
+    checked = lockstep.scores("verify", range(len(latents)), norms, prompts.verify, section.verify)
     return [
-        replace(each, verified=float(np.mean(found)) if found else None, verified_n=len(found))
-        for each, found in zip(thresholds, checked, strict=True)
+        replace(threshold, verified=float(np.mean(scores)) if scores else None, verified_n=len(scores))
+        for threshold, scores in zip(thresholds, checked, strict=True)
     ]
 
 
 def still_wide(posterior: np.ndarray, grid: np.ndarray, stop_width: float | None) -> list[int]:
-    """The places of the latents whose posterior [latents, points] is not narrower than `stop_width` medians yet."""
+    """The indices of the latents whose posterior [latents, points] is not narrower than `stop_width` medians yet."""
     if stop_width is None:
         return list(range(len(posterior)))
     low, median, high = (quantile(posterior, grid, share) for share in (0.05, 0.5, 0.95))
     return np.flatnonzero(high - low > stop_width * median).tolist()
 
 
-def work(latents: int, section: CalibrationSection) -> int:
+def response_count(latents: int, section: CalibrationSection) -> int:
     """How many responses a calibration takes at most."""
     return latents * (section.rounds * section.prompts + section.verify)
 
@@ -217,13 +229,10 @@ def _thresholds(
 class _Lockstep:
     """Asks for responses of all latents at once, each at its own strength."""
 
-    engine: Engine
-    judge: Judge
+    arm: Arm
     latents: tuple["Direction", ...]
-    sampling: Sampling
     section: CalibrationSection
     positions: Positions
-    variant: Variant
     seed: int
     store: RowStore[Scores] | None
     progress: Progress | None
@@ -231,17 +240,18 @@ class _Lockstep:
     def scores(
         self,
         name: str,
-        places: Sequence[int],
+        indices: Sequence[int],
         norms: Sequence[float] | np.ndarray,
         prompts: Sequence[Prompt],
         count: int,
     ) -> list[list[float]]:
-        """First-attempt scores of `count` responses for each latent at `places`, without the unscored; one call."""
-        keys = {place: self._key(name, self.latents[place], float(norms[place]), prompts, count) for place in places}
+        """First-attempt scores of `count` responses for each latent at `indices`, without the unscored; one call."""
+        keys = {index: self._key(name, self.latents[index], float(norms[index]), prompts, count) for index in indices}
         kept = self.store.by_key() if self.store else {}
-        missing = [place for place, key in keys.items() if key not in kept]
-        found = self._measure(name, [(self.latents[place], float(norms[place])) for place in missing], prompts, count)
-        rows = [(keys[place], tuple(scores)) for place, scores in zip(missing, found, strict=True)]
+        missing = [index for index, key in keys.items() if key not in kept]
+        queries = [(self.latents[index], float(norms[index])) for index in missing]
+        measured = self._measure(name, queries, prompts, count)
+        rows = [(keys[index], tuple(scores)) for index, scores in zip(missing, measured, strict=True)]
         if self.store:
             self.store.append(rows)
         if self.progress and len(rows) < len(keys):
@@ -257,8 +267,10 @@ class _Lockstep:
             for latent, norm in queries
             for number, prompt in enumerate(self._draw(name, latent, prompts, count))
         ]
+        if not asked:
+            return []
         requests = [
-            self.variant.apply(
+            self.arm.variant.apply(
                 Request(
                     id=f"{name} / latent {latent.latent} / {number}",
                     prompt=prompt.text,
@@ -269,10 +281,8 @@ class _Lockstep:
             )
             for latent, norm, prompt, number in asked
         ]
-        if not requests:
-            return []
-        sampling = replace(self.sampling, max_new_tokens=self.section.max_new_tokens)
-        completions = self.engine.generate(requests, sampling, self.progress)
+        sampling = replace(self.arm.sampling, max_new_tokens=self.section.max_new_tokens)
+        completions = self.arm.engine.generate(requests, sampling, self.progress)
         for completion in completions:
             if completion.steered_tokens == 0:
                 raise RunError(f"calibration: the response to {completion.id} was not steered.")
@@ -280,7 +290,7 @@ class _Lockstep:
             JudgeItem(prompt.text, completion.text, latent.label)
             for (latent, _, prompt, _), completion in zip(asked, completions, strict=True)
         ]
-        first = first_scores(self.judge, items)
+        first = first_scores(self.arm.judge, items)
         groups = [first[start : start + count] for start in range(0, len(first), count)]
         return [[score for score in group if score is not None] for group in groups]
 
@@ -296,10 +306,9 @@ class _Lockstep:
         return [others[number % len(others)] for number in range(count)]
 
     def _key(self, name: str, latent: "Direction", norm: float, prompts: Sequence[Prompt], count: int) -> str:
-        engine = self.engine.name, self.judge.name, asdict(self.sampling), self.positions, self.seed
+        made = self.arm.engine.name, self.arm.judge.name, asdict(self.arm.sampling), self.positions, self.seed
         asked = self.section.model_dump(), prompts_digest(prompts), str(latent.sae), norm, count
-        digest = hashlib.sha256(repr((engine, asked)).encode()).hexdigest()[:16]
-        return f"{name} / latent {latent.latent} / {digest}"
+        return f"{name} / latent {latent.latent} / {hashlib.sha256(repr((made, asked)).encode()).hexdigest()[:16]}"
 
 
 def calibration_key(
@@ -343,9 +352,9 @@ def load_thresholds(path: Path | str, key: Mapping[str, Any]) -> list[Threshold]
     wanted = json.loads(json.dumps(key))
     differing = [name for name in {**wanted, **frozen.key} if wanted.get(name) != frozen.key.get(name)]
     if differing:
-        found = "; ".join(f"{name}: {frozen.key.get(name)!r}, now {wanted.get(name)!r}" for name in differing)
+        changes = "; ".join(f"{name}: {frozen.key.get(name)!r}, now {wanted.get(name)!r}" for name in differing)
         raise InputError(
-            f"the thresholds were frozen for another {', '.join(differing)} ({found})",
+            f"the thresholds were frozen for another {', '.join(differing)} ({changes})",
             str(path),
             "Calibrate again in another run directory, or restore the setting.",
         )

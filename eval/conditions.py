@@ -1,113 +1,242 @@
-"""Conditions: how the same cells are run. Steered or not, how hard, along what, and from which words on."""
+"""Conditions: how the same cells are run. Steered or not, how hard, along what, and from which words on.
 
-from collections.abc import Mapping, Sequence
+A condition is one registered function that turns what an arm has (`Setting`) into what it runs (`Plan`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from esr_train.recipe import BoostSection, EvalSection
+from esr_train.recipe import CONDITION_NAMES, EvalSection
 from esr_train.restarts import attempts, find_cues, sentences
-from eval.cells import Cell, derived_seed
+from eval.cells import Cell, derived_seed, unsteered
 from eval.store import Trial
-from eval.trials import Steerer
+from eval.trials import Plan, Steerer
 
 if TYPE_CHECKING:
     from esr_train.steering.directions import Direction
 
-TITLES = {
-    "steered": "Steered at the base model's thresholds",
-    "unsteered": "Unsteered",
-    "steered_recalibrated": "Steered at the arm's own thresholds",
-    "random_direction": "Steered along random directions of equal norm",
-    "random_latents": "Steered by random latents of like frequency and decoder norm",
-    "unsteered_continues": "Unsteered, going on from the base model's steered beginning",
-    "steered_continues": "Steered, going on from the base model's unsteered beginning",
-    "switched_off": "Steered until the first restart, then unsteered",
-}
-LATE = ("unsteered_continues", "steered_continues", "switched_off")
-"""Conditions that go on from responses of others; they run last."""
+PREFIX_SENTENCES = 2
+"""Sentences of a response that another condition goes on from."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A condition as one arm runs it.
+class Setting:
+    """What a condition may draw on.
 
     Args:
-        condition: its name, as in trial rows.
-        cells: what is run.
-        steerer: how a cell is steered.
-        prefixes: cell key -> text with which the reply already begins.
+        arm: the arm's name.
+        cells: test latents on test prompts; all of them, or the first `eval.control_trials`.
+        steerer: steers at the base model's thresholds.
+        seed: the run's.
+        response: the finished trial of an arm (by name) under a condition on a cell.
+        own_thresholds: measures the arm's own thresholds, if they are not there yet: latent -> `norm` units; latents
+            whose threshold lies at a bound are left out.
+        stand_ins: latent -> direction of a random latent of like activation frequency and decoder norm.
+        value: of a sweep's condition, such as the multiple of `boost_x1.5`.
     """
 
-    condition: str
-    cells: tuple[Cell, ...]
+    arm: str
+    cells: Sequence[Cell]
     steerer: Steerer
-    prefixes: Mapping[str, str] = field(default_factory=dict)
+    seed: int
+    response: Callable[[str, str, Cell], Trial]
+    own_thresholds: Callable[[], Mapping[int, float]]
+    stand_ins: Callable[[], Mapping[int, "Direction"]]
+    value: float = 1.0
 
 
 @dataclass(frozen=True)
-class Boost:
-    """A strength beside the threshold: a multiple of it, or standard deviations of its posterior added to it."""
-
-    multiple: float = 1.0
-    deviations: float = 0.0
-
-
-def boosts(section: BoostSection) -> dict[str, Boost]:
-    """Every boost of a sweep by its condition's name: `boost_x1.25`, `boost_+1sd`."""
-    found = {f"boost_x{multiple:g}": Boost(multiple=multiple) for multiple in section.multiples}
-    return found | {f"boost_{count:+g}sd": Boost(deviations=count) for count in section.deviations}
-
-
-def names(section: EvalSection) -> tuple[str, ...]:
-    """The conditions in the order in which they run; a sweep is one condition for each strength."""
-    found: list[str] = []
-    for condition in dict.fromkeys(section.conditions):
-        found += boosts(section.boost) if condition == "boost" else [condition]
-    return tuple(sorted(found, key=LATE.__contains__))
-
-
-def title(condition: str) -> str:
-    """A condition's name in words."""
-    if condition.startswith("boost_x"):
-        return f"Steered at {condition.removeprefix('boost_x')} × the threshold"
-    if condition.startswith("boost_"):
-        count = condition.removeprefix("boost_").removesuffix("sd").replace("-", "− ").replace("+", "+ ")
-        plural = "" if count[2:] == "1" else "s"
-        return f"Steered at the threshold {count} standard deviation{plural} of its posterior"
-    return TITLES.get(condition, condition)
-
-
-def order(condition: str) -> tuple[int, float, str]:
-    """Where a condition stands among others: the known ones first, each sweep by strength, then the rest by name."""
-    known = list(TITLES)
-    if condition in known:
-        return known.index(condition), 0.0, condition
-    for place, (before, after) in enumerate((("boost_x", ""), ("boost_", "sd")), start=len(known)):
-        if condition.startswith(before) and condition.endswith(after):
-            with suppress(ValueError):
-                return place, float(condition.removeprefix(before).removesuffix(after)), condition
-    return len(known) + 2, 0.0, condition
-
-
-def boosted(
-    cells: Sequence[Cell], boost: Boost, norms: Mapping[int, float], spreads: Mapping[int, float]
-) -> list[Cell]:
-    """Cells at another strength; a cell whose strength would not be above 0 is left out.
+class Condition:
+    """A way to run the cells.
 
     Args:
-        cells: steered ones.
-        boost: the other strength.
-        norms: latent -> threshold.
-        spreads: latent -> standard deviation of its threshold's posterior.
+        name: as in `eval.conditions` and in trial rows.
+        title: in words, for the report.
+        plan: what an arm runs.
+        goes_on_from: the condition from whose responses its replies go on; it must be measured, too.
+        runs_every_cell: whether it runs `eval.trials` cells and not only `eval.control_trials`.
+        reads_restarts: whether the log-probability of a restart is read at its responses' sentence ends.
+        needs_frequency: whether it needs to know how often the SAE's latents are active.
+        for_plain_base: whether it says anything about the base model as it is.
+        sweep: for a family of conditions, their names and values as the recipe wants them.
     """
-    found = []
-    for cell in cells:
-        assert cell.latent is not None
-        multiple = boost.multiple + boost.deviations * spreads[cell.latent] / norms[cell.latent]
-        if multiple > 0:
-            found.append(replace(cell, multiple=round(multiple, 6)))
-    return found
+
+    name: str
+    title: str
+    plan: Callable[[Setting], Plan]
+    goes_on_from: str | None = None
+    runs_every_cell: bool = False
+    reads_restarts: bool = False
+    needs_frequency: bool = False
+    for_plain_base: bool = True
+    sweep: Callable[[EvalSection], Mapping[str, float]] | None = None
+
+
+CONDITIONS: dict[str, Condition] = {}
+"""Every condition by its name, in the order in which reports show them."""
+
+
+def register_condition(condition: Condition) -> None:
+    """Make a condition known to recipes, evaluations and reports.
+
+    Raises:
+        ValueError: if there is one of this name already.
+    """
+    if condition.name in CONDITIONS:
+        raise ValueError(f"there is a condition {condition.name!r} already")
+    CONDITIONS[condition.name] = condition
+    CONDITION_NAMES[condition.name] = condition.goes_on_from
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A condition as a recipe measures it: the members of a sweep are one each.
+
+    Args:
+        name: as in trial rows.
+        condition: the registered one.
+        value: of a sweep's member.
+    """
+
+    name: str
+    condition: Condition
+    value: float = 1.0
+
+
+def measured_conditions(section: EvalSection, wanted: Sequence[str] | None = None) -> tuple[Measured, ...]:
+    """The conditions that a recipe measures, in the order in which they run.
+
+    Args:
+        section: the recipe's.
+        wanted: an arm's own choice among `section.conditions`; None: all of them.
+    """
+    found: list[Measured] = []
+    for name in dict.fromkeys(section.conditions if wanted is None else wanted):
+        condition = CONDITIONS[name]
+        values = condition.sweep(section) if condition.sweep else {name: 1.0}
+        found += [Measured(member, condition, value) for member, value in values.items()]
+    # Those that go on from the responses of others run last.
+    return tuple(sorted(found, key=lambda measured: measured.condition.goes_on_from is not None))
+
+
+def title(name: str) -> str:
+    """A condition's name in words."""
+    if name.startswith("boost_x"):
+        return f"Steered at {name.removeprefix('boost_x')} × the threshold"
+    return CONDITIONS[name].title if name in CONDITIONS else name
+
+
+def order(name: str) -> tuple[int, float, str]:
+    """Where a condition stands among others: registered ones first, each sweep by strength, then the rest by name."""
+    known = list(CONDITIONS)
+    if name.startswith("boost_x"):
+        with suppress(ValueError):
+            return len(known), float(name.removeprefix("boost_x")), name
+    return (known.index(name) if name in known else len(known) + 1), 0.0, name
+
+
+def _steered(setting: Setting) -> Plan:
+    return Plan(tuple(setting.cells), setting.steerer)
+
+
+def _unsteered(setting: Setting) -> Plan:
+    return Plan(tuple(unsteered(setting.cells)), setting.steerer)
+
+
+def _recalibrated(setting: Setting) -> Plan:
+    norms = setting.own_thresholds()
+    return Plan(tuple(cell for cell in setting.cells if cell.latent in norms), replace(setting.steerer, norms=norms))
+
+
+def _boosted(setting: Setting) -> Plan:
+    cells = tuple(replace(cell, multiple=round(setting.value, 6)) for cell in setting.cells)
+    return Plan(cells, setting.steerer)
+
+
+def _along_random_directions(setting: Setting) -> Plan:
+    directions = random_directions(setting.steerer.directions, setting.seed)
+    return Plan(tuple(unlabelled(setting.cells)), replace(setting.steerer, directions=directions))
+
+
+def _by_random_latents(setting: Setting) -> Plan:
+    stand_ins = setting.stand_ins()
+    directions = {direction.latent: direction for direction in stand_ins.values()}
+    norms = {direction.latent: setting.steerer.norms[latent] for latent, direction in stand_ins.items()}
+    steerer = replace(setting.steerer, directions=directions, norms=norms)
+    return Plan(tuple(with_latents(setting.cells, stand_ins)), steerer)
+
+
+def _unsteered_continues(setting: Setting) -> Plan:
+    return _continued(setting, "steered", setting.cells, replace(setting.steerer, off=True))
+
+
+def _steered_continues(setting: Setting) -> Plan:
+    return _continued(setting, "unsteered", unsteered(setting.cells), setting.steerer)
+
+
+def _continued(setting: Setting, condition: str, sources: Sequence[Cell], steerer: Steerer) -> Plan:
+    """The cells, each from where the base model's response under another condition is cut."""
+    prefixes = {
+        cell.key: opening(setting.response("base", condition, source).response, PREFIX_SENTENCES)
+        for cell, source in zip(setting.cells, sources, strict=True)
+    }
+    return Plan(tuple(setting.cells), steerer, prefixes)
+
+
+def _switched_off(setting: Setting) -> Plan:
+    """Responses without a restart stand as they are: steering was never switched off."""
+    prefixes: dict[str, str] = {}
+    copies: dict[str, Trial] = {}
+    for cell in setting.cells:
+        trial = setting.response(setting.arm, "steered", cell)
+        begun = through_restart(trial)
+        if begun is None:
+            copies[cell.key] = trial
+        else:
+            prefixes[cell.key] = begun
+    return Plan(tuple(setting.cells), replace(setting.steerer, off=True), prefixes, copies)
+
+
+def boosts(section: EvalSection) -> dict[str, float]:
+    """The multiples of a sweep by their conditions' names, such as `boost_x1.25`."""
+    return {f"boost_x{multiple:g}": multiple for multiple in section.boost}
+
+
+for _condition in (
+    Condition("steered", "Steered at the base model's thresholds", _steered, runs_every_cell=True, reads_restarts=True),
+    Condition("unsteered", "Unsteered", _unsteered, runs_every_cell=True, reads_restarts=True),
+    Condition(
+        "steered_recalibrated",
+        "Steered at the arm's own thresholds",
+        _recalibrated,
+        runs_every_cell=True,
+        for_plain_base=False,
+    ),
+    Condition("random_direction", "Steered along random directions of equal norm", _along_random_directions),
+    Condition(
+        "random_latents",
+        "Steered by random latents of like frequency and decoder norm",
+        _by_random_latents,
+        needs_frequency=True,
+    ),
+    Condition(
+        "unsteered_continues",
+        "Unsteered, going on from the base model's steered beginning",
+        _unsteered_continues,
+        goes_on_from="steered",
+    ),
+    Condition(
+        "steered_continues",
+        "Steered, going on from the base model's unsteered beginning",
+        _steered_continues,
+        goes_on_from="unsteered",
+    ),
+    Condition("switched_off", "Steered until the first restart, then unsteered", _switched_off, goes_on_from="steered"),
+    Condition("boost", "Steered at other strengths", _boosted, sweep=boosts),
+):
+    register_condition(_condition)
 
 
 def unlabelled(cells: Sequence[Cell]) -> list[Cell]:
@@ -148,12 +277,12 @@ def opening(response: str, count: int) -> str:
 
 def through_restart(trial: Trial) -> str | None:
     """A response up to the end of its first restart's cue; None if it has no restart."""
-    response, found = trial.response, trial.attempts
-    starts = [found[1].start] if len(found) > 1 else [start for start, _ in attempts(response)[1:2]]
+    response, judged = trial.response, trial.attempts
+    starts = [judged[1].start] if len(judged) > 1 else [start for start, _ in attempts(response)[1:2]]
     if not starts:
         return None
     cue = next((end for start, end in find_cues(response) if start <= starts[0] < end), None)
     if cue is not None:
-        return str(response[:cue])
+        return response[:cue]
     sentence = next((end for _, end in sentences(response) if end > starts[0]), len(response))
-    return str(response[:sentence])
+    return response[:sentence]

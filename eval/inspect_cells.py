@@ -27,15 +27,14 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from esr_train.errors import RunError
 from esr_train.restarts import find_cues
-from esr_train.steering.engine import Completion, Engine, Request, Sampling
+from esr_train.steering.engine import Completion, Request
 from eval.cells import Cell
-from eval.conditions import Plan
-from eval.judging.judge import Judge, JudgeItem, Judgement
+from eval.judging.judge import JudgeItem, Judgement
 from eval.metrics import METRICS, Gap
 from eval.store import Trial, trial_from_json, trial_to_json
 from eval.summary import estimate
-from eval.trials import Steerer, cell_request, check_steering, described
-from eval.variants import PLAIN, Variant
+from eval.trials import Plan, Steerer, cell_request, check_steering, described
+from eval.variants import Arm
 
 TRIAL = "trial"
 """Key of a score's metadata under which the trial's row stands."""
@@ -128,32 +127,25 @@ class SteeredApi(ModelAPI):
         return output
 
 
-def cells_task(
-    plan: Plan,
-    engine: Engine,
-    judge: Judge,
-    sampling: Sampling,
-    *,
-    arm: str,
-    variant: Variant = PLAIN,
-    rows: int,
-) -> Task:
+def cells_task(arm: Arm, condition: str, plan: Plan, rows: int) -> Task:
     """An arm under one condition, as a task that brings its own model.
 
     Args:
-        plan: the condition.
-        variant: the arm's prompt variant and interventions.
+        arm: the model under test.
+        condition: its name.
+        plan: what is run.
         rows: most requests of a batch.
     """
     cells = {cell.key: cell for cell in plan.cells}
     requests = {
-        key: cell_request(cell, key, plan.steerer, variant, plan.prefixes.get(key, "")) for key, cell in cells.items()
+        key: cell_request(cell, key, plan.steerer, arm.variant, plan.prefixes.get(key, ""))
+        for key, cell in cells.items()
     }
 
     def work(keys: list[str]) -> list[Completion]:
         batch = [requests[key] for key in keys]
-        completions = engine.generate(batch, sampling)
-        check_steering(arm, batch, completions)
+        completions = arm.engine.generate(batch, arm.sampling)
+        check_steering(arm.name, batch, completions)
         return completions
 
     completions: Batcher[str, Completion] = Batcher(work, rows)
@@ -164,10 +156,10 @@ def cells_task(
     return Task(
         dataset=[_sample(cell, requests[key], plan.steerer) for key, cell in cells.items()],
         solver=generate(),
-        scorer=judged(plan, judge, rows, arm=arm, engine=engine.name, sampling=sampling),
-        model=Model(SteeredApi(arm, complete, rows), GenerateConfig()),
-        name=f"{plan.condition}_{arm}",
-        metadata={"arm": arm, "condition": plan.condition, "judge": judge.name, "sampling": asdict(sampling)},
+        scorer=judged(arm, condition, plan, rows),
+        model=Model(SteeredApi(arm.name, complete, rows), GenerateConfig()),
+        name=f"{condition}_{arm.name}",
+        metadata={"arm": arm.name, "condition": condition, "judge": arm.judge.name, "sampling": asdict(arm.sampling)},
     )
 
 
@@ -179,10 +171,10 @@ def _sample(cell: Cell, request: Request, steerer: Steerer) -> Sample:
     )
 
 
-def judged(plan: Plan, judge: Judge, rows: int, *, arm: str, engine: str, sampling: Sampling) -> Scorer:
+def judged(arm: Arm, condition: str, plan: Plan, rows: int) -> Scorer:
     """The judge as a scorer: a score holds every metric of the response, and its trial's row as metadata."""
     cells = {cell.key: cell for cell in plan.cells}
-    verdicts: Batcher[JudgeItem, Judgement] = Batcher(judge.judge, rows)
+    verdicts: Batcher[JudgeItem, Judgement] = Batcher(arm.judge.judge, rows)
 
     async def score(state: TaskState, target: Target) -> Score:
         cell = cells[str(state.sample_id)]
@@ -192,12 +184,12 @@ def judged(plan: Plan, judge: Judge, rows: int, *, arm: str, engine: str, sampli
         made = state.output.metadata or {}
         trial = Trial(
             key=cell.key,
-            arm=arm,
-            condition=plan.condition,
+            arm=arm.name,
+            condition=condition,
             seed=cell.seed,
             cell=described(cell, plan.steerer.strength(cell)),
-            engine=engine,
-            sampling=sampling,
+            engine=arm.engine.name,
+            sampling=arm.sampling,
             prefix=len(prefix),
             response=response,
             finish_reason=None,

@@ -8,12 +8,13 @@ from eval.metrics import METRICS, Metric
 from eval.report.story import shown
 from eval.store import Trial
 from eval.summary import estimate
+from eval.trials import Observer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-class Bar:
+class Bar(Observer):
     """A bar on standard error: responses/s, tokens/s, the time left, and what the trials so far have given."""
 
     def __init__(self, bar: "tqdm[Any]") -> None:
@@ -25,7 +26,7 @@ class Bar:
         self._bar.update(rows)
         self._show()
 
-    def watch(self, trials: Sequence[Trial]) -> None:
+    def on_trials_finished(self, trials: Sequence[Trial]) -> None:
         """Show the numbers of the trials so far."""
         self._numbers = brief(trials)
         self._show()

@@ -180,6 +180,21 @@ class RowStore(Generic[Row]):
             self._write(b"".join(_line({"key": key, **self._written(row)}) for key, row in batch.items()))
         self._rows.update(batch)
 
+    def drop(self, unwanted: Callable[[Row], bool]) -> None:
+        """Take rows out of the file for good."""
+        kept = {key: row for key, row in self._rows.items() if not unwanted(row)}
+        if len(kept) == len(self._rows):
+            return
+        aside = self.path.with_name(f".{self.path.name}.partial")
+        aside.write_bytes(b"".join(_line({"key": key, **self._written(row)}) for key, row in kept.items()))
+        os.replace(aside, self.path)
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again: another process has written it."""
+        self._rows.clear()
+        self._load()
+
     def _write(self, data: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:

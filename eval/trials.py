@@ -1,19 +1,19 @@
 """Run cells through an engine and a judge into a store that a kill cannot corrupt."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from esr_train.errors import RunError
 from esr_train.ranks import ALONE, Ranks
 from esr_train.restarts import find_cues
 from esr_train.steering.directions import Positions
-from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
+from esr_train.steering.engine import Completion, Request
 from esr_train.values import typed
 from eval.cells import Cell
 from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.store import Trial, TrialCell, TrialStore, TrialVariant, UsedStrength
-from eval.variants import PLAIN, Variant
+from eval.variants import PLAIN, Arm, Variant
 
 if TYPE_CHECKING:
     from esr_train.steering.directions import Direction
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 128
 """Trials between two writes: at most these are lost when a run is killed."""
-Watch = Callable[[Sequence[Trial]], None]
-"""Shown trials as they are finished, all those of an arm and condition each time."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +71,42 @@ class Readings:
     restarts: Callable[[Sequence[Request], Sequence[str]], list[list[list[float]]]] | None = None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What an arm runs under a condition.
+
+    Args:
+        cells: in order.
+        steerer: how a cell is steered.
+        prefixes: cell key -> text that the reply goes on from; it is part of the response.
+        copies: cell key -> a finished trial of the arm that stands for this one as it is.
+    """
+
+    cells: tuple[Cell, ...]
+    steerer: Steerer
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, Trial] = field(default_factory=dict)
+
+
+class Observer:
+    """Is told what happens while trials run. This one does nothing."""
+
+    def __call__(self, rows: int, tokens: int) -> None:
+        """So many rows are finished, and so many tokens generated, since the last call."""
+
+    def on_trials_finished(self, trials: Sequence[Trial]) -> None:
+        """All trials of the arm and condition that are finished so far."""
+
+
 def run_trials(
-    engine: Engine,
-    judge: Judge,
-    store: TrialStore,
-    cells: Sequence[Cell],
-    steerer: Steerer,
-    sampling: Sampling,
-    *,
-    arm: str,
+    arm: Arm,
     condition: str,
-    variant: Variant = PLAIN,
-    prefixes: Mapping[str, str] | None = None,
+    plan: Plan,
+    store: TrialStore,
+    *,
     readings: Readings | None = None,
     chunk_rows: int = CHUNK_ROWS,
-    progress: Progress | None = None,
-    watch: Watch | None = None,
+    observer: Observer | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Trial]:
     """Run every cell that is not in the store yet; the rows of all cells, in the cells' order.
@@ -97,87 +115,85 @@ def run_trials(
     with the same rows.
 
     Args:
-        variant: the arm's prompt variant and interventions. The judge sees the cell's own prompt.
-        prefixes: cell key -> text that the reply goes on from; it is part of the response.
+        arm: the model under test. The judge sees the cell's own prompt, without the arm's words around it.
+        condition: its name, as in trial rows.
+        plan: what is run.
+        store: of the arm's trials.
+        readings: what is read off a response beside its judgement.
         chunk_rows: trials that one process finishes between two writes.
-        progress: told of the rows already there at once, and of the others as they finish.
-        watch: shown the finished rows of these cells: at once, and after every write.
-        ranks: processes that share the cells; each has a store with the same rows, and the first one's writes.
+        observer: told of rows and tokens as they are finished, and shown all finished rows after every write.
+        ranks: processes that share the cells; each has a store with the same rows, and the main one's writes.
 
     Raises:
         RunError: if a steered cell was not steered, an unsteered one was, or the judge lost an item. Chunks
             finished before are kept.
     """
-    keys = [trial_key(arm, condition, cell) for cell in cells]
-    done, prefixes = store.keys(), prefixes or {}
-    missing = [(key, cell) for key, cell in zip(keys, cells, strict=True) if key not in done]
-    if progress and len(missing) < len(cells):
-        progress(len(cells) - len(missing), 0)
-    bench = _Bench(engine, judge, steerer, sampling, arm, condition, variant, prefixes, readings or Readings())
-    wanted = set(keys)
-    finished = [row for row in store.rows() if row.key in wanted]
+    keys = {trial_key(arm.name, condition, cell): cell for cell in plan.cells}
+    known = store.keys()
+    copied = {key: plan.copies[cell.key] for key, cell in keys.items() if cell.key in plan.copies and key not in known}
+    store.add(replace(trial, key=key, condition=condition, restart_logprobs=()) for key, trial in copied.items())
+    finished = [trial for trial in store.rows() if trial.key in keys]
+    known = store.keys()
+    missing = [(key, cell) for key, cell in keys.items() if key not in known]
+    observer = observer or Observer()
+    observer(len(finished), 0)
+    run = _Run(arm, condition, plan, readings or Readings())
     for start in range(0, len(missing), chunk_rows * ranks.count):
-        if watch:
-            watch(finished)
+        observer.on_trials_finished(finished)
         chunk = missing[start : start + chunk_rows * ranks.count]
-        mine = bench.run(chunk[ranks.rank :: ranks.count], progress)
+        mine = run.trials(chunk[ranks.rank :: ranks.count], observer)
         parts = ranks.gather(mine)
-        rows = [parts[place % ranks.count][place // ranks.count] for place in range(len(chunk))]
+        rows = [parts[index % ranks.count][index // ranks.count] for index in range(len(chunk))]
         store.add(rows)
-        ranks.gather(None)  # before the first process has written them, no other one may read the file
+        ranks.gather(None)  # before the main process has written them, no other one may read the file
         finished += rows
-        if progress and len(mine) < len(rows):
-            progress(len(rows) - len(mine), _tokens(rows) - _tokens(mine))
-    if watch:
-        watch(finished)
-    rows_by_key = {row.key: row for row in finished}
-    return [rows_by_key[key] for key in keys]
+        if len(mine) < len(rows):
+            observer(len(rows) - len(mine), _tokens(rows) - _tokens(mine))
+    observer.on_trials_finished(finished)
+    by_key = {trial.key: trial for trial in finished}
+    return [by_key[key] for key in keys]
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """What all trials of an arm under a condition have in common."""
+class _Run:
+    """An arm under a condition."""
 
-    engine: Engine
-    judge: Judge
-    steerer: Steerer
-    sampling: Sampling
-    arm: str
+    arm: Arm
     condition: str
-    variant: Variant
-    prefixes: Mapping[str, str]
+    plan: Plan
     readings: Readings
 
-    def run(self, chunk: Sequence[tuple[str, Cell]], progress: Progress | None) -> list[Trial]:
+    def trials(self, chunk: Sequence[tuple[str, Cell]], observer: Observer) -> list[Trial]:
         """The trials of these keys and cells, in order."""
         if not chunk:
             return []
+        arm, plan = self.arm, self.plan
         requests = [
-            cell_request(cell, key, self.steerer, self.variant, self.prefixes.get(cell.key, "")) for key, cell in chunk
+            cell_request(cell, key, plan.steerer, arm.variant, plan.prefixes.get(cell.key, "")) for key, cell in chunk
         ]
-        completions = self.engine.generate(requests, self.sampling, progress)
-        check_steering(self.arm, requests, completions)
-        responses = [each.prefix + found.text for each, found in zip(requests, completions, strict=True)]
-        judgements = _judged(self.judge, [cell for _, cell in chunk], responses)
+        completions = arm.engine.generate(requests, arm.sampling, observer)
+        check_steering(arm.name, requests, completions)
+        responses = [request.prefix + done.text for request, done in zip(requests, completions, strict=True)]
+        judgements = _judged(arm.judge, [cell for _, cell in chunk], responses)
         rows = [
-            self._row(key, cell, request, completion, judgement)
+            self._trial(key, cell, request, completion, judgement)
             for (key, cell), request, completion, judgement in zip(
                 chunk, requests, completions, judgements, strict=True
             )
         ]
         return _read(rows, requests, self.readings)
 
-    def _row(self, key: str, cell: Cell, request: Request, completion: Completion, judgement: Judgement) -> Trial:
-        response, variant = request.prefix + completion.text, self.variant.to_json()
+    def _trial(self, key: str, cell: Cell, request: Request, completion: Completion, judgement: Judgement) -> Trial:
+        response, variant = request.prefix + completion.text, self.arm.variant.to_json()
         return Trial(
             key=key,
-            arm=self.arm,
+            arm=self.arm.name,
             condition=self.condition,
             seed=cell.seed,
-            cell=described(cell, self.steerer.strength(cell)),
+            cell=described(cell, self.plan.steerer.strength(cell)),
             variant=typed(TrialVariant, variant, "variant") if variant else None,
-            engine=self.engine.name,
-            sampling=self.sampling,
+            engine=self.arm.engine.name,
+            sampling=self.arm.sampling,
             prefix=len(request.prefix),
             response=response,
             finish_reason=completion.finish_reason,

@@ -1,12 +1,13 @@
-"""What an arm changes beside its weights: the words around the prompt, and interventions of its own."""
+"""An arm, a model under test: its engine and judge, the words around its prompts, interventions of its own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from esr_train.errors import InputError
-from esr_train.steering.engine import Request
+from esr_train.steering.engine import Engine, Request, Sampling
 from esr_train.steering.interventions import Intervention
+from eval.judging.judge import Judge
 
 UNKNOWN_LABEL = "something else"
 """Stands for {label} where nothing steers, or the latent has no label."""
@@ -60,6 +61,25 @@ class Variant:
 
 
 PLAIN = Variant()
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """A model under test, and how its responses are made and scored.
+
+    Args:
+        engine: with the arm's weights.
+        judge: that scores every response.
+        sampling: the same for every arm of an experiment.
+        name: of the arm, as in trial rows.
+        variant: what the arm does to every request.
+    """
+
+    engine: Engine
+    judge: Judge
+    sampling: Sampling
+    name: str = "base"
+    variant: Variant = PLAIN
 
 
 def prompt_text(prompt: str | None, where: str) -> str | None:

@@ -16,7 +16,7 @@ usage: esr COMMAND ...
   data COMMAND ...                make, mix, import, export and look at transcripts
   train RECIPE [key=value ...]    train one arm (= accelerate launch -m esr_train RECIPE on one process)
   eval COMMAND ...                calibrate, run trials, compare, report
-  recipes list|show|copy|validate the shipped recipes
+  recipes COMMAND ...             list, show, copy, validate, explain
 
 `esr COMMAND --help` says more."""
 
@@ -34,37 +34,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "recipes":
         return _recipes(rest)
     if name == "data":
-        from data_gen.__main__ import main as door
+        from data_gen.__main__ import main as entry_point
     elif name == "train":
-        from esr_train.__main__ import main as door
+        from esr_train.__main__ import main as entry_point
     elif name == "eval":
-        from eval.__main__ import main as door
+        from eval.__main__ import main as entry_point
     else:
         print(f"error: there is no command {name!r}.\n{USAGE}", file=sys.stderr)
         return 2
-    return door(rest)
+    return entry_point(rest)
 
 
 def _run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="esr run", description="Run a whole experiment, or go on with it.")
     parser.add_argument("recipe", help="recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.trials=512")
+    parser.add_argument(
+        "--redo",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="make a stage anew, such as train or trials/tuned, and all that depends on it; may be repeated",
+    )
     add_debug(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
-        from esr_train.recipe import load_recipe
+        from recipes.loading import read_recipe
 
-        recipe = load_recipe(options.recipe, options.overrides)
-        from recipes.run import run
+        recipe = read_recipe(options.recipe, options.overrides)
+        from recipes.pipeline import run
 
-        run(recipe)
+        run(recipe, options.redo)
 
     return guarded(work, options.debug)
 
 
 def _recipes(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr recipes", description="The shipped recipes.")
+    parser = argparse.ArgumentParser(prog="esr recipes", description="The shipped recipes, and what a recipe may say.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="names and first comment line of every recipe")
     show = commands.add_parser("show", help="print a recipe")
@@ -74,13 +81,17 @@ def _recipes(arguments: Sequence[str]) -> int:
     copy.add_argument("target", type=Path)
     validate = commands.add_parser("validate", help="check recipe files")
     validate.add_argument("files", nargs="*", type=Path, help="the shipped ones unless given")
+    explain = commands.add_parser("explain", help="print keys of a recipe with default and meaning")
+    explain.add_argument("key", nargs="?", default="", help="such as train.live; all of them unless given")
     options = parser.parse_args(arguments)
     actions = {
         "list": _list,
         "show": lambda: _show(options.name),
         "copy": lambda: _copy(options.name, options.target),
+        "validate": lambda: _validate(options.files),
+        "explain": lambda: _explain(options.key),
     }
-    return guarded(actions.get(options.command, lambda: _validate(options.files)), debug=False)
+    return guarded(actions[options.command], debug=False)
 
 
 def shipped() -> list[Path]:
@@ -123,11 +134,27 @@ def _copy(name: str, target: Path) -> None:
 
 
 def _validate(files: Sequence[Path]) -> None:
-    from esr_train.recipe import load_recipe
+    from recipes.loading import read_recipe
 
     for path in files or shipped():
-        load_recipe(path)
+        read_recipe(path)
         print(f"{path}: valid")
+
+
+def _explain(key: str) -> None:
+    from difflib import get_close_matches
+
+    from esr_train.recipe import explained_keys
+
+    keys = explained_keys()
+    wanted = [each for each in keys if not key or each.name == key or each.name.startswith(f"{key}.")]
+    if not wanted:
+        near = get_close_matches(key, [each.name for each in keys], n=3)
+        raise InputError(
+            f"there is no key {key!r} in a recipe", None, f"Near ones: {', '.join(near)}." if near else None
+        )
+    for each in wanted:
+        print(f"{each.name} = {each.default}\n    {each.kind}{'; ' if each.meaning else ''}{each.meaning}")
 
 
 if __name__ == "__main__":

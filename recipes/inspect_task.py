@@ -11,12 +11,10 @@ from inspect_ai import Task, task
 
 from esr_train.errors import InputError
 from esr_train.models import ROOT
-from esr_train.recipe import NEEDS, Recipe, load_recipe
-from eval.conditions import names
 from eval.inspect_cells import cells_task
-from recipes.measure import ArmTrials
-from recipes.pipeline import begun
-from recipes.weights import weights
+from recipes.experiment import open_experiment
+from recipes.loading import read_recipe
+from recipes.pipeline import opened_arm
 
 
 @task
@@ -33,28 +31,15 @@ def steering(recipe: str, arm: str = "base", condition: str = "steered") -> Task
     """
     # inspect runs a task in its file's folder: here, relative paths count from the repository.
     with chdir(ROOT):
-        read = load_recipe(recipe)
-        return _task(read.model_copy(update={"runs": str(ROOT / read.runs)}), arm, condition)
-
-
-def _task(recipe: Recipe, arm: str, condition: str) -> Task:
-    _, parts = begun(recipe)
-    experiment = parts[0]
-    for value, known, name in (
-        (arm, ("base", *experiment.recipe.arms), "arm"),
-        (condition, tuple(each for each in names(experiment.recipe.eval) if each not in NEEDS), "condition"),
-    ):
-        if value not in known:
-            raise InputError(f"there is no {name} {value!r} here", name, f"Take one of {', '.join(known)}.")
-    trials = ArmTrials(experiment, arm, weights(experiment, arm))
-    # The plan may need the base model; the arm's own engine takes its place afterwards.
-    plan, variant = trials.plan(condition), trials.variant
-    return cells_task(
-        plan,
-        trials.engine,
-        experiment.world.judge,
-        experiment.world.sampling(),
-        arm=arm,
-        variant=variant,
-        rows=experiment.recipe.engine.batch_rows,
-    )
+        read = read_recipe(recipe)
+        if arm not in ("base", *read.arms):
+            raise InputError(f"there is no arm {arm!r} here", "arm", f"Take one of {', '.join(('base', *read.arms))}.")
+        with open_experiment(read.model_copy(update={"runs": str(ROOT / read.runs)})) as experiment:
+            run = opened_arm(experiment, arm)
+            measured = {each.name: each for each in run.conditions() if each.condition.goes_on_from is None}
+            if condition not in measured:
+                names = ", ".join(measured)
+                raise InputError(f"there is no condition {condition!r} here", "condition", f"Take one of {names}.")
+            # The plan may need the base model; the arm's own engine takes its place afterwards.
+            plan = run.plan(measured[condition])
+            return cells_task(run.arm(), condition, plan, rows=read.engine.batch_rows)

@@ -8,8 +8,8 @@ from esr_train.recipe import Recipe
 from esr_train.steering.direction_files import check_fits
 from esr_train.tables import read_rows
 from eval.llm import LEDGER
-from recipes.resources import World, located
-from recipes.sources import open_writer
+from recipes.resources import located, open_resources
+from recipes.rows import open_writer
 
 
 def write_labels(
@@ -29,12 +29,12 @@ def write_labels(
     Raises:
         InputError: if a file cannot be read, or nothing can be labelled.
     """
-    world = World(recipe)
-    found = [str(row[column]) for _, row in read_rows(located(texts), column)]
-    model = world.open_model()
-    check_fits(world.sae, model)
-    rows = label_latents(model, world.tokenizer, world.sae, found, latents, recipe.seed, recipe.engine.batch_rows)
+    read = [str(row[column]) for _, row in read_rows(located(texts), column)]
+    with open_resources(recipe) as resources:
+        model, sae, rows = resources.base_model(), resources.sae(), recipe.engine.batch_rows
+        check_fits(sae, model)
+        labelled = label_latents(model, resources.tokenizer(), sae, read, latents, recipe.seed, rows)
     if namer:
-        ledger = out.with_suffix(LEDGER)
-        rows = name_latents(rows, open_writer(namer, recipe.llm, recipe.runs, ledger, temperature=0.0), least)
-    return write_jsonl(out, rows)
+        writer = open_writer(recipe, out.with_suffix(LEDGER), None, namer, temperature=0.0)
+        labelled = name_latents(labelled, writer, least)
+    return write_jsonl(out, labelled)

@@ -1,53 +1,156 @@
-"""Which latents may steer, and how far: chosen from the labelled ones, split, and those whose threshold was found."""
+"""Which latents may steer, and how far: chosen from the labelled ones, dealt to splits, calibrated on the model."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_gen.collect import KEPT
 from data_gen.latent_choice import choose
 from data_gen.sources import SteerableLatent
 from esr_train.files import read_json, write_json
-from esr_train.recipe import Recipe
-from esr_train.steering.direction_files import load_sae
-from esr_train.steering.directions import Direction
+from esr_train.steering.directions import Direction, LoadedSae, Positions
 from esr_train.steering.readout import active_latents
-from eval.calibration import Threshold, calibration_key
-from eval.cells import SPLITS, Split
-from recipes.resources import World
+from eval.calibration import (
+    CalibrationPrompts,
+    Threshold,
+    calibrate,
+    calibration_key,
+    load_thresholds,
+    response_count,
+    save_thresholds,
+    score_store,
+)
+from eval.cells import SPLITS, Side, Split
+from eval.progress import progress_bar
+from eval.trials import Steerer
+from eval.variants import Arm
+from recipes.experiment import Experiment, base_inputs, judge_inputs, sae_inputs
+from recipes.resources import Resources
+from recipes.stage_cache import Stage, digest
 
-FILE = "latents.json"
-"""In a run directory: the chosen latents of each split, and what became of the others."""
+LATENTS, THRESHOLDS = "latents.json", "thresholds.json"
+"""In a run directory."""
+FUNNELS = {"latents": "data/latents.funnel.json", "thresholds": "data/thresholds.funnel.json"}
+"""Where `esr data stats` finds how many latents were left out, and why."""
+WIDER = 2.0
+"""Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
 NO_TOPIC, LATER, ZEROS = "label is no topic of the prompts", "beyond latents.per_label", "decoder row of zeros"
 
 
-def choose_latents(recipe: Recipe, world: World) -> dict[str, Any]:
-    """Choose among all labelled latents: JSON values of `latents.json`.
+@dataclass(frozen=True)
+class Latents:
+    """The latents that may steer.
+
+    Args:
+        fingerprint: of everything that decided the choice.
+        splits: their directions, by split.
+    """
+
+    fingerprint: str
+    splits: Mapping[Split, Sequence[Direction]]
+
+    def in_order(self) -> list[Direction]:
+        """The latents of every split."""
+        return [direction for split in SPLITS for direction in self.splits[split]]
+
+
+NO_LATENTS = Latents("none", {split: () for split in SPLITS})
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The base model's thresholds.
+
+    Args:
+        fingerprint: of everything that decided them.
+        thresholds: of every latent in play, those at a bound included.
+        steerable: the latents of each split without those at a bound.
+    """
+
+    fingerprint: str
+    thresholds: Sequence[Threshold]
+    steerable: Mapping[Split, Sequence[SteerableLatent]]
+
+
+NOT_CALIBRATED = Calibrated("none", (), {split: () for split in SPLITS})
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all arms and seeds of a recipe share.
+
+    Args:
+        latents: that may steer.
+        calibrated: their thresholds on the base model.
+        frequency: how often each latent of the SAE is active, [n_latents], where something is matched in it.
+    """
+
+    latents: Latents
+    calibrated: Calibrated
+    frequency: NDArray[np.float64] | None = None
+
+    def steerer(self, positions: Positions) -> Steerer:
+        """Steers with the test latents at the base model's thresholds."""
+        test = self.calibrated.steerable["test"]
+        directions = {latent.direction.latent: latent.direction for latent in test}
+        return Steerer(directions, {latent.direction.latent: latent.threshold for latent in test}, positions)
+
+
+def choose_latents(experiment: Experiment) -> Latents:
+    """Choose among all labelled latents; none where the recipe has no SAE, or no labels for it.
 
     Raises:
         InputError: if none is left, or a label is of a latent that the SAE does not have.
     """
-    topics = set(world.pools.topics)
-    chosen, left_out = first_of_each(world.labels, topics, recipe.latents.per_label)
-    directions = [world.direction(latent) for latent in chosen if world.sae.row(latent).any()]
-    if zeros := len(chosen) - len(directions):
-        left_out[ZEROS] = zeros
-    splits = world.required_prompts.splits
-    # A latent whose label is a topic is active on that topic's prompts; it never steers those.
-    active = frozenset[int]() if topics & {*world.labels.values()} else _active(recipe, world)
-    found = choose(directions, active, world.pools.topics, splits, recipe.latents.limit)
-    kept = sum(map(len, found.splits.values()))
-    return {
-        "funnel": {KEPT: kept, **left_out, **found.left_out},
-        "splits": {split: [each.latent for each in group] for split, group in found.splits.items()},
+    recipe, resources = experiment.recipe, experiment.resources
+    if recipe.sae is None or recipe.sae.labels is None:
+        return NO_LATENTS
+    inputs = {
+        "base": base_inputs(experiment),
+        "sae": sae_inputs(experiment),
+        "latents": recipe.latents.model_dump(),
+        "splits": resources.prompt_section().splits.model_dump(),
     }
+    stage = Stage("latents", inputs, (LATENTS, FUNNELS["latents"]), ("recipes.steering_latents",))
+
+    def work() -> None:
+        chosen = _chosen(experiment)
+        write_json(experiment.directory / FUNNELS["latents"], chosen["funnel"])
+        write_json(experiment.directory / LATENTS, chosen)
+
+    fingerprint = experiment.cache.do(stage, work)
+    return Latents(fingerprint, read_latents(experiment.directory, resources.sae(), resources.labels()))
 
 
-def _active(recipe: Recipe, world: World) -> frozenset[int]:
-    texts = world.rendered(world.pools.all_prompts)
-    found = active_latents(world.open_model(), world.tokenizer, world.sae, texts, recipe.engine.batch_rows)
-    return frozenset(found.nonzero().flatten().tolist())
+def _chosen(experiment: Experiment) -> dict[str, Any]:
+    """JSON values of `latents.json`: indices by split, the residual norm, and what became of the other latents."""
+    recipe, resources = experiment.recipe, experiment.resources
+    sae, labels, pools = resources.sae(), resources.labels(), resources.prompts()
+    topics = set(pools.topics)
+    first, left_out = first_of_each(labels, topics, recipe.latents.per_label)
+    norm = resources.residual_norm()
+    directions = [sae.direction(latent, norm, labels[latent]) for latent in first if sae.row(latent).any()]
+    if zeros := len(first) - len(directions):
+        left_out[ZEROS] = zeros
+    active: frozenset[int] = frozenset()
+    # A latent whose label is a topic never steers a prompt of it; of others nobody knows where they are relevant.
+    if topics.isdisjoint(labels.values()):
+        texts = resources.rendered(pools.all_prompts)
+        mask = active_latents(resources.base_model(), resources.tokenizer(), sae, texts, recipe.engine.batch_rows)
+        active = frozenset(mask.nonzero().flatten().tolist())
+    splits = resources.prompt_section().splits
+    choice = choose(directions, active, pools.topics, splits, recipe.latents.limit)
+    kept = sum(map(len, choice.splits.values()))
+    return {
+        "funnel": {KEPT: kept, **left_out, **choice.left_out},
+        "residual_norm": norm,
+        "splits": {split: [direction.latent for direction in group] for split, group in choice.splits.items()},
+    }
 
 
 def first_of_each(labels: Mapping[int, str], topics: set[str], count: int) -> tuple[list[int], dict[str, int]]:
@@ -71,66 +174,127 @@ def first_of_each(labels: Mapping[int, str], topics: set[str], count: int) -> tu
     return chosen, dict(left_out)
 
 
-def save_chosen(directory: Path, chosen: Mapping[str, Any]) -> None:
-    """Write `latents.json`, and its funnel where `esr data stats` finds it."""
-    write_json(directory / "data" / "latents.funnel.json", chosen["funnel"])
-    write_json(directory / FILE, chosen)
-
-
-def load_splits(directory: Path) -> dict[Split, list[int]]:
-    """The chosen latents of each split, by index."""
-    found = read_json(directory / FILE)["splits"]
-    return {split: found[split] for split in SPLITS}
-
-
-def steerable(
-    splits: Mapping[Split, Sequence[int]], directions: Sequence[Direction], thresholds: Sequence[Threshold]
-) -> dict[Split, list[SteerableLatent]]:
-    """The steerable latents of each split; those whose threshold lies at a bound are left out."""
-    norms = {each.latent: each.norm for each in thresholds if each.bound is None}
-    by_index = {each.latent: each for each in directions}
+def read_latents(directory: Path, sae: LoadedSae, labels: Mapping[int, str]) -> dict[Split, list[Direction]]:
+    """The chosen latents of a run, by split."""
+    chosen = read_json(directory / LATENTS)
+    norm = chosen["residual_norm"]
     return {
-        split: [SteerableLatent(by_index[latent], norms[latent]) for latent in latents if latent in norms]
-        for split, latents in splits.items()
+        split: [sae.direction(latent, norm, labels[latent]) for latent in chosen["splits"][split]] for split in SPLITS
     }
 
 
-def gate_funnel(thresholds: Sequence[Threshold]) -> dict[str, int]:
+def calibrate_base(experiment: Experiment, latents: Latents) -> Calibrated:
+    """Every latent's threshold on the base model."""
+    recipe = experiment.recipe
+    inputs = {
+        "base": base_inputs(experiment),
+        "sae": sae_inputs(experiment),
+        "judge": judge_inputs(experiment),
+        "calibration": recipe.calibration.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }
+    # Scores are kept under what they depend on: with more latents, or others, those known already are not asked again.
+    scores = experiment.directory / "calibration" / f"base-{digest(inputs)}.jsonl"
+    path, directions = experiment.directory / THRESHOLDS, _by_label(experiment, latents)
+
+    def work() -> None:
+        arm = Arm(experiment.resources.base(), experiment.resources.judge(), experiment.resources.sampling())
+        thresholds = search_thresholds(experiment, arm, directions, scores)
+        write_json(experiment.directory / FUNNELS["thresholds"], threshold_funnel(thresholds))
+        save_thresholds(path, threshold_key(experiment.resources), thresholds)
+
+    stage = Stage(
+        "calibrate",
+        {**inputs, "latents": latents.fingerprint},
+        (THRESHOLDS, FUNNELS["thresholds"]),
+        ("eval.calibration", "recipes.steering_latents"),
+    )
+    fingerprint = experiment.cache.do(stage, work)
+    thresholds = load_thresholds(path, threshold_key(experiment.resources))
+    at_bound = sum(threshold.bound is not None for threshold in thresholds)
+    median = sorted(threshold.norm for threshold in thresholds)[len(thresholds) // 2]
+    experiment.say(
+        f"calibrated {len(thresholds)} latents: median threshold {median:.2f} residual norms; "
+        f"{at_bound} left out at a bound"
+    )
+    return Calibrated(fingerprint, thresholds, steerable(latents.splits, thresholds))
+
+
+def _by_label(experiment: Experiment, latents: Latents) -> list[Direction]:
+    """The latents of every split, in the order of their labels."""
+    directions = {direction.latent: direction for direction in latents.in_order()}
+    return [directions[latent] for latent in experiment.resources.labels() if latent in directions]
+
+
+def search_thresholds(experiment: Experiment, arm: Arm, latents: Sequence[Direction], scores: Path) -> list[Threshold]:
+    """Thresholds of latents on an arm; another one than the base is searched up to higher strengths."""
+    section, pools = experiment.recipe.calibration, experiment.resources.prompts()
+    if arm.name != "base":
+        low, high = section.bounds
+        section = section.model_copy(update={"bounds": (low, WIDER * high)})
+    with progress_bar(response_count(len(latents), section), f"calibrate {arm.name}") as progress:
+        return calibrate(
+            arm,
+            latents,
+            CalibrationPrompts(pools.validation or pools.train, pools.train),
+            section,
+            positions=experiment.recipe.engine.positions,
+            seed=experiment.recipe.seed,
+            store=score_store(scores),
+            progress=progress,
+        )
+
+
+def threshold_key(resources: Resources) -> Mapping[str, Any]:
+    """What the base model's thresholds depend on (see `eval.calibration.calibration_key`)."""
+    recipe = resources.recipe
+    pools = resources.prompts()
+    return calibration_key(
+        recipe.model.path,
+        resources.sae().ref,
+        resources.judge().name,
+        pools.validation or pools.train,
+        resources.sampling(),
+        recipe.calibration,
+        recipe.engine.positions,
+    )
+
+
+def steerable(
+    splits: Mapping[Split, Sequence[Direction]], thresholds: Sequence[Threshold]
+) -> dict[Split, list[SteerableLatent]]:
+    """The steerable latents of each split; those whose threshold lies at a bound are left out."""
+    norms = {threshold.latent: threshold.norm for threshold in thresholds if threshold.bound is None}
+    return {
+        split: [SteerableLatent(direction, norms[direction.latent]) for direction in group if direction.latent in norms]
+        for split, group in splits.items()
+    }
+
+
+def threshold_funnel(thresholds: Sequence[Threshold]) -> dict[str, int]:
     """How many latents have a threshold, and how many have none because steering broke them at once, or never."""
-    bounds = Counter(each.bound for each in thresholds if each.bound)
+    bounds = Counter(threshold.bound for threshold in thresholds if threshold.bound)
     kept = len(thresholds) - bounds.total()
     return {KEPT: kept, **{f"threshold at the {bound} bound": n for bound, n in sorted(bounds.items())}}
 
 
-def facts(directory: Path) -> list[str]:
+def held_out(resources: Resources, latents: Latents) -> Side:
+    """All that the evaluation may use: test prompts, and test latents with what they stand for."""
+    test = latents.splits["test"]
+    return Side(
+        frozenset(prompt.text for prompt in resources.prompts().test),
+        frozenset(direction.latent for direction in test),
+        frozenset(direction.label for direction in test if direction.label),
+    )
+
+
+def latent_facts(directory: Path) -> list[str]:
     """What the report says about a run's latents: how many are in play, and why the others are not."""
     said = []
     for name, what in (("latents", "labelled latents are in play"), ("thresholds", "of those can be steered with")):
-        path = directory / "data" / f"{name}.funnel.json"
+        path = directory / FUNNELS[name]
         if path.is_file():
             funnel = read_json(path)
             lost = ", ".join(f"{reason}: {n}" for reason, n in funnel.items() if reason != KEPT)
             said.append(f"{funnel[KEPT]} of {sum(funnel.values())} {what}" + (f" (left out: {lost})" if lost else ""))
     return said
-
-
-def frozen_directions(world: World, thresholds: Sequence[Threshold]) -> list[Direction]:
-    """The directions that thresholds were measured on; the model, whose residual norm they hold, is not loaded."""
-    sae = load_sae(world.sae_ref)
-    norms = sae.decoder_norms()
-    return [
-        sae.direction(each.latent, each.raw * float(norms[each.latent]) / each.norm, each.label) for each in thresholds
-    ]
-
-
-def threshold_key(recipe: Recipe, world: World) -> Mapping[str, Any]:
-    """What the base model's thresholds depend on (see `eval.calibration.calibration_key`)."""
-    return calibration_key(
-        recipe.model.path,
-        world.sae_ref,
-        world.judge.name,
-        world.pools.validation or world.pools.train,
-        world.sampling(),
-        recipe.calibration,
-        recipe.engine.positions,
-    )

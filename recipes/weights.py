@@ -1,28 +1,34 @@
-"""The models under test: where an arm's weights come from, and what it changes beside them."""
+"""Where an arm's weights come from, and what it changes beside them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from esr_train.adapters import check_adapter, is_complete, merge
 from esr_train.errors import InputError
+from esr_train.files import read_json, write_json
 from esr_train.models import local_path
-from esr_train.provenance import sha256
+from esr_train.provenance import digest, folder_hashes, training_settings
 from esr_train.recipe import ModelSection, Recipe
-from esr_train.steering.engine import Engine
+from esr_train.steering.engine import Request
 from esr_train.steering.interventions import Ablate, Clamp, Intervention
 from esr_train.steering.readout import activation_frequency
+from eval.conditions import CONDITIONS
 from eval.matching import matched_latents
 from eval.variants import PLAIN, Variant, prompt_text
-from recipes.resources import World
-from recipes.stage_cache import digest
-
-if TYPE_CHECKING:
-    from recipes.pipeline import Experiment
+from recipes.experiment import Experiment, base_inputs, hashed, sae_inputs
+from recipes.rows import Rows
+from recipes.stage_cache import Stage
+from recipes.steering_latents import Latents
+from recipes.training_probe import calibrated_probe
+from recipes.workers import alone
 
 MATCH_TEXTS = 48
 """Unsteered answers of the base model on which activation frequencies are measured."""
+FREQUENCY = "frequency.json"
 
 
 @dataclass(frozen=True)
@@ -44,68 +50,90 @@ class Weights:
         """Whether these are the recipe's model as it is."""
         return self.adapter is None and self.model is None
 
-    def engine(self, world: World) -> Engine:
-        """An engine on these weights; the base model is let go for others: an accelerator may hold one, not two."""
-        if self.model:
-            world.stop()
-            return world.engine(None, instead=self.model)
-        if self.adapter is None:
-            return world.base
-        world.release()
-        return world.engine(self.adapter)
-
 
 BASE = Weights("base")
 
 
-def weights(experiment: "Experiment", arm: str) -> Weights:
-    """An arm's weights, trained or merged first if they are not there yet.
+def given_weights(experiment: Experiment, arm: str) -> Weights | None:
+    """The weights of an arm that names them; None for one that is trained here or has another arm's.
 
     Raises:
         InputError: for an adapter or a model that does not exist.
     """
-    if arm == "base":
-        return BASE
     section = experiment.recipe.arms[arm]
     if section.model:
-        return Weights(digest(["model", section.model, _hash(section.model)]), model=section.model)
-    if section.of:
-        found = weights(experiment, section.of)
-    elif section.adapter:
-        found = _finished(section.adapter, f"arms.{arm}.adapter", experiment.recipe.model)
-    else:
-        found = experiment.trained(arm)
-    return _merged(experiment, section.of or arm, found) if section.merged else found
+        model = experiment.recipe.model.model_copy(update={"path": section.model, "revision": None})
+        return Weights(digest(["model", section.model, hashed(experiment.resources, model)]), model=section.model)
+    if not section.adapter:
+        return None
+    folder = adapter_folder(section.adapter, f"arms.{arm}.adapter", experiment.recipe.model)
+    return Weights(digest(["adapter", folder_hashes(folder)]), folder)
 
 
-def _finished(path: str, where: str, base: ModelSection) -> Weights:
+def adapter_folder(path: str, where: str, base: ModelSection) -> Path:
+    """The folder of a finished adapter of a model.
+
+    Raises:
+        InputError: if there is none, or it was made for another model.
+    """
     folder = local_path(path)
     if folder is None or not is_complete(folder):
         raise InputError("there is no finished adapter here", f"{where}={path}", "Train one, or check the path.")
     check_adapter(folder, base)
-    return Weights(sha256(folder / "adapter_model.safetensors"), folder)
+    return folder
 
 
-def _hash(path: str) -> str | None:
-    folder = local_path(path)
-    file = folder / "model.safetensors" if folder else None
-    return sha256(file) if file and file.is_file() else None
+def train_arm(experiment: Experiment, arm: str, rows: Rows) -> Weights:
+    """Train an arm's adapter on its rows, unless that is done."""
+    recipe, adapter = experiment.recipe.for_arm(arm), f"adapter/{arm}"
+    inputs = {
+        "data": rows.fingerprint,
+        "recipe": training_settings(recipe),
+        "model": hashed(experiment.resources, recipe.model),
+        "sae": sae_inputs(experiment) if recipe.train.live else {},
+    }
+
+    def work() -> None:
+        experiment.say(f"train {arm}")
+        experiment.resources.free_all()
+        arguments = (experiment.recipe, experiment.directory, arm)
+        if experiment.ranks.count > 1:
+            alone(train_from_files, *arguments)
+        else:
+            train_from_files(*arguments)
+
+    stage = Stage(f"train/{arm}", inputs, (adapter,), ("esr_train.training.trainer",))
+    return Weights(experiment.cache.do(stage, work), experiment.directory / adapter)
 
 
-def _merged(experiment: "Experiment", name: str, found: Weights) -> Weights:
-    adapter = found.adapter
+def train_from_files(recipe: Recipe, directory: Path, arm: str) -> None:
+    """Train an arm on the files of a run directory in this process."""
+    from esr_train.training.trainer import train
+
+    section = recipe.for_arm(arm)
+    train(recipe, arm, directory, calibrated_probe(section, directory) if section.train.probe else None)
+
+
+def merge_arm(experiment: Experiment, name: str, weights: Weights) -> Weights:
+    """Merge an arm's adapter into the model, unless that is done.
+
+    Raises:
+        InputError: if the arm has no adapter.
+    """
+    adapter = weights.adapter
     if adapter is None:
         raise InputError("there is no adapter to merge", f"arms.{name}")
     folder = experiment.directory / "merged" / name
 
-    def make() -> None:
-        # A merge is moved into place whole, so a folder that is there is a finished one.
+    def work() -> None:
+        # A merge is moved into its folder whole, so a folder that is there is a finished one.
         if not folder.exists():
-            made = merge(experiment.recipe.model, adapter, folder)
-            print(f"merged {name}: logits differ by {made.largest_difference:.2g} at most", flush=True)
+            merged = merge(experiment.recipe.model, adapter, folder)
+            experiment.say(f"merged {name}: logits differ by {merged.largest_difference:.2g} at most")
 
-    fingerprint = experiment.stages.do(f"merge/{name}", {"adapter": found.fingerprint}, [f"merged/{name}"], make)
-    return Weights(fingerprint, model=str(folder))
+    inputs = {"adapter": weights.fingerprint, "model": hashed(experiment.resources, experiment.recipe.model)}
+    stage = Stage(f"merge/{name}", inputs, (f"merged/{name}",), ("esr_train.adapters",))
+    return Weights(experiment.cache.do(stage, work), model=str(folder))
 
 
 def form(recipe: Recipe, arm: str) -> str:
@@ -132,7 +160,7 @@ def _some(latents: Sequence[int]) -> str:
     return ", ".join(map(str, latents[:5])) + (f" and {len(latents) - 5} more" if len(latents) > 5 else "")
 
 
-def variant(experiment: "Experiment", arm: str) -> Variant:
+def arm_variant(experiment: Experiment, arm: str, latents: Latents, frequency: NDArray[np.float64] | None) -> Variant:
     """What the arm does to every request.
 
     Raises:
@@ -140,45 +168,63 @@ def variant(experiment: "Experiment", arm: str) -> Variant:
     """
     if arm == "base":
         return PLAIN
-    section, world = experiment.recipe.arms[arm], experiment.world
+    section = experiment.recipe.arms[arm]
     prompt = prompt_text(section.prompt, f"arms.{arm}.prompt")
     if section.edit is None:
         return Variant(prompt)
+    sae, positions = experiment.resources.sae(), experiment.recipe.engine.positions
     wanted = [*section.edit.ablate, *section.edit.clamp]
     for latent in wanted:
-        world.sae.row(latent)
-    stand_in = matched(experiment, wanted) if section.edit.matched_random else {latent: latent for latent in wanted}
+        sae.row(latent)
+    stand_in = {latent: latent for latent in wanted}
+    if section.edit.matched_random:
+        stand_in = matched(experiment, wanted, latents, frequency)
     ablated = tuple(stand_in[latent] for latent in section.edit.ablate)
     clamped = {stand_in[latent]: value for latent, value in section.edit.clamp.items()}
-    positions = experiment.recipe.engine.positions
-    edits: list[Intervention] = [Ablate(world.sae, ablated, positions)] if ablated else []
-    edits += [Clamp(world.sae, latent, value, positions) for latent, value in clamped.items()]
-    names = {str(latent): value for latent, value in clamped.items()}
-    return Variant(prompt, tuple(edits), {"ablate": list(ablated), "clamp": names})
+    edits: list[Intervention] = [Ablate(sae, ablated, positions)] if ablated else []
+    edits += [Clamp(sae, latent, value, positions) for latent, value in clamped.items()]
+    values = {str(latent): value for latent, value in clamped.items()}
+    return Variant(prompt, tuple(edits), {"ablate": list(ablated), "clamp": values})
 
 
-def matched(experiment: "Experiment", wanted: Sequence[int]) -> dict[int, int]:
+def matched(
+    experiment: Experiment, wanted: Sequence[int], latents: Latents, frequency: NDArray[np.float64] | None
+) -> dict[int, int]:
     """Random stand-ins for latents; those in play, and those labelled with a topic, never stand in."""
-    world = experiment.world
-    in_play = set(experiment.chosen)
-    topics = set(world.pools.topics)
-    named = {latent for latent, label in world.labels.items() if label in topics}
-    norms = world.sae.decoder_norms().double().numpy()
-    return matched_latents(wanted, experiment.frequency, norms, in_play | named, experiment.recipe.seed)
+    assert frequency is not None
+    resources = experiment.resources
+    in_play = {direction.latent for direction in latents.in_order()}
+    topics = set(resources.prompts().topics)
+    named = {latent for latent, label in resources.labels().items() if label in topics}
+    norms = resources.sae().decoder_norms().double().numpy()
+    return matched_latents(wanted, frequency, norms, in_play | named, experiment.recipe.seed)
 
 
 def needs_frequency(recipe: Recipe) -> bool:
     """Whether something in the recipe is matched in activation frequency."""
     edits = (arm.edit for arm in recipe.arms.values())
-    return "random_latents" in recipe.eval.conditions or any(edit and edit.matched_random for edit in edits)
+    by_condition = any(CONDITIONS[name].needs_frequency for name in recipe.eval.conditions)
+    return by_condition or any(edit and edit.matched_random for edit in edits)
 
 
-def frequencies(world: World, seed: int) -> list[float]:
+def latent_frequency(experiment: Experiment) -> NDArray[np.float64]:
     """How often each latent is active in the base model's own unsteered answers, [n_latents]."""
-    from esr_train.steering.engine import Request
+    path = experiment.directory / FREQUENCY
+    inputs = {"base": base_inputs(experiment), "sae": sae_inputs(experiment), "seed": experiment.recipe.seed}
 
-    prompts = world.pools.train[:: max(len(world.pools.train) // MATCH_TEXTS, 1)][:MATCH_TEXTS]
+    def work() -> None:
+        write_json(path, _measured_frequency(experiment))
+
+    experiment.cache.do(Stage("frequency", inputs, (FREQUENCY,), ("esr_train.steering.readout",)), work)
+    return np.array(read_json(path))
+
+
+def _measured_frequency(experiment: Experiment) -> list[float]:
+    resources, seed = experiment.resources, experiment.recipe.seed
+    train = resources.prompts().train
+    prompts = train[:: max(len(train) // MATCH_TEXTS, 1)][:MATCH_TEXTS]
     requests = [Request(str(number), prompt.text, seed=seed + number) for number, prompt in enumerate(prompts)]
-    answers = world.base.generate(requests, world.sampling())
-    texts = [asked + answer.text for asked, answer in zip(world.rendered(prompts), answers, strict=True)]
-    return [float(value) for value in activation_frequency(world.open_model(), world.tokenizer, world.sae, texts)]
+    answers = resources.base().generate(requests, resources.sampling())
+    texts = [asked + answer.text for asked, answer in zip(resources.rendered(prompts), answers, strict=True)]
+    frequency = activation_frequency(resources.base_model(), resources.tokenizer(), resources.sae(), texts)
+    return [float(value) for value in frequency]

@@ -2,17 +2,17 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
+from typing import Any
 
 from esr_train.command import prepare
 from esr_train.errors import InputError
 from esr_train.ranks import Ranks, join
 from esr_train.recipe import Recipe
-from recipes.pipeline import Experiment, experiments
 
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
-"""How the variables begin by which a launcher tells a process of its fellows."""
+"""How the variables begin by which a launcher tells a process of the others."""
 
 
 def joined(recipe: Recipe) -> Ranks:
@@ -31,38 +31,29 @@ def joined(recipe: Recipe) -> Ranks:
     return ranks
 
 
-def train_alone(experiment: Experiment, arm: str) -> None:
-    """Train an arm as one process would, while the others wait: in a process that knows nothing of them."""
-    top = experiment.shared or experiment
+def alone(work: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a new process that knows nothing of those that were launched beside this one."""
     kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(LAUNCHED)}
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_train, top.recipe, top.directory, experiment.directory, arm).result()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare) as pool:
+            pool.submit(work, *arguments).result()
     finally:
         os.environ.update(kept)
 
 
-def _train(recipe: Recipe, directory: Path, part: Path, arm: str) -> None:
-    prepare()
-    _, parts = experiments(recipe, directory)
-    next(each for each in parts if each.directory == part).train(arm)
+def at_once(work: Callable[..., None], calls: Iterable[tuple[Any, ...]], workers: int) -> None:
+    """Call a function with each of some arguments, so many at a time, each in a process with one thread.
 
-
-def measure_in_processes(recipe: Recipe, parts: int) -> None:
-    """Measure `recipe.workers` parts at a time, each in a process with one thread; the first failure ends all."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(recipe.workers, context, _single_threaded) as pool:
-        futures = [pool.submit(_measure, recipe, number) for number in range(parts)]
+    The first failure ends all.
+    """
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _single_threaded) as pool:
+        futures = [pool.submit(work, *arguments) for arguments in calls]
         try:
             for future in as_completed(futures):
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _measure(recipe: Recipe, number: int) -> None:
-    experiments(recipe)[1][number].measure()
 
 
 def _single_threaded() -> None:

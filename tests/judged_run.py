@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.llm_clients import InspectLlm
+
 from esr_train.files import write_json
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
-from eval import llm
 from eval.cells import Prompt, make_cells, unsteered
 from eval.judging.lexical import LexicalJudge
 from eval.judging.model_judge import ModelJudge
 from eval.store import TrialStore
 from eval.summary import summarise
-from eval.trials import run_trials
-from tests.llm_stub import LlmStub, without_waiting
+from eval.trials import Plan, run_trials
+from eval.variants import Arm
+from tests.llm_stub import LlmStub
 from tests.test_trials import STEERER, FakeDirection
 
 LEXICAL = LexicalJudge({"sailing": ["mast", "jib", "rope"], "baking": ["dough", "oven", "flour"]})
@@ -59,17 +61,15 @@ class WordyEngine:
 
 def evaluate(folder: Path) -> None:
     """Run or go on with the evaluation in a folder; the stub's address and key are in the environment."""
-    without_waiting()
-    llm.TIMEOUT = 5
-    judge = ModelJudge(llm.InspectLlm(LlmStub.model, concurrency=4), folder / "cache")
+    judge = ModelJudge(InspectLlm(LlmStub.model, concurrency=4, timeout=5, wait=0.01), folder / "cache")
     rows = {}
     for arm in ("base", "tuned"):
         store = TrialStore(folder / "trials" / f"{arm}.jsonl")
         for condition, cells in (("steered", CELLS), ("unsteered", unsteered(CELLS))):
-            named = {"arm": arm, "condition": condition, "chunk_rows": CHUNK}
-            run_trials(WordyEngine(arm), judge, store, cells, STEERER, Sampling(), **named)  # type: ignore[arg-type]
+            under_test = Arm(WordyEngine(arm), judge, Sampling(), arm)
+            run_trials(under_test, condition, Plan(tuple(cells), STEERER), store, chunk_rows=CHUNK)
         rows[arm] = store.rows()
-    write_json(folder / "metrics.json", summarise(rows, 50, 0).to_json())
+    write_json(folder / "metrics.json", summarise(rows, 50, 0))
 
 
 def evaluate_dying(folder: Path, environment: dict[str, str], moment: int) -> None:

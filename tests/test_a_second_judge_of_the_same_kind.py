@@ -8,7 +8,7 @@ import pytest
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from esr_train.recipe import Recipe, dump_recipe, load_recipe
-from recipes.resources import World
+from recipes.resources import Resources
 
 MODEL = {"kind": "model", "model": "anthropic/claude-haiku-4-5"}
 LOCAL = {"kind": "local", "model": "no/such-folder"}
@@ -38,8 +38,8 @@ def recipe(folder: Path, judge: dict[str, Any], *judges: dict[str, Any]) -> Reci
 def test_judges_that_can_differ_are_judges_of_their_own(tmp_path, monkeypatch, judge, judges):
     monkeypatch.chdir(tmp_path)
     found = recipe(tmp_path, judge, *judges)
-    world = World(found)
-    names = {world.judge.name, *(each.name for each in world.other_judges)}
+    world = Resources(found)
+    names = {world.judge().name, *(each.name for each in world.further_judges())}
     assert len(names) == 1 + len(judges)
     (tmp_path / "resolved.yaml").write_text(dump_recipe(found))
     assert load_recipe(tmp_path / "resolved.yaml") == found

@@ -14,9 +14,10 @@ from eval.judging.agreement import Alpha, Kappa, agreement, judge_again, judgeme
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.judging.model_judge import ModelJudge
 from eval.store import Trial, TrialStore, read_trials
-from recipes.judge_panel import write_agreement
-from recipes.pipeline import Experiment
-from recipes.resources import World
+from recipes.experiment import Experiment
+from recipes.resources import Resources
+from recipes.results import write_agreement
+from recipes.stage_cache import StageCache
 from tests.test_metrics import trial
 
 
@@ -123,7 +124,7 @@ def experiment(folder: Path, judges: list[dict[str, Any]]) -> Experiment:
     path = recipe.directory / "trials" / "base.jsonl"
     path.unlink(missing_ok=True)
     TrialStore(path).add([trial(0, 100, latent=number) for number in range(3)])
-    return Experiment(recipe, recipe.directory, World(recipe))
+    return Experiment(recipe, recipe.directory, Resources(recipe), StageCache(recipe.directory))
 
 
 def rows(top: Experiment) -> dict[str, list[Trial]]:
@@ -132,10 +133,10 @@ def rows(top: Experiment) -> dict[str, list[Trial]]:
 
 def test_a_recipes_further_judges_are_asked_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     top = experiment(tmp_path, [{"vocabulary": str(tmp_path / "others.json")}])
-    monkeypatch.setattr(Experiment, "trials", lambda self: rows(top))
+    monkeypatch.setattr("recipes.results.finished_trials", lambda part: rows(top))
     write_agreement(top, [top], rows(top))
     found = read_json(top.directory / "agreement.json")
-    assert found["judges"] == [top.world.judge.name, top.world.other_judges[0].name]
+    assert found["judges"] == [top.resources.judge().name, top.resources.further_judges()[0].name]
     assert found["trials"] == 3
     assert len(list((top.directory / "judgements").iterdir())) == 1
     write_agreement(experiment(tmp_path, []), [top], rows(top))
@@ -153,7 +154,7 @@ def test_a_recipe_names_model_judges_and_none_is_loaded_before_it_is_asked(tmp_p
     asked = {"kind": "model", "model": "anthropic/claude-haiku-4-5"}
     others = [{**asked, "repeat": 1}, {**asked, "temperature": 1}, {"kind": "local", "model": "no/such-folder"}]
     top = experiment(tmp_path, [asked, *others])
-    found = top.world.other_judges
+    found = top.resources.further_judges()
     assert all(isinstance(judge, ModelJudge) for judge in found)
     assert found[1].name == f"{found[0].name}#1"
     assert len({judge.name for judge in found}) == 4

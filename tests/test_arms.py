@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from esr_train.errors import InputError
-from esr_train.recipe import Recipe, load_recipe
+from esr_train.recipe import Recipe
 from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request
 from eval.variants import PLAIN, PROMPTS, Variant, prompt_text
+from recipes.loading import read_recipe
 from recipes.weights import form
 
 ADD, EDIT = Add(1, None), Add(2, None)  # type: ignore[arg-type]
@@ -50,7 +51,7 @@ def test_shipped_variants_hold_the_prompt_and_others_are_refused_by_name():
 def recipe(tmp_path: Path, arms: str, evaluation: str = "{}") -> Recipe:
     path = tmp_path / "r.yaml"
     path.write_text(f"name: r\nmodel: {{path: m}}\neval: {evaluation}\narms: {arms}\n")
-    return load_recipe(path)
+    return read_recipe(path)
 
 
 def test_an_arm_cannot_change_how_it_is_sampled(tmp_path):
@@ -102,9 +103,9 @@ def test_arms_that_contradict_themselves_are_refused(tmp_path, arms, named):
     [
         ("{conditions: [steered, steered_continues]}", "add that condition"),
         ("{conditions: [switched_off]}", "responses of 'steered'"),
-        ("{conditions: [steered, boost], boost: {multiples: []}}", "needs boost.multiples"),
-        ("{conditions: [stered]}", "eval.conditions.0"),
-        ("{boost: {multiples: [0]}}", "eval.boost.multiples.0"),
+        ("{conditions: [steered, boost], boost: []}", "needs multiples in eval.boost"),
+        ("{conditions: [stered]}", "there is no condition 'stered'"),
+        ("{boost: [0]}", "eval.boost.0"),
     ],
 )
 def test_conditions_that_lack_something_are_refused(tmp_path, evaluation, named):

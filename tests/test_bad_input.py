@@ -171,17 +171,20 @@ def test_control_words_in_a_prompt_are_plain_text(family, typed):
 
 def test_data_of_one_s_own_that_hold_an_evaluation_prompt_are_refused(world):
     from eval.cells import make_pools, read_prompts
-    from recipes import pipeline
+    from recipes.experiment import open_experiment
+    from recipes.pipeline import prepare
+    from recipes.rows import mix_rows
 
     recipe = load_recipe("recipe.yaml", ["train.data=data.jsonl"])
     assert recipe.prompts is not None
     held_out = make_pools(read_prompts("prompts.jsonl"), recipe.prompts.splits).test[0]
-    experiment, _ = pipeline.experiments(recipe)
-    write_transcripts("data.jsonl", [normal("about something else")])
-    experiment.data("tuned")
-    write_transcripts("data.jsonl", [normal("about something else"), normal(held_out.text.upper())])
-    with pytest.raises(InputError, match=f"training and evaluation share 1 prompt .*{held_out.text}"):
-        experiment.data("tuned")
+    with open_experiment(recipe) as experiment:
+        shared = prepare(experiment, evaluates=False)
+        write_transcripts("data.jsonl", [normal("about something else")])
+        mix_rows(experiment, "tuned", {}, shared)
+        write_transcripts("data.jsonl", [normal("about something else"), normal(held_out.text.upper())])
+        with pytest.raises(InputError, match=f"training and evaluation share 1 prompt .*{held_out.text}"):
+            mix_rows(experiment, "tuned", {}, shared)
 
 
 def normal(prompt: str) -> Transcript:

@@ -15,17 +15,19 @@ from esr_train.steering.directions import Add, Positions
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from esr_train.transcript import SaeRef, Strength
 from eval.calibration import (
+    CalibrationPrompts,
     Threshold,
     calibrate,
     calibration_key,
     load_thresholds,
+    response_count,
     save_thresholds,
     score_store,
     updated,
-    work,
 )
 from eval.cells import Prompt
 from eval.judging.judge import Attempt, JudgeItem, Judgement
+from eval.variants import Arm
 
 SECTION = CalibrationSection(target=30, rounds=10, prompts=4, bounds=(0.1, 2.0), verify=4)
 PROMPTS = [Prompt(f"Question {number}?", f"topic{number % 5}") for number in range(20)]
@@ -93,7 +95,9 @@ def latents(count: int = 60) -> list[FakeDirection]:
 
 def measured(engine: FakeEngine, directions: Sequence[FakeDirection], **given) -> list[Threshold]:
     section = given.pop("section", SECTION)
-    return calibrate(engine, FakeJudge(), directions, PROMPTS, HELD_OUT, section, SAMPLING, **given)  # type: ignore[arg-type]
+    arm = Arm(engine, given.pop("judge", FakeJudge()), SAMPLING)  # type: ignore[arg-type]
+    prompts = CalibrationPrompts(given.pop("prompts", PROMPTS), HELD_OUT)
+    return calibrate(arm, directions, prompts, section, **given)  # type: ignore[arg-type]
 
 
 def test_thresholds_are_found_under_noise():
@@ -130,22 +134,16 @@ def test_a_stopped_latent_is_asked_no_more_and_the_bar_still_fills():
     section = SECTION.model_copy(update={"stop_width": 0.3})
     found = measured(engine, latents(6), section=section, progress=lambda rows, _: told.append(rows))
     assert min(each.n for each in found) < 40
-    assert sum(told) == work(6, section)
+    assert sum(told) == response_count(6, section)
     asked = [{request.id.split(" / ")[1] for request in call} for call in engine.calls[:-1]]
     assert all(later <= earlier for earlier, later in pairwise(asked))
-
-
-def test_a_prior_is_where_the_first_question_is_asked():
-    engine = FakeEngine()
-    measured(engine, latents(1), section=SECTION.model_copy(update={"prior": (0.5, 0.1)}))
-    assert engine.calls[0][0].interventions[0].vector[1] == pytest.approx(0.5, abs=0.01)  # type: ignore[union-attr]
 
 
 def test_all_latents_share_one_engine_call_a_round():
     engine = FakeEngine()
     measured(engine, latents(7))
     assert [len(call) for call in engine.calls] == [28] * 11
-    assert sum(map(len, engine.calls)) == work(7, SECTION)
+    assert sum(map(len, engine.calls)) == response_count(7, SECTION)
     assert {sampling.max_new_tokens for sampling in engine.samplings} == {SECTION.max_new_tokens}
 
 
@@ -199,15 +197,7 @@ def test_unscored_responses_are_left_out():
             whole = super().judge(items)
             return [replace(each, attempts=(), error="x") if n % 2 else each for n, each in enumerate(whole)]
 
-    (found,) = calibrate(
-        FakeEngine(),
-        Flaky(),
-        [FakeDirection(0, 0.8)],
-        PROMPTS,
-        HELD_OUT,
-        SECTION,
-        SAMPLING,  # type: ignore[list-item]
-    )
+    (found,) = measured(FakeEngine(), [FakeDirection(0, 0.8)], judge=Flaky())
     assert (found.n, found.verified_n) == (20, 2)
 
 
@@ -256,15 +246,7 @@ def test_bounds_that_do_not_increase_are_refused(bounds: tuple[float, float]):
 
 def test_a_latent_without_prompts_of_other_topics_is_refused():
     with pytest.raises(InputError, match="no prompt of another topic"):
-        calibrate(
-            FakeEngine(),
-            FakeJudge(),
-            latents(1),
-            PROMPTS[:1],
-            HELD_OUT,
-            SECTION,
-            SAMPLING,  # type: ignore[arg-type]
-        )
+        measured(FakeEngine(), latents(1), prompts=PROMPTS[:1])
 
 
 KEY = calibration_key("tiny", SAE, "lexical", PROMPTS, SAMPLING, SECTION)

@@ -7,24 +7,26 @@ import pytest
 import torch
 
 from esr_train.errors import InputError
-from esr_train.recipe import BoostSection, EvalSection
+from esr_train.recipe import CONDITION_NAMES, EvalSection
 from esr_train.steering.directions import Direction
 from esr_train.transcript import SaeRef
 from eval.cells import Cell
 from eval.conditions import (
-    Boost,
-    boosted,
-    boosts,
-    names,
+    CONDITIONS,
+    Condition,
+    Setting,
+    measured_conditions,
     opening,
     order,
     random_directions,
+    register_condition,
     through_restart,
     title,
     with_latents,
 )
 from eval.matching import matched_latents
 from eval.store import Trial
+from eval.trials import Plan, Steerer
 from tests.trial_maker import made
 
 CELLS = [Cell(f"How do I fold sheet {n}?", "linen", n % 3, f"topic{n % 3}", 1.0, n) for n in range(6)]
@@ -36,13 +38,11 @@ DIRECTIONS = {
 
 def test_a_sweep_is_one_condition_for_each_strength_and_what_goes_on_from_others_runs_last():
     wanted = ("switched_off", "boost", "steered", "unsteered_continues", "random_direction")
-    section = EvalSection(conditions=wanted, boost=BoostSection(multiples=(0.5, 1.25), deviations=(-1, 2)))
-    assert names(section) == (
-        "boost_x0.5", "boost_x1.25", "boost_-1sd", "boost_+2sd", "steered", "random_direction",
-        "switched_off", "unsteered_continues",
-    )  # fmt: skip
+    section = EvalSection(conditions=(*wanted, "unsteered"), boost=(0.5, 1.25))
+    assert [measured.name for measured in measured_conditions(section, wanted)] == [
+        "boost_x0.5", "boost_x1.25", "steered", "random_direction", "switched_off", "unsteered_continues",
+    ]  # fmt: skip
     assert title("boost_x1.25") == "Steered at 1.25 × the threshold"
-    assert title("boost_-1sd") == "Steered at the threshold − 1 standard deviation of its posterior"
     assert title("somebody's own") == "somebody's own"
 
 
@@ -51,14 +51,34 @@ def test_conditions_stand_in_reading_order_with_sweeps_by_strength():
     assert sorted(shuffled, key=order) == ["steered", "unsteered", "switched_off", "boost_x0.5", "boost_x1.5", "mine"]
 
 
-def test_a_boost_multiplies_the_threshold_or_adds_deviations_of_the_latents_own_posterior():
-    norms, spreads = {0: 0.5, 1: 1.0, 2: 0.2}, {0: 0.1, 1: 0.1, 2: 0.3}
-    sweep = boosts(BoostSection(multiples=(1.5,), deviations=(-1,)))
-    assert sweep == {"boost_x1.5": Boost(multiple=1.5), "boost_-1sd": Boost(deviations=-1)}
-    assert {cell.multiple for cell in boosted(CELLS, sweep["boost_x1.5"], norms, spreads)} == {1.5}
-    weaker = boosted(CELLS, sweep["boost_-1sd"], norms, spreads)
-    assert {cell.latent: cell.multiple for cell in weaker} == {0: 0.8, 1: 0.9}
-    assert [cell.seed for cell in weaker] == [0, 1, 3, 4]
+def setting(**given) -> Setting:
+    steerer = Steerer(DIRECTIONS, dict.fromkeys(DIRECTIONS, 0.5))
+    values = {"arm": "tuned", "cells": CELLS, "steerer": steerer, "seed": 0, "response": None}
+    return Setting(**{**values, "own_thresholds": None, "stand_ins": None, **given})
+
+
+def test_a_boost_multiplies_the_threshold():
+    (member,) = measured_conditions(EvalSection(conditions=("boost",), boost=(1.5,)))
+    plan = member.condition.plan(setting(value=member.value))
+    assert {cell.multiple for cell in plan.cells} == {1.5}
+    assert [cell.seed for cell in plan.cells] == [cell.seed for cell in CELLS]
+
+
+def test_a_recalibrated_arm_runs_the_latents_that_have_a_threshold_of_its_own():
+    plan = CONDITIONS["steered_recalibrated"].plan(setting(own_thresholds=lambda: {0: 0.9, 2: 0.7}))
+    assert {cell.latent for cell in plan.cells} == {0, 2}
+    assert plan.steerer.norms == {0: 0.9, 2: 0.7}
+
+
+def test_a_condition_of_ones_own_is_measured_and_named_like_any_other():
+    register_condition(Condition("halved", "Steered at half", lambda setting: Plan((), setting.steerer)))
+    try:
+        assert [each.name for each in measured_conditions(EvalSection(conditions=("halved",)))] == ["halved"]
+        assert title("halved") == "Steered at half"
+        with pytest.raises(ValueError, match="there is a condition 'halved' already"):
+            register_condition(CONDITIONS["halved"])
+    finally:
+        del CONDITIONS["halved"], CONDITION_NAMES["halved"]
 
 
 def test_random_directions_have_unit_norm_keep_the_latents_scale_and_stand_for_nothing():

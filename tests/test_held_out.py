@@ -10,8 +10,9 @@ from esr_train.errors import InputError
 from esr_train.recipe import Recipe
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
 from eval.cells import Side
-from recipes.pipeline import Experiment
-from recipes.resources import World
+from recipes.experiment import open_experiment
+from recipes.rows import mix_rows
+from recipes.steering_latents import NO_LATENTS, NOT_CALIBRATED, Shared
 
 EVALUATION = Side(frozenset(["How do I fold a sheet?"]), frozenset([7]), frozenset(["owls"]))
 SPANS = (Span(SpanKind.OFF_TOPIC, "The owl sleeps."), Span(SpanKind.CUE, " Wait, no."), Span(SpanKind.ANSWER, " Fold."))
@@ -26,9 +27,9 @@ def trained_on(file: Path, tmp_path: Path) -> str:
     """The fingerprint of an experiment's training file, whose evaluation uses `EVALUATION`."""
     values = {"name": "t", "runs": str(tmp_path), "model": {"path": "none"}, "train": {"data": str(file)}}
     recipe = Recipe.model_validate(values)
-    experiment = Experiment(recipe, recipe.directory, World(recipe))
-    experiment.__dict__["held_out"] = EVALUATION
-    return experiment.data("tuned")
+    with pytest.MonkeyPatch.context() as patch, open_experiment(recipe) as experiment:
+        patch.setattr("recipes.rows.held_out", lambda *_: EVALUATION)
+        return mix_rows(experiment, "tuned", {}, Shared(NO_LATENTS, NOT_CALIBRATED)).fingerprint
 
 
 @pytest.mark.parametrize(

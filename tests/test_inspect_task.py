@@ -15,13 +15,12 @@ from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.cells import make_cells, read_prompts, unsteered
-from eval.conditions import Plan
 from eval.inspect_cells import Batcher, cells_task
 from eval.judging.lexical import LexicalJudge
 from eval.store import TrialStore
 from eval.summary import estimate
-from eval.trials import Steerer, run_trials
-from eval.variants import Variant
+from eval.trials import Plan, Steerer, run_trials
+from eval.variants import Arm, Variant
 from tests.conftest import ASSETS
 
 SAMPLING = Sampling(max_new_tokens=12)
@@ -48,11 +47,9 @@ def test_inspect_finds_the_responses_and_the_numbers_of_our_own_run(tiny, tmp_pa
     chosen = cells if condition == "steered" else unsteered(cells)
     store = TrialStore(tmp_path / "base.jsonl")
     begun = {chosen[0].key: "Start by"}
-    ours = run_trials(
-        engine, judge, store, chosen, steerer, SAMPLING, arm="base", condition=condition, variant=ASKED, prefixes=begun
-    )
-    plan = Plan(condition, tuple(chosen), steerer, begun)
-    task = cells_task(plan, engine, judge, SAMPLING, arm="base", variant=ASKED, rows=4)
+    plan, arm = Plan(tuple(chosen), steerer, begun), Arm(engine, judge, SAMPLING, variant=ASKED)
+    ours = run_trials(arm, condition, plan, store)
+    task = cells_task(arm, condition, plan, rows=4)
     (log,) = inspect_eval(task, model=None, display="none", log_dir=str(tmp_path / "logs"))
     assert log.status == "success", log.error
     by_cell = {str(sample.id): sample for sample in log.samples}

@@ -21,7 +21,7 @@ from eval.judging.judge import (
     register_judge,
 )
 from eval.judging.lexical import LexicalJudge
-from recipes.resources import World
+from recipes.resources import Resources
 from tests.llm_stub import LlmStub
 from tests.oracle import Oracle
 
@@ -72,7 +72,7 @@ def values(**judge: object) -> dict[str, object]:
 
 def test_a_kind_from_outside_is_registered_with_its_own_keys_and_a_recipe_names_it(length):
     recipe = Recipe.model_validate(values(kind="length", longest=20))
-    judge = World(recipe).judge
+    judge = Resources(recipe).judge()
     assert judge.judge([JudgeItem("?", "ten chars!")])[0].attempts[0].score == 50
     assert recipe.model_dump()["judge"] == {"kind": "length", "longest": 20}
     with pytest.raises(ValueError, match="'lexical' has no key 'longest'; one of kind length has"):

@@ -11,7 +11,7 @@ from esr_train.errors import InputError
 from esr_train.files import read_jsonl, write_jsonl
 from esr_train.recipe import load_recipe
 from esr_train.steering.latent_labels import read_labels
-from recipes.resources import World
+from recipes.resources import Resources
 from recipes.tiny.language import how_to, topics
 from tests.conftest import ROOT
 from tests.llm_stub import Faults, LlmStub, Messages
@@ -23,8 +23,8 @@ def test_latents_that_stand_for_a_topic_are_labelled_with_its_words(assets, tmp_
 
     rng, known = Random(5), read_labels(assets / "llama-sae" / "labels.jsonl")
     texts = [how_to(topic, rng).reply for _ in range(2) for topic in topics()]
-    made = World(load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml"))
-    rows = label_latents(made.open_model(), made.tokenizer, made.sae, texts, None, 0, rows=32)
+    made = Resources(load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml"))
+    rows = label_latents(made.base_model(), made.tokenizer(), made.sae(), texts, None, 0, rows=32)
     words = {topic.name: {topic.name, *topic.verbs, *topic.nouns} for topic in topics()}
     described = {int(row["index"]): row["description"].split(", ") for row in rows}
     right = [sum(w in words[label] for w in described[k]) >= 2 for k, label in known.items() if k in described]
@@ -79,8 +79,8 @@ def test_a_namer_s_labels_are_kept_if_they_are_concrete(world, monkeypatch, caps
 
 
 def test_latents_that_are_never_active_have_no_label(world):  # noqa: F811
-    made = World(load_recipe("recipe.yaml"))
-    made.sae.module.W_enc.data.zero_()
-    made.sae.module.b_enc.data.fill_(-1.0)
+    made = Resources(load_recipe("recipe.yaml"))
+    made.sae().module.W_enc.data.zero_()
+    made.sae().module.b_enc.data.fill_(-1.0)
     with pytest.raises(InputError, match="no latent is active"):
-        label_latents(made.open_model(), made.tokenizer, made.sae, ["Knead the dough."], None, 0)
+        label_latents(made.base_model(), made.tokenizer(), made.sae(), ["Knead the dough."], None, 0)

@@ -14,12 +14,9 @@ from esr_train.steering.direction_files import load_sae
 from esr_train.steering.engine import Sampling
 from esr_train.training.trainer import train
 from eval.behaviour import observe, probing
-from eval.calibration import Threshold
 from eval.cells import make_cells
 from eval.judging.judge import Judgement
 from eval.trials import Steerer
-from recipes.resources import World
-from recipes.steering_latents import frozen_directions
 from recipes.training_probe import calibrated_probe
 
 DIRECTIONS = {3: FakeDirection(3, "baking")}
@@ -44,7 +41,7 @@ def test_a_training_is_probed_with_the_model_as_it_is(tmp_path, family, monkeypa
     assert len({row["response"] for row in samples}) > 1
 
 
-def test_the_door_probes_a_calibrated_run_and_loads_no_second_model(tmp_path, llama, monkeypatch):
+def test_training_alone_probes_a_calibrated_run_and_loads_no_second_model(tmp_path, llama, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_world(tmp_path, llama)
     section = probed(recipe(args={"max_steps": 4}), every=2)
@@ -80,17 +77,7 @@ def test_a_judge_of_our_own_is_not_loaded_beside_several_processes(tmp_path, lla
     local = section.model_copy(update={"judge": LocalJudgeSection(model="model")})
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"train\.probe: the probe's judge cannot be loaded"):
-        calibrated_probe(local)
-
-
-def test_frozen_directions_steer_as_far_as_the_thresholds_say(tmp_path, llama, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_world(tmp_path, llama)
-    world = World(probed(recipe()))
-    thresholds = [Threshold(3, "baking", norm=0.7, raw=11.0, low=0.6, high=0.8, n=9, bound=None)]
-    (direction,) = frozen_directions(world, thresholds)
-    assert (direction.latent, direction.label) == (3, "baking")
-    assert direction.strength(0.7).raw == pytest.approx(11.0)
+        calibrated_probe(local, local.directory)
 
 
 def test_only_the_process_that_logs_asks_the_judge():

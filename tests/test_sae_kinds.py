@@ -30,9 +30,10 @@ from esr_train.steering.direction_files import load_sae
 from esr_train.steering.engine import Request
 from esr_train.steering.readout import active_latents, hidden_states, peaks
 from esr_train.transcript import SaeRef
-from recipes.pipeline import Experiment
-from recipes.resources import World
-from recipes.steering_latents import facts
+from recipes.experiment import Experiment
+from recipes.resources import Resources
+from recipes.stage_cache import StageCache
+from recipes.steering_latents import choose_latents, latent_facts
 from tests.conftest import Family
 
 WIDTH, LATENTS, LAYER = 64, 48, 1
@@ -92,7 +93,7 @@ def experiment(folder: Path, family: Family, kind: str) -> Experiment:
             "sampling": {"max_new_tokens": 8},
         }
     )
-    return Experiment(recipe, recipe.directory, World(recipe))
+    return Experiment(recipe, recipe.directory, Resources(recipe), StageCache(recipe.directory))
 
 
 def states_of(family: Family, texts: list[str]) -> torch.Tensor:
@@ -106,24 +107,27 @@ def states_of(family: Family, texts: list[str]) -> torch.Tensor:
 def test_an_sae_of_every_kind_is_selected_from_and_steers(kind, tmp_path, llama, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = experiment(tmp_path, llama, kind)
-    chosen = made.chosen
+    latents = choose_latents(made)
+    chosen = [direction.latent for direction in latents.in_order()]
     funnel = read_json(made.directory / "latents.json")["funnel"]
     assert sum(funnel.values()) == LATENTS
     assert funnel["kept"] == len(chosen) == 9
-    assert set(made.split_latents) == {"train", "validation", "test"}
-    assert all(made.split_latents.values())
-    found = made.world.sae.encode(states_of(llama, prompts()))
+    assert set(latents.splits) == {"train", "validation", "test"}
+    assert all(latents.splits.values())
+    found = made.resources.sae().encode(states_of(llama, prompts()))
     relevant = {latent for latent in range(LATENTS) if bool((found[:, latent] != 0).any())}
     assert funnel["active on a prompt"] == len(relevant) > 0
     assert not relevant & set(chosen)
-    assert facts(made.directory)[0].startswith("9 of 48 labelled latents are in play (left out: active on a prompt: ")
-    direction = made.world.direction(chosen[0])
-    steered, plain = made.world.base.generate(
+    assert latent_facts(made.directory)[0].startswith(
+        "9 of 48 labelled latents are in play (left out: active on a prompt: "
+    )
+    direction = latents.in_order()[0]
+    steered, plain = made.resources.base().generate(
         [
             Request("steered", "How?", interventions=(direction.add(3.0, "all"),), seed=1),
             Request("plain", "How?", seed=1),
         ],
-        made.world.sampling(),
+        made.resources.sampling(),
     )
     assert steered.steered_tokens > 0 == plain.steered_tokens
     assert steered.token_ids != plain.token_ids

@@ -6,7 +6,7 @@ from esr_train.files import write_json
 from esr_train.recipe import Recipe
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.steering.vllm.vllm_server import VllmServer
-from recipes.resources import World
+from recipes.resources import Resources
 from tests.conftest import ASSETS
 
 LLAMA, GEMMA = str(ASSETS / "llama"), str(ASSETS / "gemma")
@@ -28,69 +28,69 @@ def recipe(judge: dict | None = None, arms: dict | None = None, kind: str = "vll
             "name": "t",
             "model": model,
             "engine": {"kind": kind, "batch_rows": 8},
-            "judge": {"kind": "local", **judge} if judge else {"kind": "lexical"},
             "llm": {"concurrency": concurrency},
+            "judge": {"kind": "local", **judge} if judge else {"kind": "lexical"},
             "arms": {"tuned": {}, **(arms or {})},
         }
     )
 
 
 def test_the_base_model_and_adapters_share_a_server(calls):
-    world = World(recipe())
-    assert world.base.server is world.engine(None).server
-    assert world.base.server.lora_rank == 32
+    resources = Resources(recipe())
+    assert resources.base().server is resources.engine(None).server
+    assert resources.base().server.lora_rank == 32
     assert set(calls) == {f"start {LLAMA}"}
 
 
 def test_a_whole_model_takes_the_place_of_the_one_before(calls):
-    world = World(recipe(arms={"whole": {"model": GEMMA}}))
-    base = world.base
+    resources = Resources(recipe(arms={"whole": {"model": GEMMA}}))
+    base = resources.base()
     calls.clear()
-    whole = world.engine(None, instead=GEMMA)
+    whole = resources.engine(None, GEMMA)
     assert (whole.server.section.path, whole.server.lora_rank) == (GEMMA, 0)
     assert calls == [f"stop {LLAMA}", f"start {GEMMA}"]
     calls.clear()
-    assert world.engine(None).server is base.server
+    assert resources.engine(None).server is base.server
     assert calls == [f"stop {GEMMA}", f"start {LLAMA}"]
     calls.clear()
-    world.stop()
+    resources.free_all()
     assert sorted(calls) == sorted([f"stop {LLAMA}", f"stop {GEMMA}"])
 
 
 def test_a_judge_on_the_same_model_shares_its_server(calls):
-    world = World(recipe({"model": LLAMA}))
-    assert world.judge._asker.llm.open_engine().server is world.base.server
-    assert world.base.server.memory is None
+    resources = Resources(recipe({"model": LLAMA}))
+    assert resources.judge()._asker.llm.open_engine().server is resources.base().server
+    assert resources.base().server.memory is None
 
 
 def test_a_judge_on_another_model_has_a_server_beside_it(calls):
-    world = World(recipe({"model": GEMMA}, concurrency=5))
-    judge = world.judge._asker.llm.open_engine()
+    resources = Resources(recipe({"model": GEMMA}, concurrency=5))
+    judge = resources.judge()._asker.llm.open_engine()
     assert (judge.server.section.path, judge.server.rows, judge.tokenizer.name_or_path) == (GEMMA, 5, GEMMA)
-    assert judge.server.memory == world.base.server.memory == pytest.approx(0.45)
+    assert judge.server.memory == resources.base().server.memory == pytest.approx(0.45)
     assert not any(call.startswith("stop") for call in calls)
-    world.stop()
+    resources.free_all()
     assert f"stop {GEMMA}" in calls
 
 
 def test_a_judge_on_the_base_model_has_its_own_where_an_arm_takes_the_base_models_place(calls):
-    world = World(recipe({"model": LLAMA}, {"merged": {"of": "tuned", "merged": True}}))
-    judge = world.judge._asker.llm.open_engine()
-    assert judge.server is not world.base.server
+    resources = Resources(recipe({"model": LLAMA}, {"merged": {"of": "tuned", "merged": True}}))
+    judge = resources.judge()._asker.llm.open_engine()
+    assert judge.server is not resources.base().server
     calls.clear()
-    world.engine(None, instead=GEMMA)
+    resources.engine(None, GEMMA)
     assert judge.server.section.path == LLAMA
     assert calls.count(f"stop {LLAMA}") == 1, "that of the model under test alone"
 
 
 def test_room_is_made_for_an_adapter_that_is_there_already(calls, tmp_path):
     write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 48, "task_type": "CAUSAL_LM"})
-    world = World(recipe(arms={"given": {"adapter": str(tmp_path)}}))
-    assert world.base.server.lora_rank == 48
+    resources = Resources(recipe(arms={"given": {"adapter": str(tmp_path)}}))
+    assert resources.base().server.lora_rank == 48
 
 
 def test_the_transformers_engine_has_none(calls):
-    world = World(recipe({"model": GEMMA}, kind="transformers"))
-    assert isinstance(world.judge._asker.llm.open_engine(), TransformersEngine)
-    world.stop()
+    resources = Resources(recipe({"model": GEMMA}, kind="transformers"))
+    assert isinstance(resources.judge()._asker.llm.open_engine(), TransformersEngine)
+    resources.free_all()
     assert calls == []

@@ -15,7 +15,8 @@ from eval.judging.lexical import LexicalJudge
 from eval.metrics import pair_key
 from eval.progress import brief, finished_line, progress_bar
 from eval.store import Trial, TrialCell, TrialStore, UsedStrength, read_trials, trial_to_json
-from eval.trials import Steerer, run_trials
+from eval.trials import Observer, Plan, Steerer, run_trials
+from eval.variants import Arm
 from tests.threads import as_ranks
 
 JUDGE = LexicalJudge({"sailing": ["mast"], "baking": ["dough"]})
@@ -71,6 +72,21 @@ STEERER = Steerer({each.latent: each for each in LATENTS}, {5: 0.5, 6: 0.8})  # 
 CELLS = make_cells(PROMPTS, LATENTS, 12, seed=3, multiple=2.0)  # type: ignore[arg-type]
 
 
+class Noting(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.counted: list[tuple[int, int]] = []
+        self.told: list[str] = []
+
+    def __call__(self, rows: int, tokens: int) -> None:
+        if rows or tokens:
+            self.counted.append((rows, tokens))
+
+    def on_trials_finished(self, trials: Sequence[Trial]) -> None:
+        self.told.append(brief(trials))
+
+
 def run(
     path: Path,
     engine: FakeEngine,
@@ -80,10 +96,10 @@ def run(
     **given,
 ) -> list[Trial]:
     condition = "steered" if cells[0].latent is not None else "unsteered"
+    plan = Plan(tuple(cells), STEERER)
     return run_trials(
-        engine, JUDGE, TrialStore(path), cells, STEERER, SAMPLING,
-        arm=arm, condition=condition, chunk_rows=chunk_rows, **given,
-    )  # fmt: skip
+        Arm(engine, JUDGE, SAMPLING, arm), condition, plan, TrialStore(path), chunk_rows=chunk_rows, **given
+    )
 
 
 def test_a_row_describes_itself(tmp_path: Path):
@@ -176,25 +192,17 @@ def test_a_judge_failure_is_kept_as_unscored(tmp_path: Path):
         def judge(self, items: Sequence[JudgeItem]) -> list[Judgement]:
             return [Judgement((), self.name, error="no answer") for _ in items]
 
-    rows = run_trials(
-        FakeEngine(),
-        Silent(),
-        TrialStore(tmp_path / "a"),
-        CELLS,
-        STEERER,
-        SAMPLING,
-        arm="a",
-        condition="steered",
-    )
+    arm = Arm(FakeEngine(), Silent(), SAMPLING, "a")
+    rows = run_trials(arm, "steered", Plan(tuple(CELLS), STEERER), TrialStore(tmp_path / "a"))
     assert all(row.error == "no answer" and row.attempts == () and row.cue for row in rows)
 
 
 def test_progress_counts_every_cell_once_even_when_resumed(tmp_path: Path):
-    seen: list[tuple[int, int]] = []
     with pytest.raises(Killed):
         run(tmp_path / "base.jsonl", FakeEngine(dies_at=2))
-    run(tmp_path / "base.jsonl", FakeEngine(), progress=lambda rows, tokens: seen.append((rows, tokens)))
-    assert seen == [(5, 0), (5, 20), (2, 8)]
+    observer = Noting()
+    run(tmp_path / "base.jsonl", FakeEngine(), observer=observer)
+    assert observer.counted == [(5, 0), (5, 20), (2, 8)]
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -203,15 +211,13 @@ def test_several_processes_share_the_cells_and_end_with_the_rows_of_one(tmp_path
     with pytest.raises(Killed):
         run(tmp_path / "shared.jsonl", FakeEngine(dies_at=2), chunk_rows=3)
     engines = [FakeEngine() for _ in range(count)]
-    seen: list[list[tuple[int, int]]] = [[] for _ in engines]
+    seen = [Noting() for _ in engines]
 
     def one(ranks: Ranks) -> list[Trial]:
         store = TrialStore(tmp_path / "shared.jsonl", writes=ranks.first)
         ranks.gather(None)
-        return run_trials(
-            engines[ranks.rank], JUDGE, store, CELLS, STEERER, SAMPLING, arm="base", condition="steered", chunk_rows=2,
-            progress=lambda rows, tokens: seen[ranks.rank].append((rows, tokens)), ranks=ranks,
-        )  # fmt: skip
+        arm, plan = Arm(engines[ranks.rank], JUDGE, SAMPLING), Plan(tuple(CELLS), STEERER)
+        return run_trials(arm, "steered", plan, store, chunk_rows=2, observer=seen[ranks.rank], ranks=ranks)
 
     assert as_ranks(count, one) == [alone] * count
     asked = [request.id for engine in engines for call in engine.calls for request in call]
@@ -220,13 +226,13 @@ def test_several_processes_share_the_cells_and_end_with_the_rows_of_one(tmp_path
     assert sorted((tmp_path / "shared.jsonl").read_text().splitlines()) == sorted(
         (tmp_path / "alone.jsonl").read_text().splitlines()
     )
-    assert [sum(rows for rows, _ in each) for each in seen] == [len(CELLS)] * count
+    assert [sum(rows for rows, _ in each.counted) for each in seen] == [len(CELLS)] * count
 
 
 def test_the_terminal_is_told_what_the_trials_so_far_have_given(tmp_path: Path):
-    told: list[str] = []
-    rows = run(tmp_path / "base.jsonl", FakeEngine(), chunk_rows=6, watch=lambda trials: told.append(brief(trials)))
-    assert told == ["", *["second attempt 100%, ESR 100%, worse 0%, first score 0, last score 100"] * 2]
+    observer = Noting()
+    rows = run(tmp_path / "base.jsonl", FakeEngine(), chunk_rows=6, observer=observer)
+    assert observer.told == ["", *["second attempt 100%, ESR 100%, worse 0%, first score 0, last score 100"] * 2]
     failed = [replace(row, error="no answer", attempts=()) for row in rows[:3]]
     line = finished_line("tuned", "steered", [*rows[3:], *failed])
     assert line.startswith("tuned, steered: 12 trials, second attempt 100\u202f% (")
@@ -244,5 +250,5 @@ def test_the_progress_bar_shows_count_and_label(capsys: pytest.CaptureFixture[st
 def test_of_several_processes_one_shows_a_bar(capsys: pytest.CaptureFixture[str]):
     with progress_bar(4, "base, steered", visible=False) as bar:
         bar(4, 100)
-        bar.watch([])
+        bar.on_trials_finished([])
     assert capsys.readouterr().err == ""

@@ -17,8 +17,8 @@ from esr_train.training.settings import lora_config
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
 from eval.calibration import Threshold, save_thresholds
 from eval.cells import split_latents
-from recipes.resources import World
-from recipes.steering_latents import frozen_directions, save_chosen, threshold_key
+from recipes.resources import Resources
+from recipes.steering_latents import threshold_key
 
 SAE = SaeRef("saes", "first")
 LAYER = 1
@@ -96,11 +96,12 @@ def probed(section: Recipe, every: int = 2) -> Recipe:
         }
     )
     found = [Threshold(i, TOPICS[i % len(TOPICS)], 1.0, 3.0, 0.9, 1.1, 20, None) for i in range(LATENTS)]
-    world = World(more)
-    save_thresholds(more.directory / "thresholds.json", threshold_key(more, world), found)
-    dealt = split_latents(frozen_directions(world, found), world.pools.topics, more.prompts.splits)
+    resources = Resources(more)
+    save_thresholds(more.directory / "thresholds.json", threshold_key(resources), found)
+    directions = [resources.sae().direction(each.latent, 3.0, each.label) for each in found]
+    dealt = split_latents(directions, resources.prompts().topics, more.prompts.splits)
     splits = {split: [each.latent for each in group] for split, group in dealt.items()}
-    save_chosen(more.directory, {"funnel": {}, "splits": splits})
+    write_json(more.directory / "latents.json", {"funnel": {}, "residual_norm": 3.0, "splits": splits})
     return more
 
 

@@ -1,0 +1,132 @@
+"""One run of a recipe: its directory, its resources and what is done, and what decides each stage's result."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esr_train.files import hold, replacing
+from esr_train.provenance import digest, model_hashes, sae_hashes, sha256
+from esr_train.ranks import ALONE, Ranks
+from esr_train.recipe import JudgeSection, ModelSection, Recipe, dump_recipe
+from esr_train.template import DATE
+from recipes.resources import Resources, located, open_resources
+from recipes.stage_cache import StageCache
+
+LOCK = ".lock"
+"""In a run directory: held by the process that writes there."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run directory and what is done in it.
+
+    Args:
+        recipe: with this run's seed.
+        directory: of the run.
+        resources: model, SAE, judges and prompts; the parts of a run with several seeds share them.
+        cache: the run's stages.
+        ranks: processes that work on it together.
+    """
+
+    recipe: Recipe
+    directory: Path
+    resources: Resources
+    cache: StageCache
+    ranks: Ranks = ALONE
+
+    def parts(self) -> "list[Experiment]":
+        """One run for each seed, in `seed-<n>/`; the run itself if the recipe names one seed."""
+        if self.recipe.seeds is None:
+            return [self]
+        return [self._part(seed) for seed in self.recipe.seeds]
+
+    def _part(self, seed: int) -> "Experiment":
+        directory = self.directory / f"seed-{seed}"
+        recipe = self.recipe.model_copy(update={"seed": seed, "seeds": None})
+        cache = StageCache(directory, self.ranks, self.cache.redo)
+        return Experiment(recipe, directory, self.resources, cache, self.ranks)
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.ranks.first:
+            print(text, flush=True)
+
+
+@contextmanager
+def open_experiment(
+    recipe: Recipe, directory: Path | None = None, ranks: Ranks = ALONE, redo: Sequence[str] = ()
+) -> Iterator[Experiment]:
+    """A recipe's run, held so that no second process can write into it; closed when the block ends.
+
+    Args:
+        recipe: the experiment's.
+        directory: where the run lies, if it was moved from where the recipe puts it.
+        ranks: processes that work on it together.
+        redo: stages to do anew.
+
+    Raises:
+        RunError: if another process works there.
+    """
+    directory = directory or recipe.directory
+    ranks.by_first(lambda: hold(directory / LOCK))
+    with open_resources(recipe) as resources:
+        yield Experiment(recipe, directory, resources, StageCache(directory, ranks, redo), ranks)
+
+
+def write_recipe(experiment: Experiment) -> None:
+    """Write the resolved recipe beside its results."""
+    path, text = experiment.directory / "recipe.yaml", dump_recipe(experiment.recipe)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with replacing(path) as file:
+            file.write(text)
+
+
+def base_inputs(experiment: Experiment) -> dict[str, Any]:
+    """What decides the base model's responses: model, engine, sampling, prompts and how they are dealt."""
+    recipe, resources = experiment.recipe, experiment.resources
+    return {
+        "model": {"settings": recipe.model.model_dump(exclude={"device"}), "files": hashed(resources, recipe.model)},
+        "engine": recipe.engine.model_dump(include={"kind", "positions"}),
+        "sampling": recipe.sampling.model_dump(),
+        "template date": DATE.isoformat(),
+        "prompts": resources.once("prompts digest", lambda: _prompts_digest(resources)),
+        "plugins": {path: sha256(located(path)) for path in recipe.plugins},
+    }
+
+
+def hashed(resources: Resources, section: ModelSection) -> dict[str, str]:
+    """Hashes of a model's files, computed once."""
+    return resources.once(f"hashes of {section.path} {section.revision}", lambda: model_hashes(section))
+
+
+def _prompts_digest(resources: Resources) -> str:
+    pools = resources.prompts()
+    names = ("train", "validation", "test", "normal")
+    return digest([[name, [[prompt.text, prompt.topic] for prompt in getattr(pools, name)]] for name in names])
+
+
+def sae_inputs(experiment: Experiment) -> dict[str, Any]:
+    """What decides the directions: the SAE's config and parameters, and what its latents are said to stand for."""
+    section = experiment.recipe.sae
+    if section is None:
+        return {}
+    labels = experiment.resources.labels() if section.labels else {}
+    return {
+        "sae": [section.release, section.id],
+        "files": experiment.resources.once("SAE hashes", lambda: sae_hashes(section.release, section.id)),
+        "labels": digest({str(latent): label for latent, label in labels.items()}),
+    }
+
+
+def judge_inputs(experiment: Experiment) -> dict[str, Any]:
+    """What decides the scores: the judge's name and settings, its vocabulary or its local model's files."""
+    section: JudgeSection = experiment.recipe.judge
+    values = section.model_dump(mode="json")
+    found: dict[str, Any] = {"name": experiment.resources.judge().name, "settings": values}
+    if values.get("vocabulary"):
+        found["vocabulary"] = sha256(located(values["vocabulary"]))
+    if section.kind == "local" and values.get("model"):
+        found["model"] = hashed(experiment.resources, ModelSection(path=values["model"]))
+    return found

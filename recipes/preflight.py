@@ -1,0 +1,105 @@
+"""What can be refused before anything is generated: files, names, settings and keys, all mistakes at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from data_gen.sources import read_cues
+from esr_train.errors import InputError
+from esr_train.models import choose_device, load_config, model_source
+from esr_train.recipe import Recipe
+from eval.judging.restart_likelihood import read_phrases
+from eval.variants import prompt_text
+from recipes.resources import Resources, located
+from recipes.rows import wanted_sources
+from recipes.weights import adapter_folder
+
+KINDS = ("latents", "calibrate", "frequency", "data", "train", "merge", "trials", "report")
+"""What names of stages begin with."""
+
+
+def check(recipe: Recipe, redo: Sequence[str] = ()) -> None:
+    """Refuse a recipe whose files, names or settings cannot work, before a model is loaded.
+
+    Raises:
+        InputError: naming every mistake at once.
+    """
+    mistakes: list[InputError] = []
+    for test in _tests(recipe, redo):
+        try:
+            test()
+        except InputError as error:
+            if str(error) not in {str(other) for other in mistakes}:
+                mistakes.append(error)
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        listed = " ".join(f"({number}) {error}" for number, error in enumerate(mistakes, start=1))
+        raise InputError(f"{len(mistakes)} mistakes: {listed.rstrip('.')}", None)
+
+
+def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
+    """What is looked at, one thing each."""
+    resources = Resources(recipe)
+    yield lambda: _check_redo(recipe, redo)
+    yield lambda: choose_device(recipe.model)
+    yield lambda: load_config(recipe.model)
+    yield resources.tokenizer
+    if recipe.engine.kind == "vllm":
+        yield _check_vllm
+    if recipe.prompts:
+        yield resources.prompts
+    if recipe.sae and recipe.sae.labels:
+        yield resources.labels
+    yield resources.judge
+    yield resources.further_judges
+    if recipe.eval.restart_phrases:
+        yield lambda: read_phrases(located(str(recipe.eval.restart_phrases)))
+    for arm in recipe.arms:
+        yield partial(_check_arm, recipe, arm)
+    for arm in recipe.trained_arms:
+        yield partial(_check_training, recipe.for_arm(arm), arm)
+
+
+def _check_redo(recipe: Recipe, redo: Sequence[str]) -> None:
+    for name in redo:
+        kind, _, rest = name.partition("/")
+        owner = rest.partition("/")[0]
+        if kind not in KINDS or (owner and owner not in ("base", "sources", *recipe.arms)):
+            arms = ", ".join(f"train/{arm}" for arm in recipe.trained_arms[:1])
+            raise InputError(
+                f"there is no stage {name!r}",
+                "--redo",
+                f"Take one of {', '.join(KINDS)}, or of an arm, such as {arms}.",
+            )
+
+
+def _check_vllm() -> None:
+    from esr_train.steering.vllm.vllm_server import require_vllm
+
+    require_vllm()
+
+
+def _check_arm(recipe: Recipe, arm: str) -> None:
+    section = recipe.arms[arm]
+    prompt_text(section.prompt, f"arms.{arm}.prompt")
+    if section.adapter:
+        adapter_folder(section.adapter, f"arms.{arm}.adapter", recipe.model)
+    if section.model:
+        model_source(recipe.model.model_copy(update={"path": section.model, "revision": None}))
+
+
+def _check_training(recipe: Recipe, arm: str) -> None:
+    """Settings of the trainer and the files that rows are made from."""
+    from esr_train.training.saving import repository
+    from esr_train.training.settings import lora_config, sft_config
+
+    sft_config(recipe, recipe.directory / "adapter" / arm / "checkpoints")
+    lora_config(recipe)
+    repository(recipe)
+    if recipe.train.data and not located(recipe.train.data).is_file():
+        raise InputError("the training file does not exist", f"train.data={recipe.train.data}", "Check the path.")
+    if not recipe.train.data:
+        if not wanted_sources(recipe.data):
+            raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
+        read_cues(recipe.data.cues)
