@@ -42,13 +42,13 @@ def command_help(*words: str) -> str:
 def modules(package: str) -> str:
     """Every module of a package, for mkdocstrings."""
     names = [name for name in _neighbour("architecture").read_modules() if name.startswith(f"{package}.")]
-    return "\n\n".join(f"## {name}\n\n::: {name}" for name in sorted(names) if "__main__" not in name)
+    return "\n\n".join(f"::: {name}" for name in sorted(names) if "__main__" not in name)
 
 
 def public_names(package: str) -> str:
     """What `import package` gives, as a table: each name with the first sentence of its docstring."""
     exported = importlib.import_module(package)
-    rows = [(f"`{name}`", _summary(getattr(exported, name))) for name in getattr(exported, "__all__", ())]
+    rows = [(f"`{name}`", _summary(getattr(exported, name)) or "a type") for name in getattr(exported, "__all__", ())]
     return _table(("name", "what it is"), rows) if rows else ""
 
 
