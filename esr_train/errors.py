@@ -1,6 +1,9 @@
 """The two ways a command can end badly."""
 
 
+MOST_LETTERS = 2000
+
+
 class InputError(Exception):
     """Bad input: one readable paragraph that says what is wrong, where, and what to change (exit code 2).
 
@@ -11,6 +14,7 @@ class InputError(Exception):
     """
 
     def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
+        what, where = _short(what), where and _short(where)
         self.what, self.where, self.fix = what, where, fix
         text = f"{where}: {what}." if where else f"{what}."
         super().__init__(f"{text} {fix}" if fix else text)
@@ -18,6 +22,11 @@ class InputError(Exception):
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str | None, str | None]]:
         # Its own process may not be the one that reports it: pickled by its parts, not by the finished text.
         return type(self), (self.what, self.where, self.fix)
+
+
+def _short(text: str) -> str:
+    """The text without its middle if it is long: a message quotes what is in files, and lines may have 10 MB."""
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS // 2]} … {text[-MOST_LETTERS // 4 :]}"
 
 
 class RunError(Exception):

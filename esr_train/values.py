@@ -193,8 +193,8 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ConstructorError(None, None, f"{node.value!r} is no {node.tag} ({error})", node.start_mark) from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise ConstructorError(None, None, f"{shown(str(node.value))} is no {node.tag}", node.start_mark) from None
         if isinstance(value, float) and not math.isfinite(value):
             raise ConstructorError(None, None, f"{node.value} is no finite number", node.start_mark)
         return value

@@ -27,7 +27,7 @@ def test_every_form_of_label_file_gives_the_same_labels(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "where"),
     [
-        ("a.json", '{"twelve": "x"}', "a.json: key 'twelve'"),
+        ("a.json", '{"twelve": "x"}', 'a.json: key "twelve"'),
         ("b.jsonl", '{"index": "1", "description": "x"}\n{"index": 2}\n', "b.jsonl:2"),
         ("c.jsonl", '{"index": "1", "description": "x"}\n{oops\n', "c.jsonl:2"),
         ("d.csv", "index_in_sae,label\n1,x\nb,y\n", "d.csv:3"),

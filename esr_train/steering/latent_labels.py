@@ -76,7 +76,7 @@ def _entries(path: Path, value: Any) -> Iterator[Row]:
     if isinstance(value, dict) and (inner := [value[key] for key in _WHOLE if isinstance(value.get(key), list | dict)]):
         value = inner[0]
     if isinstance(value, dict):
-        return ((f"{path}: key {index!r}", (index, label)) for index, label in value.items())
+        return ((f"{path}: key {shown(index)}", (index, label)) for index, label in value.items())
     if not isinstance(value, list):
         raise InputError("labels are a list, or an object from whole numbers to texts", f"{path}:1")
     places = ((f"{path}, item {number} of the list", row) for number, row in enumerate(value, start=1))
