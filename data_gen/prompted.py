@@ -19,11 +19,11 @@ from data_gen.sources import (
     stem,
 )
 from esr_train.errors import InputError
+from esr_train.files import read_rows
 from esr_train.models import local_path
 from esr_train.recipe import PromptedSection
 from esr_train.restarts import attempts, split_cue
 from esr_train.steering.engine import Request
-from esr_train.tables import read_rows
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt, deal_subjects, fingerprint
 from eval.judging.judge import JudgeItem

@@ -1,6 +1,5 @@
 """The two ways a command can end badly."""
 
-
 MOST_LETTERS = 2000
 
 

@@ -1,22 +1,30 @@
-"""Files: read strictly; written aside and renamed, so that a killed run leaves nothing half-written behind."""
+"""Files: read strictly, whatever their format; written aside and renamed, so that a kill leaves no half of one."""
 
+import csv
 import errno
 import fcntl
 import gzip
+import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import yaml
 
-from esr_train.errors import InputError, RunError
+from esr_train.errors import InputError, RunError, first_line
 from esr_train.values import errors_at, parse_json, parse_yaml
 
-Row = TypeVar("Row")
+Value = TypeVar("Value")
+TABLES = (".txt", ".jsonl", ".csv")
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row stands (`file:line`, or `name:row 7` of a data set), and its values by column."""
+
+LONGEST_YAML = 1_000_000
+"""Characters; what is longer takes minutes to read and is no recipe."""
 
 _held: dict[Path, int] = {}
 """Lock file -> its descriptor, open as long as this process lives: closing one gives up the lock."""
@@ -142,8 +150,11 @@ def read_json(path: Path | str) -> Any:
 
 def read_yaml(path: Path | str) -> Any:
     """Read a YAML file; a missing or malformed one is an `InputError` naming file and line (see `parse_yaml`)."""
+    text = read_text(path)
+    if len(text) > LONGEST_YAML:
+        raise InputError(f"too long for a file of settings ({len(text)} characters)", str(path), "Name a YAML file.")
     try:
-        return parse_yaml(read_text(path))
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -161,7 +172,7 @@ def json_lines(path: Path | str) -> Iterator[tuple[int, Any]]:
             raise InputError(what, f"{path}:{number}") from error
 
 
-def read_jsonl(path: Path | str, parse: Callable[[Any], Row]) -> list[Row]:
+def read_jsonl(path: Path | str, parse: Callable[[Any], Value]) -> list[Value]:
     """Read one JSON value a line and `parse` each; blank lines are skipped.
 
     Raises:
@@ -172,3 +183,76 @@ def read_jsonl(path: Path | str, parse: Callable[[Any], Row]) -> list[Row]:
         with errors_at(f"{path}:{number}"):
             rows.append(parse(value))
     return rows
+
+
+def read_rows(path: Path | str, column: str, split: str = "train") -> Iterator[Row]:
+    """The rows of a file, in order.
+
+    Args:
+        path: a `.txt` file (one value a line), a `.jsonl` file (one object, or one string, a line), a `.csv` file
+            (with a header), or else a folder or hub name that `datasets` loads.
+        column: the column that every row must have; a text file has this one alone.
+        split: of a data set, as `datasets` takes it (`train[:500]`).
+
+    Raises:
+        InputError: naming `file:line`, for a malformed row or one without the column; naming the path if it
+            cannot be loaded.
+    """
+    kind = Path(path).suffix.lower()
+    if kind in (".txt", ".jsonl"):
+        read = read_lines if kind == ".txt" else json_lines
+        rows: Iterator[tuple[str, Any]] = ((f"{path}:{number}", values) for number, values in read(path))
+    else:
+        rows = read_csv(path) if kind == ".csv" else _dataset(str(path), split)
+    for where, values in rows:
+        row = {column: values} if isinstance(values, str) else values
+        if not isinstance(row, Mapping):
+            raise InputError(f"a row is a JSON object or a string, not {type(row).__name__}", where)
+        if row.get(column) is None:
+            has = ", ".join(map(repr, row)) or "none"
+            raise InputError(f"the row has no {column!r} (it has {has})", where, "Name the column, or add it.")
+        yield where, row
+
+
+def read_csv(path: Path | str) -> Iterator[Row]:
+    """The rows of a CSV file with a header, in order.
+
+    Raises:
+        InputError: naming `file:line`, for broken CSV, a column that comes twice, or a row of another length.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        columns = reader.fieldnames or []
+        twice = next((name for name in columns if list(columns).count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"the column {twice!r} comes twice", f"{path}:1", "Rename or remove one.")
+        for values in reader:
+            if None in values or None in values.values():
+                more = "more" if None in values else "fewer"
+                what = f"the row has {more} fields than the header"
+                raise InputError(what, f"{path}:{reader.line_num}", "Put text with commas in quotes.")
+            yield f"{path}:{reader.line_num}", values
+    except csv.Error as error:
+        raise InputError(f"not valid CSV ({error})", f"{path}:{reader.reader.line_num}") from error
+
+
+def _dataset(path: str, split: str) -> Iterator[Row]:
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    folder = Path(path)
+    try:
+        if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+            loaded: Any = load_from_disk(path)
+            loaded = loaded[split] if isinstance(loaded, DatasetDict) else loaded
+        else:
+            loaded = load_dataset(path, split=split)
+    except Exception as error:  # `datasets` raises whatever its many loaders raise
+        reason = first_line(error)
+        raise InputError(
+            f"neither a {', '.join(TABLES)} file nor a data set that can be loaded ({type(error).__name__}: {reason})",
+            path,
+            f"Check the path and the split ({split}).",
+        ) from error
+    assert isinstance(loaded, Dataset)
+    for number, values in enumerate(loaded):
+        yield f"{path}:row {number}", values

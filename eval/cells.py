@@ -11,8 +11,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from esr_train.errors import InputError
+from esr_train.files import read_rows
 from esr_train.recipe import SplitSection
-from esr_train.tables import read_rows
 
 if TYPE_CHECKING:
     from esr_train.steering.directions import Direction
@@ -32,7 +32,7 @@ class Prompt:
 def read_prompts(
     path: Path | str, column: str = "prompt", topic_column: str = "topic", split: str = "train"
 ) -> list[Prompt]:
-    """Read prompts from a text, JSONL or CSV file, or from a data set (see `esr_train.tables`).
+    """Read prompts from a text, JSONL or CSV file, or from a data set (see `esr_train.files`).
 
     A prompt without a topic is a topic by itself.
 

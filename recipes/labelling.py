@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from data_gen.latent_naming import label_latents, name_latents
-from esr_train.files import write_jsonl
+from esr_train.files import read_rows, write_jsonl
 from esr_train.recipe import Recipe
 from esr_train.steering.direction_files import check_fits
-from esr_train.tables import read_rows
 from eval.llm import LEDGER
 from recipes.resources import located, open_resources
 from recipes.rows import open_writer
@@ -19,7 +18,7 @@ def write_labels(
 
     Args:
         recipe: its model and SAE are read.
-        texts: file or data set; see `esr_train.tables.read_rows`.
+        texts: file or data set; see `esr_train.files.read_rows`.
         column: of the texts.
         out: file to write.
         latents: how many to label; None: all that are active.

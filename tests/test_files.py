@@ -1,3 +1,5 @@
+"""Locks, files that are whole or not there at all, and rows of text, JSONL and CSV files and of data sets."""
+
 import os
 import subprocess
 import sys
@@ -6,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from esr_train.errors import InputError, RunError
-from esr_train.files import hold, replacing
+from esr_train.files import hold, read_rows, replacing
+from eval.cells import Prompt, make_pools, read_prompts
 
 HOLDER = "import sys; from esr_train.files import hold; hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 
@@ -67,3 +70,113 @@ def test_what_a_broken_block_wrote_is_gone(tmp_path):
         write()
 
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("kept", "before")]
+
+
+ROWS = [Prompt("How do I bake, quickly?", "bread"), Prompt("Wie näht man?", "sewing")]
+SPLITS = {"validation": 0.0, "test": 0.5, "seed": 0}
+
+
+def csv_file(folder: Path) -> Path:
+    path = folder / "p.csv"
+    # As a spreadsheet writes it: a byte order mark, quotes and Windows' line ends.
+    path.write_bytes('\ufeffprompt,topic\r\n"How do I bake, quickly?",bread\r\nWie näht man?,sewing\r\n'.encode())
+    return path
+
+
+def jsonl_file(folder: Path) -> Path:
+    path = folder / "p.jsonl"
+    lines = [
+        '{"prompt": "How do I bake, quickly?", "topic": "bread"}',
+        "",
+        '{"prompt": "Wie näht man?", "topic": "sewing"}',
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def parquet_folder(folder: Path) -> Path:
+    from datasets import Dataset
+
+    values = [{"prompt": row.text, "topic": row.topic} for row in ROWS]
+    Dataset.from_list(values).to_parquet(str(folder / "set" / "train.parquet"))
+    return folder / "set"
+
+
+def saved_folder(folder: Path) -> Path:
+    from datasets import Dataset, DatasetDict
+
+    values = [{"prompt": row.text, "topic": row.topic} for row in ROWS]
+    DatasetDict(train=Dataset.from_list(values)).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("make", [csv_file, jsonl_file, parquet_folder, saved_folder])
+def test_prompts_of_every_kind_of_file_are_the_same(tmp_path, make):
+    (tmp_path / "set").mkdir()
+    assert read_prompts(make(tmp_path)) == ROWS
+
+
+def test_a_text_file_holds_one_prompt_a_line_and_each_is_its_own_topic(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("How do I bake?\n\n  Why?  \n")
+    assert read_prompts(path) == [Prompt("How do I bake?", "How do I bake?"), Prompt("Why?", "Why?")]
+    from esr_train.recipe import SplitSection
+
+    pools = make_pools(read_prompts(path), SplitSection.model_validate(SPLITS))
+    assert (len(pools.train), len(pools.test), len(pools.normal)) == (1, 1, 1)
+    assert pools.train == pools.normal
+
+
+def test_columns_may_have_other_names(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("question,area\nHow?,baking\n")
+    assert read_prompts(path, "question", "area") == [Prompt("How?", "baking")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "question\nHow?\n", r"p\.csv:2: the row has no 'prompt' \(it has 'question'\)"),
+        ("p.csv", "prompt,topic\nHow?,a\nWhat, else, is there?,b\n", r"p\.csv:3: the row has more fields"),
+        ("p.csv", 'prompt\n"How?\n', r"p\.csv:\d: not valid CSV"),
+        ("p.csv", "prompt,topic\nHow?,a\nhow,b\n", r"p\.csv:3: .* comes twice\. .*p\.csv:2"),
+        ("p.jsonl", '{"prompt": "How?"}\n{"prompt"\n', r"p\.jsonl:2: not valid JSON"),
+        ("p.jsonl", '\n{"prompt": 3}\n', r"p\.jsonl:2: a prompt must be a text"),
+        ("p.jsonl", "3\n", r"p\.jsonl:1: a row is a JSON object or a string"),
+        ("p.txt", "How?\nHOW?!\n", r"p\.txt:2: .* comes twice"),
+        ("p.txt", "How full is it?\n\uff28\uff4f\uff57 full is it\n", r"p\.txt:2: .* comes twice"),
+        ("p.txt", "\n \n", r"p\.txt: there is no prompt"),
+        ("p.csv", "", r"p\.csv: there is no prompt"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_prompts(path)
+
+
+def test_a_topic_column_that_was_asked_for_must_be_there(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,topic\nHow?,a\n")
+    with pytest.raises(InputError, match=r"p\.csv:2: the row has no 'area'"):
+        read_prompts(path, topic_column="area")
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.csv", "none.jsonl"])
+def test_a_missing_file_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="does not exist"):
+        list(read_rows(tmp_path / name, "prompt"))
+
+
+@pytest.mark.parametrize("name", ["folder", "nothing here", "some-owner/no-such-set"])
+def test_what_cannot_be_loaded_as_a_data_set_is_refused_with_the_reason(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=rf"{name}: neither a \.txt, \.jsonl, \.csv file nor a data set"):
+        list(read_rows(name, "prompt"))
+
+
+def test_a_split_that_a_data_set_does_not_have_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"Check the path and the split \(test\)"):
+        list(read_rows(str(saved_folder(tmp_path)), "prompt", "test"))

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from esr_train.errors import InputError
-from esr_train.files import json_lines, read_json
+from esr_train.files import json_lines, read_csv, read_json
 from esr_train.models import local_path
-from esr_train.tables import read_csv
 from esr_train.values import errors_at, shown
 
 BATCHES = (".jsonl", ".jsonl.gz")
