@@ -191,12 +191,10 @@ class SplitSection(Section):
 
 
 class PromptsSection(Section):
-    """Prompts: a txt, jsonl or csv file, or a data set; those without a topic are each a topic by themselves."""
+    """Prompts: a txt, jsonl or csv file, or a data set; those without a `topic` are each a topic by themselves."""
 
     path: str = Field(description="file, or a folder or hub name that `datasets` loads")
     column: str = "prompt"
-    topic_column: str = "topic"
-    split: str = Field("train", description="of a data set, such as train[:500]")
     splits: SplitSection = SplitSection()
 
 
@@ -588,6 +586,7 @@ def explained_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[
             keys.append(ExplainedKey(name, "list of judge sections", "()", field.description or ""))
         else:
             inside = f"{prefix}{name}.NAME." if name == "arms" else f"{prefix}{name}."
+            inner = list(JUDGE_SECTIONS.values()) if name == "judge" else inner
             found = {key.name: key for part in inner for key in explained_keys(part, inside)}
             keys += found.values()
     return keys

@@ -29,27 +29,22 @@ class Prompt:
     topic: str
 
 
-def read_prompts(
-    path: Path | str, column: str = "prompt", topic_column: str = "topic", split: str = "train"
-) -> list[Prompt]:
+def read_prompts(path: Path | str, column: str = "prompt") -> list[Prompt]:
     """Read prompts from a text, JSONL or CSV file, or from a data set (see `esr_train.files`).
 
-    A prompt without a topic is a topic by itself.
+    A prompt without a `topic` beside it is a topic by itself.
 
     Raises:
         InputError: naming `file:line`, for a malformed row or a prompt that comes twice (by `fingerprint`); for an
             empty file.
     """
     prompts: list[Prompt] = []
-    seen: dict[str, str] = {}
-    for where, values in read_rows(path, column, split):
-        if topic_column not in values and topic_column != "topic":
-            raise InputError(f"the row has no {topic_column!r}", where, "Name the column with the topics, or add it.")
-        prompt = _prompt(where, values[column], values.get(topic_column))
-        print_ = fingerprint(prompt.text)
-        if print_ in seen:
-            raise InputError(f"the prompt {prompt.text!r} comes twice", where, f"It was at {seen[print_]}; remove one.")
-        seen[print_] = where
+    first: dict[str, str] = {}
+    for where, values in read_rows(path, column):
+        prompt = _prompt(where, values[column], values.get("topic"))
+        earlier = first.setdefault(fingerprint(prompt.text), where)
+        if earlier != where:
+            raise InputError(f"the prompt {prompt.text!r} comes twice", where, f"It was at {earlier}; remove one.")
         prompts.append(prompt)
     if not prompts:
         raise InputError("there is no prompt in the file", str(path), f"Write one {column} a line.")

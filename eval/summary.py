@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import eval.statistics as statistics
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.values import typed
-from eval import statistics
 from eval.metrics import METRICS, Gap, attempts_histogram, pair_key
 from eval.statistics import Estimate, cluster_of
 from eval.store import Trial

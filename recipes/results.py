@@ -1,5 +1,6 @@
 """What an experiment found: the trials of all its seeds combined, further judges' scores, and the report."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from esr_train.errors import InputError, RunError
 from esr_train.files import write_json
 from esr_train.provenance import digest, source_hashes
+from esr_train.recipe import Recipe
 from eval.calibration import read_thresholds
 from eval.conditions import measured_conditions
 from eval.judging.agreement import Agreement, agreement, judge_again, judgement_store
@@ -22,10 +24,11 @@ from eval.summary import summarise
 from recipes.experiment import Experiment, write_recipe
 from recipes.stage_cache import Stage
 from recipes.steering_latents import THRESHOLDS, latent_facts
-from recipes.sweep import mixtures
 from recipes.weights import form
 
 AGREEMENT = "agreement.json"
+_NUMBER = re.compile(r"[-_]?\d+(\.\d+)?$")
+"""What numbers an arm of a sweep."""
 
 
 def write_reports(experiment: Experiment, parts: Sequence[Experiment]) -> Path:
@@ -185,3 +188,26 @@ def _notes(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[st
         "made by": ", ".join(sorted(commits)),
         **({"outdated": lines} if (lines := outdated_lines((experiment, *parts))) else {}),
     }
+
+
+def mixtures(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Sweep -> arm -> share of self-correction rows; a sweep has two shares at least.
+
+    A sweep is named after its first arm with a number at the end, without that number.
+    """
+    groups: dict[str, dict[str, float]] = {}
+    for arm in recipe.trained_arms:
+        section, seen = recipe.arms[arm], recipe.for_arm(arm)
+        if seen.data.self_correction is None:
+            continue
+        data = seen.data.model_dump(mode="json", exclude={"self_correction"})
+        other = section.model_dump(mode="json", exclude={"data", "train"})
+        alike = json.dumps([data, seen.train.model_dump(mode="json"), other], sort_keys=True)
+        groups.setdefault(alike, {})[arm] = seen.data.self_correction
+    found: dict[str, dict[str, float]] = {}
+    for arms in groups.values():
+        if len(set(arms.values())) > 1:
+            numbered = (arm for arm in arms if _NUMBER.search(arm))
+            name = _NUMBER.sub("", next(numbered, next(iter(arms))))
+            found[name if name and name not in found else "+".join(arms)] = arms
+    return found

@@ -156,14 +156,6 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, name, text, message):
         read_prompts(path)
 
 
-def test_a_topic_column_that_was_asked_for_must_be_there(tmp_path):
-    path = tmp_path / "p.csv"
-    path.write_text("prompt,topic\nHow?,a\n")
-    with pytest.raises(InputError, match=r"p\.csv:2: the row has no 'area'"):
-        read_prompts(path, topic_column="area")
-
-
-@pytest.mark.parametrize("name", ["none.txt", "none.csv", "none.jsonl"])
 def test_a_missing_file_is_refused(tmp_path, name):
     with pytest.raises(InputError, match="does not exist"):
         list(read_rows(tmp_path / name, "prompt"))

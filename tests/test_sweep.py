@@ -3,7 +3,7 @@
 import yaml
 
 from esr_train.recipe import load_recipe
-from recipes.sweep import mixtures
+from recipes.results import mixtures
 
 
 def swept(tmp_path, arms):
