@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.llm_clients import InspectLlm
-
 from esr_train.files import write_json
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
+from eval import llm
 from eval.cells import Prompt, make_cells, unsteered
 from eval.judging.lexical import LexicalJudge
 from eval.judging.model_judge import ModelJudge
@@ -22,7 +21,7 @@ from eval.store import TrialStore
 from eval.summary import summarise
 from eval.trials import Plan, run_trials
 from eval.variants import Arm
-from tests.llm_stub import LlmStub
+from tests.llm_stub import LlmStub, without_waiting
 from tests.test_trials import STEERER, FakeDirection
 
 LEXICAL = LexicalJudge({"sailing": ["mast", "jib", "rope"], "baking": ["dough", "oven", "flour"]})
@@ -61,7 +60,9 @@ class WordyEngine:
 
 def evaluate(folder: Path) -> None:
     """Run or go on with the evaluation in a folder; the stub's address and key are in the environment."""
-    judge = ModelJudge(InspectLlm(LlmStub.model, concurrency=4, timeout=5, wait=0.01), folder / "cache")
+    without_waiting()
+    llm.TIMEOUT = 5
+    judge = ModelJudge(llm.InspectLlm(LlmStub.model, concurrency=4), folder / "cache")
     rows = {}
     for arm in ("base", "tuned"):
         store = TrialStore(folder / "trials" / f"{arm}.jsonl")
@@ -69,7 +70,7 @@ def evaluate(folder: Path) -> None:
             under_test = Arm(WordyEngine(arm), judge, Sampling(), arm)
             run_trials(under_test, condition, Plan(tuple(cells), STEERER), store, chunk_rows=CHUNK)
         rows[arm] = store.rows()
-    write_json(folder / "metrics.json", summarise(rows, 50, 0))
+    write_json(folder / "metrics.json", summarise(rows, 50, 0).to_json())
 
 
 def evaluate_dying(folder: Path, environment: dict[str, str], moment: int) -> None:
