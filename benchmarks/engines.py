@@ -53,7 +53,9 @@ class Run:
     def trials(self) -> dict[str, dict[str, Any]]:
         """All arms' trials by their key."""
         files = sorted((self.folder / "trials").glob("*.jsonl"))
-        rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        from esr_train.files import read_jsonl
+
+        rows = [row for file in files for row in read_jsonl(file, dict)]
         return {row["key"]: row for row in rows}
 
 

@@ -10,7 +10,6 @@ vLLM and other libraries that steer (`others.py`) take part where they can be im
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -59,6 +58,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
     import torch
 
     import recipes.tiny
+    from esr_train.files import read_jsonl
     from esr_train.models import load_model, load_tokenizer
     from esr_train.recipe import ModelSection
     from esr_train.steering.direction_files import load_sae
@@ -70,7 +70,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
     assets = Path(recipes.tiny.__file__).parent / "assets"
     section = ModelSection(path=str(assets / "llama"), dtype="float32", attn_implementation="eager", device="cpu")
     tokenizer, model = load_tokenizer(section), load_model(section)
-    texts = [json.loads(line)["prompt"] for line in (assets / "prompts.jsonl").read_text("utf-8").splitlines()]
+    texts = read_jsonl(assets / "prompts.jsonl", lambda row: row["prompt"])
     texts = texts[: options.rows]
     sae = load_sae(SaeRef(str(assets), "llama-sae"))
     norm = measure_residual_norm(model, tokenizer, sae.layer, texts[:32])

@@ -1,6 +1,7 @@
 """How every command ends: one readable paragraph instead of a traceback, and an exit code."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -8,9 +9,12 @@ from collections.abc import Callable
 
 from esr_train.errors import InputError, RunError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What writing to a full disk raises, without a file's name."""
+
 
 def prepare() -> None:
-    """What must be set before torch is imported; every door calls it first.
+    """What must be set before torch is imported; every entry point calls it first.
 
     Threads that spin while they wait make a forward pass many times slower where cores are shared.
     """
@@ -54,8 +58,9 @@ def guarded(run: Callable[[], None], debug: bool) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        if debug or error.filename is None:
+        if debug or (error.filename is None and error.errno not in _FULL):
             raise
-        print(f"error: {error.filename}: {error.strerror}. Check the path and the space left there.", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{error.strerror}. Check the path and the space left there.", file=sys.stderr)
         return 1
     return 0

@@ -1,5 +1,6 @@
 """Locks, files that are whole or not there at all, and rows of text, JSONL and CSV files and of data sets."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from esr_train.command import guarded
 from esr_train.errors import InputError, RunError
-from esr_train.files import hold, read_rows, replacing
+from esr_train.files import hold, read_rows, replacing, write_json
 from eval.cells import Prompt, make_pools, read_prompts
 
 HOLDER = "import sys; from esr_train.files import hold; hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
@@ -172,3 +174,14 @@ def test_what_cannot_be_loaded_as_a_data_set_is_refused_with_the_reason(tmp_path
 def test_a_split_that_a_data_set_does_not_have_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"Check the path and the split \(test\)"):
         list(read_rows(str(saved_folder(tmp_path)), "prompt", "test"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_sentence_and_leaves_no_half_of_a_file(tmp_path, monkeypatch, capsys, number):
+    def fsync(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert guarded(lambda: write_json(tmp_path / "a.json", {}), debug=False) == 1
+    assert capsys.readouterr().err.startswith(f"error: {os.strerror(number)}. Check the path and the space")
+    assert list(tmp_path.iterdir()) == []
