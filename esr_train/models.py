@@ -79,17 +79,15 @@ def load_model(
     if quantization or (place.type != "cpu" and not for_training):
         options["device_map"] = {"": place}
     with _loading(section):
-        loaded, report = cast(
-            Any,
-            AutoModelForCausalLM.from_pretrained(
-                model_source(section),
-                revision=section.revision,
-                config=config,
-                attn_implementation=section.attn_implementation,
-                output_loading_info=True,
-                **options,
-            ),
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            model_source(section),
+            revision=section.revision,
+            config=config,
+            attn_implementation=section.attn_implementation,
+            output_loading_info=True,
+            **options,
         )
+        loaded, report = pair
         _check_whole(report)
     tokenizer = _read_tokenizer(section)
     if tokenizer.chat_template:
@@ -108,16 +106,13 @@ def _section(model: ModelSection | Path | str, **instead: str | None) -> ModelSe
 
 def _read_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     with _loading(section):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_source(section), revision=section.revision
-        )
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and backend.post_processor is not None:
-        # Offsets without white space do not say which token a space belongs to.
-        processor = backend.post_processor
-        processor.__setstate__(processor.__getstate__().replace(b'"trim_offsets":true', b'"trim_offsets":false'))
-        backend.post_processor = processor
-    return tokenizer
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_source(section), revision=section.revision)
+        processor = tokenizer.backend_tokenizer.post_processor if tokenizer.is_fast else None
+        if processor is not None:
+            # Offsets without white space do not say which token a space belongs to.
+            processor.__setstate__(processor.__getstate__().replace(b'"trim_offsets":true', b'"trim_offsets":false'))
+            tokenizer.backend_tokenizer.post_processor = processor
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def choose_device(section: ModelSection) -> torch.device:

@@ -6,10 +6,9 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from esr_train import masking
+from esr_train import load_tokenizer, masking
 from esr_train.errors import InputError
 from esr_train.masking import IGNORED, label
-from esr_train.models import load_tokenizer
 from esr_train.template import Encoded, encode
 from esr_train.transcript import Span, SpanKind, Transcript
 from tests.conftest import Family

@@ -1,11 +1,13 @@
 """Loading models and tokenizers."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+import esr_train
 from esr_train.errors import InputError
 from esr_train.models import (
     bare_model,
@@ -84,7 +86,7 @@ def test_generation_stops_where_training_ends_a_turn_whatever_the_tokenizer_decl
     tokenizer.save_pretrained(tmp_path)
     model.generation_config.eos_token_id = 7
     model.save_pretrained(tmp_path)
-    generation = load_model(str(tmp_path), device="cpu").generation_config
+    generation = load_model(section(str(tmp_path))).generation_config
     ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")]
     assert generation.eos_token_id == sorted([7, *ids])
     assert (generation.bos_token_id, generation.pad_token_id) == (None, ids[0])
@@ -109,17 +111,17 @@ def test_no_token_is_left_for_padding(tmp_path):
     kind = KINDS["ChatML"]
     make_tokenizer(replace(kind, special=kind.special[:2])).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no padding token apart from"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(section(str(tmp_path)))
 
 
-def test_a_path_is_enough_and_its_options_are_the_section_s(folders):
-    model = load_model(folders["llama"], dtype="float32", attn_implementation="sdpa", device="cpu")
+def test_from_python_a_path_is_enough(folders):
+    model = esr_train.load_model(Path(folders["llama"]), dtype="float32", attn_implementation="sdpa", device="cpu")
     assert (model.dtype, model.config._attn_implementation) == (torch.float32, "sdpa")
-    assert load_model(folders["llama"], device="cpu").dtype == torch.bfloat16
-    assert load_model(section(folders["llama"]), dtype="bfloat16").dtype == torch.bfloat16
-    assert load_tokenizer(folders["llama"]).get_vocab() == load_tokenizer(section(folders["llama"])).get_vocab()
+    assert esr_train.load_model(folders["llama"], device="cpu").dtype == torch.bfloat16
+    tokenizer = esr_train.load_tokenizer(Path(folders["llama"]))
+    assert tokenizer.get_vocab() == load_tokenizer(section(folders["llama"])).get_vocab()
     with pytest.raises(InputError, match=r"dtype.*'float16'"):
-        load_model(folders["llama"], dtype="float16")
+        esr_train.load_model(folders["llama"], dtype="float16")
 
 
 def test_a_model_without_a_chat_template_can_be_loaded_but_not_talked_to(folders, tmp_path):
@@ -127,9 +129,9 @@ def test_a_model_without_a_chat_template_can_be_loaded_but_not_talked_to(folders
     family.tokenizer.chat_template = None
     family.tokenizer.save_pretrained(tmp_path)
     family.model.save_pretrained(tmp_path)
-    assert load_model(tmp_path, device="cpu")
+    assert load_model(section(str(tmp_path)))
     with pytest.raises(InputError, match="no chat template"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(section(str(tmp_path)))
 
 
 def test_layers_are_found_in_every_wrapper(family: Family):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from training_world import recipe, write_world
 
+from esr_train import load_model
 from esr_train.errors import InputError
-from esr_train.models import load_model
 from esr_train.recipe import dump_recipe
 from recipes.cli import main
 from tests.conftest import ROOT, make_family
