@@ -227,9 +227,9 @@ def _probe(tokenizer: PreTrainedTokenizerBase, where: str, *_: object) -> ChatTe
     """The facts; the further arguments are what they depend on if the tokenizer is changed."""
     around, reply_space = _around(tokenizer, where, "user")
     try:
-        around_system = _around(tokenizer, where, "system", "user")[0]
+        around_system, space = _around(tokenizer, where, "system", "user")
     except InputError:
-        around_system = ()
+        around_system, space = (), ""
     # Other added tokens than those in brackets of some kind may be ordinary words or white space.
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     special = _special_tokens(tokenizer)
@@ -246,7 +246,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, where: str, *_: object) -> ChatTe
     written = {name for text in texts for name in names.findall(text)}
     return ChatTemplate(
         around=around,
-        around_system=around_system,
+        around_system=around_system if space == reply_space else (),
         reply_space=reply_space,
         turn_end=end[0],
         end_of_turn_id=tokenizer.get_added_vocab()[end[1]],
@@ -264,7 +264,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, where: str, *roles: str) -> tupl
         raise InputError("the chat template rewrites messages, so they cannot be found in its text", where)
     trained, asked = "".join(pieces[:-2]), _apply(tokenizer, messages[:-1], where, generation=True)
     reply_space = trained.removeprefix(asked)
-    if not trained.startswith(asked) or reply_space.strip():
+    if reply_space.strip():
         raise InputError(
             f"the chat template begins a reply with {trained[-80:]!r} in training and with {asked[-80:]!r} where one "
             "is to be generated",

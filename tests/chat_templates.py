@@ -44,6 +44,7 @@ NO_SYSTEM = "{{ raise_exception('System role not supported') if m.role == 'syste
 INSTRUCT = NO_SYSTEM + "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}"
 ROWS = "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
 HEADER = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+LLAMA = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 
 KINDS = {
     "ChatML": Kind(CHATML, ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), "", "<|im_start|>assistant\n"),
@@ -99,12 +100,30 @@ KINDS = {
         starts="{{ bos_token }}",
         declared=("<s>", "</s>", None),
     ),
+    "a space before the reply only under a system message": Kind(
+        "{{ m.role }}:{{ ' ' if messages[0].role == 'system' and m.role == 'assistant' }}{{ m.content }}</s>",
+        ("</s>", "<pad>"),
+        begins="assistant:",
+    ),
     "a token for every role": Kind(
         ROWS,
         ("<|endoftext|>", *(AddedToken(f"<|{name}|>", rstrip=True) for name in ("system", "user", "assistant", "end"))),
         begins="<|assistant|>\n",
         ends="{{ eos_token }}",
         declared=("<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    ),
+    "one token that ends turns and is declared as BOS": Kind(
+        "<|{{ m.role }}|>\n{{ m.content }}<|endoftext|>\n",
+        ("<|endoftext|>", "<|pad|>"),
+        begins="<|assistant|>\n",
+        declared=("<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    ),
+    "one token that begins conversations and ends turns": Kind(
+        "<|{{ m.role }}|>\n{{ m.content }}<|endoftext|>\n",
+        ("<|endoftext|>", "<|pad|>"),
+        begins="<|assistant|>\n",
+        starts="{{ bos_token }}",
+        declared=("<|endoftext|>", "<|endoftext|>", None),
     ),
     "roles in words": Kind(
         "{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}",
@@ -115,7 +134,7 @@ KINDS = {
     ),
     "the date": Kind(
         HEADER,
-        ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"),
+        (*LLAMA, "<|end_of_text|>", "<|finetune_right_pad_id|>"),
         starts="{{ bos_token }}{% set now = strftime_now('%d %b %Y') %}{% set s = messages[0].role == 'system' %}"
         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: {{ now }}\n\n"
         "{{ messages[0].content | trim if s }}<|eot_id|>{% set messages = messages[1:] if s else messages %}",
@@ -127,7 +146,6 @@ KINDS = {
 
 BEGIN_CHATML, BEGIN_HEADER = "<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"
 BOS = ("<|begin_of_text|>", None, None)
-LLAMA = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 IM = ("<|im_start|>", "<|im_end|>")
 
 UNUSABLE = {

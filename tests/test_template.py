@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from esr_train import template as module
 from esr_train.errors import InputError
 from esr_train.masking import IGNORED, label
+from esr_train.steering.engine import Encoding, Request, checked_completion
 from esr_train.template import (
     DATE,
     chat_template,
@@ -182,7 +183,10 @@ FACTS = {
     "instructions with a space before the end": (" </s>", "<s>", "<unk>", False),
     "a system message in the prompt's turn": ("</s>", "<s>", "<unk>", True),
     "a system message that training leaves out": ("</s>", "<s>", "<unk>", False),
+    "a space before the reply only under a system message": ("</s>", None, "<pad>", False),
     "a token for every role": ("<|end|>", None, "<|endoftext|>", True),
+    "one token that ends turns and is declared as BOS": ("<|endoftext|>", None, "<|pad|>", True),
+    "one token that begins conversations and ends turns": ("<|endoftext|>", "<|endoftext|>", "<|pad|>", True),
     "roles in words": ("</s>", "<s>", "<pad>", True),
     "the date": ("<|eot_id|>", "<|begin_of_text|>", "<|finetune_right_pad_id|>", True),
 }
@@ -219,6 +223,18 @@ def test_training_and_generation_give_the_same_ids(name: str, system: str | None
     trained = [value for value in labelled.labels if value != IGNORED]
     assert tokenizer.decode(trained) == f" Wait, no. Smooth it.{FACTS[name][0]}"
     assert (system or "") in labelled.text
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_model_generates_becomes_the_same_ids_again(name: str) -> None:
+    tokenizer = make_tokenizer(KINDS[name])
+    trained = label(tokenizer, transcript("Smooth it."))
+    asked, start = trained.input_ids[: trained.reply_start], trained.reply_start
+    reply = [value for value in trained.labels if value != IGNORED]
+    request = Request("r", "How?")
+    said = checked_completion(tokenizer, request, Encoding(list(asked), start), reply, "stop", {}).text
+    assert said.rstrip() == "Smooth it."
+    assert label(tokenizer, transcript(said)) == trained
 
 
 @pytest.mark.parametrize("name", KINDS)

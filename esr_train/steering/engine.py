@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from esr_train.errors import RunError
 from esr_train.steering.interventions import Intervention, layer_of
-from esr_train.template import encode_prompt
+from esr_train.template import chat_template, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,9 @@ def checked_completion(
             )
     kept = generated[:-1] if finish == "stop" else generated
     text = tokenizer.decode(list(kept), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if not request.prefix:
+        # White space that the template writes before a reply would be there twice in a transcript.
+        text = str(text).removeprefix(chat_template(tokenizer).reply_space)
     steered = max(expected.values(), default=0)
     return Completion(request.id, str(text), tuple(generated), finish, len(prompt.ids), steered)
 
