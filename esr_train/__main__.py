@@ -104,12 +104,11 @@ def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
     from esr_train.mask_preview import counted, marked
     from esr_train.models import load_tokenizer
     from esr_train.training.dataset import dump_tokens, packed, read_rows, statistics
-    from esr_train.training.settings import check_lora, lora_config, packs, sft_config
+    from esr_train.training.settings import check_settings, packs
     from esr_train.training.trainer import adapter_folder, data_file
 
     section = recipe.for_arm(arm)
-    sft_config(section, adapter_folder(arm, recipe.directory) / "checkpoints")
-    check_lora(section, lora_config(section))
+    check_settings(section, adapter_folder(arm, recipe.directory) / "checkpoints")
     tokenizer = load_tokenizer(section.model)
     rows = read_rows(section, data_file(recipe, arm, recipe.directory), tokenizer)
     if options.dump_tokens:

@@ -133,7 +133,9 @@ BROKEN = {
     "modules that no model has": (configured(target_modules=["w_pack"]), "does not fit the model .*w_pack"),
     "a hub id of another model": (configured(base_model_name_or_path="some/model-8b"), "made for 'some/model-8b'"),
     "a configuration that is no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "config"),
-    "a type that peft does not know": (configured(peft_type="LORE"), "not an adapter's configuration"),
+    "a type that peft does not know": (configured(peft_type="LORE"), "no adapter's configuration"),
+    "a base that its start has changed": (configured(init_lora_weights="pissa_niter_4"), "changed copy .*pissa"),
+    "layers that it repeats": (configured(layer_replication=[[0, 2], [1, 4]]), "changed copy of its base model"),
     "weights in a pickle": (pickled, "adapter_model.bin, a pickle.*save_pretrained"),
     "weights that are cut short": (cut_short, "weights cannot be read"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"\.safetensors is missing"),
@@ -180,7 +182,7 @@ def test_an_adapter_with_tokens_of_its_own_is_refused(folders, tmp_path):
     prompted = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     adapted(folders["llama"], prompted, tmp_path / "adapter")
     for read in entries(folders["llama"], tmp_path / "adapter", tmp_path / "out"):
-        with pytest.raises(InputError, match="PROMPT_TUNING puts tokens of its own before the prompt"):
+        with pytest.raises(InputError, match="PROMPT_TUNING adapter puts tokens of its own before the prompt"):
             read()
 
 

@@ -13,8 +13,9 @@ from trl import SFTTrainer
 from esr_train.errors import InputError, RunError
 from esr_train.models import load_model, load_tokenizer
 from esr_train.training.dataset import read_rows, row_key
+from esr_train.training.injection import live_injection
 from esr_train.training.settings import sft_config
-from esr_train.training.trainer import EsrTrainer, build_trainer, live_injection, train
+from esr_train.training.trainer import EsrTrainer, build_trainer, train
 from esr_train.transcript import Strength, write_transcripts
 
 SINGLY = {"per_device_train_batch_size": 1}

@@ -14,7 +14,7 @@ from trl import SFTConfig
 from esr_train.__main__ import main
 from esr_train.errors import InputError
 from esr_train.recipe import dump_recipe
-from esr_train.training.settings import LoraArguments, TrainerArguments, check_lora, lora_config, sft_config
+from esr_train.training.settings import LoraArguments, TrainerArguments, check_settings, lora_config, sft_config
 from esr_train.training.trainer import train
 
 FIELDS, LORA_FIELDS = set(TrainerArguments.model_fields), set(LoraArguments.model_fields)
@@ -30,14 +30,14 @@ def world(tmp_path, llama, monkeypatch) -> Path:
 @pytest.mark.parametrize("key", sorted(set(inspect.signature(SFTConfig).parameters) - FIELDS))
 def test_every_other_field_of_the_installed_trainer_is_refused(tmp_path, key):
     default = inspect.signature(SFTConfig).parameters[key].default
-    with pytest.raises(InputError, match=rf"^train\.args\.{key}: this (is not set here|field is not known)") as error:
+    with pytest.raises(InputError, match=rf"^train\.args\.{key}: this is not set here") as error:
         sft_config(recipe(args={key: default}), tmp_path)
     assert error.value.fix
 
 
 @pytest.mark.parametrize("key", sorted(set(inspect.signature(LoraConfig).parameters) - LORA_FIELDS))
 def test_every_other_field_of_the_installed_lora_is_refused(key):
-    with pytest.raises(InputError, match=rf"^train\.lora\.{key}: this (is not set here|field is not known)"):
+    with pytest.raises(InputError, match=rf"^train\.lora\.{key}: this is not set here"):
         lora_config(recipe(lora={key: None}))
 
 
@@ -107,7 +107,7 @@ WRONG_LORA = {
 def test_a_value_that_lora_cannot_use_on_this_model_is_refused_before_it_is_loaded(world, key, value):
     section = recipe(lora={key: value})
     with pytest.raises(InputError, match=r"^train\.lora") as error:
-        check_lora(section, lora_config(section))
+        check_settings(section, world)
     assert "\n" not in str(error.value)
 
 
@@ -117,7 +117,7 @@ def test_the_command_says_so_in_one_paragraph(world, capsys):
     assert "train.args.chat_template_path: this is not set here." in capsys.readouterr().err
     (world / "r.yaml").write_text(dump_recipe(recipe(lora={"target_modules": ["q_proj", "k_prj"]})))
     assert main(["r.yaml", "--dry-run"]) == 2
-    assert "train.lora.target_modules: the model has no module 'k_prj'" in capsys.readouterr().err
+    assert "train.lora.target_modules: the model has no module 'k_prj' that can be trained" in capsys.readouterr().err
 
 
 def trained(name: str, args=None, lora=None) -> dict[str, torch.Tensor]:

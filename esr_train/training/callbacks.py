@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from esr_train.files import read_jsonl, write_jsonl
@@ -87,23 +86,18 @@ class Meter:
         self._parameters, self._world_size, self._on_cpu = parameters, world_size, on_cpu
         self._peak = None if on_cpu else peak_flops()
         self._tokens = self._trained = 0
-        self._since: float | None = None
-
-    def start(self) -> None:
-        """Begin to count anew."""
-        self._tokens = self._trained = 0
         self._since = time.perf_counter()
 
     def count(self, tokens: int, trained: int) -> None:
         """A micro-batch of `tokens` real (not padding) tokens, of which `trained` carry a label."""
-        if self._since is None:
-            self.start()
+        if not self._tokens:
+            self._since = time.perf_counter()
         self._tokens += tokens
         self._trained += trained
 
     def read(self) -> dict[str, float]:
         """Figures since the last reading; tokens a second are real ones, of all processes."""
-        if self._since is None or not self._tokens:
+        if not self._tokens:
             return {}
         seconds = max(time.perf_counter() - self._since, 1e-9)
         figures = {
@@ -113,23 +107,17 @@ class Meter:
         }
         if self._peak:
             figures["mfu"] = round(self._tokens * flops_per_token(self._parameters) / seconds / self._peak, 4)
-        self.start()
+        self._tokens = self._trained = 0
         return figures
 
 
-class Progress(TrainerCallback):
+class Progress(ProgressCallback):
     """One line with loss, speed and ETA, rewritten in place on a terminal."""
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        super().on_train_begin(args, state, control)
+        if self.training_bar is not None:
+            self.training_bar.set_description("train")
 
     def on_log(
         self,
@@ -139,13 +127,9 @@ class Progress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        shown = ("loss", "eval_loss", "tokens_per_second")
-        if self._bar is not None and logs:
-            self._bar.set_postfix({key: f"{logs[key]:.4g}" for key in shown if key in logs}, refresh=False)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        shown = {key: f"{logs[key]:.4g}" for key in ("loss", "eval_loss", "tokens_per_second") if logs and key in logs}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(shown, refresh=False)
 
 
 class BehaviourProbe(TrainerCallback):
@@ -171,23 +155,20 @@ class BehaviourProbe(TrainerCallback):
     ) -> None:
         if state.global_step % self._every:
             return
-        observation = self._observe(state.global_step, model, state.is_world_process_zero)
+        is_training, random_state = model.training, torch.get_rng_state()
+        model.eval()
+        try:
+            observation = self._probe(state.global_step, state.is_world_process_zero)
+        finally:
+            # Measuring must not change what is measured: dropout goes on as if nothing had happened.
+            model.train(is_training)
+            torch.set_rng_state(random_state)
         if state.is_world_process_zero:
             self._write(state.global_step, observation.samples)
         should_log = control.should_log
         self._log({f"probe_{key}": value for key, value in observation.figures.items()})
         # Logging takes back the wish to log, and this step's loss may still be waiting for it.
         control.should_log = should_log
-
-    def _observe(self, step: int, model: Any, logged: bool) -> Observation:
-        training, random_state = model.training, torch.get_rng_state()
-        model.eval()
-        try:
-            return self._probe(step, logged)
-        finally:
-            # Watching must not change what is watched: dropout goes on as if nothing had happened.
-            model.train(training)
-            torch.set_rng_state(random_state)
 
     def _write(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         before: list[dict[str, Any]] = read_jsonl(self._samples, dict) if self._samples.exists() else []

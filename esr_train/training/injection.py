@@ -10,12 +10,12 @@ import torch
 from esr_train.errors import InputError
 from esr_train.models import check_layer, hidden_size, local_path
 from esr_train.provenance import sha256
-from esr_train.recipe import LiveSection
+from esr_train.recipe import LiveSection, Recipe
 from esr_train.steering.direction_files import load_sae
 from esr_train.steering.direction_files import load_vectors as read_vectors
 from esr_train.steering.directions import Add, LoadedSae, Positions
 from esr_train.steering.hook import SteeringHook
-from esr_train.training.dataset import VectorSource
+from esr_train.training.dataset import TrainingRow, VectorSource, table
 from esr_train.transcript import SaeRef, VectorRef
 
 COLUMNS = ("vector", "threshold_raw", "key", "row", "reply")
@@ -151,3 +151,21 @@ class LiveInjection:
         rows = torch.stack([*(each[0].vector if each else nothing for each in added), nothing])
         row = columns["row"].cpu()
         return rows[row if self.positions == "all" else torch.where(columns["reply"].cpu(), row, -1)]
+
+
+def live_injection(recipe: Recipe, rows: Sequence[TrainingRow]) -> LiveInjection | None:
+    """The injection that the recipe's `train.live` asks for; call it before the model is loaded (see `load_vectors`).
+
+    Raises:
+        InputError: as `load_vectors`, or a strength that is no finite vector.
+    """
+    if recipe.train.live is None:
+        return None
+    sources = table(rows)
+    vectors, highest = load_vectors(sources), recipe.train.live.strength[1]
+    largest = dict(zip(sources, vectors.abs().amax(dim=1), strict=True))
+    for row in rows:
+        if row.vector and not (largest[row.vector] * row.threshold_raw * highest).isfinite():
+            what = f"a strength of {row.threshold_raw:g} decoder rows is no finite vector"
+            raise InputError(what, f"row {row.labelled.id!r}", "Correct its steering or leave it out.")
+    return LiveInjection(recipe.train.live, vectors, sources[0].layer, recipe.seed, recipe.engine.positions)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
-from pydantic import Field, ValidationError
+from pydantic import Field, StrictBool, ValidationError
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 from trl import SFTConfig
 
@@ -51,7 +51,7 @@ class TrainerArguments(Section):
     tf32: bool | None = None
     full_determinism: bool = False
     torch_empty_cache_steps: AtLeastOne | None = None
-    packing: bool = False
+    packing: StrictBool = False
     packing_strategy: str = "bfd"
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = "group_by_length"
     dataloader_num_workers: Count = 0
@@ -76,7 +76,7 @@ class TrainerArguments(Section):
     run_name: str | None = None
     project: str | None = None
     trackio_space_id: str | None = None
-    push_to_hub: bool = False
+    push_to_hub: StrictBool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
     ddp_backend: str | None = None
@@ -101,49 +101,35 @@ class LoraArguments(Section):
 
 
 REASONS = {
+    **dict.fromkeys(("bf16", "fp16"), "Set model.dtype; half precision overflows in these models."),
+    **dict.fromkeys(("seed", "data_seed"), "Set the recipe's seed."),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp"), "Launch with `accelerate launch --config_file recipes/accelerate/zero2.yaml`."
+    ),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss", "label_smoothing_factor"), "Set train.loss."),
+    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), "The finished adapter alone is uploaded."),
+    **dict.fromkeys(("padding_free", "pad_to_multiple_of"), "Set train.args.packing, which pads next to nothing."),
+    **dict.fromkeys(("save_only_model", "ignore_data_skip"), "Training could not go on as if it had not stopped."),
     "output_dir": "The run directory decides where files go.",
-    "bf16": "Set model.dtype.",
-    "fp16": "Half precision overflows in these models; set model.dtype to bfloat16 or float32.",
-    "bf16_full_eval": "Held-out rows are evaluated in model.dtype.",
     "use_cpu": "Set model.device to cpu.",
     "max_length": "Set train.max_length.",
-    "seed": "Set the recipe's seed.",
-    "data_seed": "Set the recipe's seed.",
-    "deepspeed": "Launch with `accelerate launch --config_file recipes/accelerate/zero2.yaml`.",
-    "fsdp": "Launch with DeepSpeed: `accelerate launch --config_file recipes/accelerate/zero3.yaml`.",
+    "truncation_mode": "Rows are never truncated; raise train.max_length.",
+    "eval_packing": "Held-out rows are not packed.",
     "resume_from_checkpoint": "Training continues from the last checkpoint by itself.",
-    "save_only_model": "Training could not go on from such a checkpoint.",
-    "ignore_data_skip": "A training that goes on would see other rows.",
     "chat_template_path": "The tokenizer's own template is trained; put another into the model's folder.",
     "dataset_text_field": "Rows come from transcripts; see train.data.",
-    "dataset_kwargs": "The trainer prepares the rows.",
-    "remove_unused_columns": "The trainer chooses the columns.",
-    "completion_only_loss": "Set train.loss.",
-    "assistant_only_loss": "Set train.loss.",
-    "label_smoothing_factor": "The loss is that of train.loss.",
-    "pad_to_multiple_of": "Rows are padded to the longest of their batch. Set train.args.packing to pad less.",
-    "padding_free": "Set train.args.packing, which pads next to nothing.",
-    "eval_packing": "Held-out rows are not packed.",
-    "truncation_mode": "Rows are never truncated; raise train.max_length.",
     "eos_token": "The chat template's end-of-turn token is trained.",
-    "pad_token": "The tokenizer's padding token is used.",
     "use_liger_kernel": "Its layers are not those that are steered and measured.",
     "torch_compile": "Compiled layers may run without the hook that steers them.",
-    "model_init_kwargs": "Set the recipe's model section.",
-    "greater_is_better": "The best checkpoint is that of the lowest held-out loss.",
     "auto_find_batch_size": "A changed batch size is another experiment; set per_device_train_batch_size.",
     "hub_token": "A recipe is published with its adapter. Use `hf auth login` or the variable HF_TOKEN.",
-    "hub_strategy": "The finished adapter alone is uploaded.",
-    "hub_always_push": "The finished adapter alone is uploaded.",
-    "hub_revision": "The finished adapter goes to the main branch.",
-    "init_lora_weights": "Others change the base model's weights, need data, or steer before anything is trained.",
-    "report_to": "Of what the trainer can report to, only these are tested.",
     "metric_for_best_model": "The held-out loss is what is measured.",
+    "init_lora_weights": "Others change the base model's weights, need data, or steer before anything is trained.",
     "trainable_token_indices": "Tokens of their own are neither merged nor served; LoRA layers alone are trained.",
     "modules_to_save": "Layers trained whole are not served; LoRA layers alone are trained.",
     "bias": "These models have no biases.",
-    "task_type": "It is CAUSAL_LM.",
 }
+"""Why a field of either library is not set in a recipe, or what it may be."""
 
 
 def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
@@ -221,12 +207,33 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         raise InputError(f"LoRA refuses these settings ({first_line(error)})", "train.lora") from error
 
 
-def check_lora(recipe: Recipe, lora: LoraConfig) -> None:
-    """Refuse LoRA settings that name what the model does not have; of these PEFT ignores all but some.
+def check_settings(recipe: Recipe, directory: Path) -> SFTConfig:
+    """As `sft_config`, and refuse whatever else of the training can be refused before a model is loaded.
 
     Raises:
-        InputError: naming the module, pattern or layer.
+        InputError: LoRA settings that name what the model does not have (PEFT ignores all but some), quantisation
+            where it cannot work, or a launch with DeepSpeed that is not active.
     """
+    # Before the trainer's settings, which under ZeRO-3 change how models are made.
+    _check_lora(recipe, lora_config(recipe))
+    args = sft_config(recipe, directory)
+    plugin = args.deepspeed_plugin
+    if plugin is None and wants_deepspeed():
+        what = "accelerate was told to use DeepSpeed, yet it is not active"
+        raise InputError(what, None, "Unset ACCELERATE_USE_CPU.")
+    if recipe.train.quantization and args.use_cpu and (args.eval_strategy != "no" or recipe.train.probe):
+        raise InputError(
+            "on the CPU, bitsandbytes repacks 4-bit weights when they are evaluated, and training would go on wrong",
+            "train.quantization",
+            "Leave out train.args.eval_strategy and train.probe, or use an accelerator.",
+        )
+    if recipe.train.quantization and plugin is not None and plugin.zero_stage == 3:
+        fix = "Launch with recipes/accelerate/zero2.yaml or ddp.yaml."
+        raise InputError("NF4 weights cannot be sharded by ZeRO-3", "train.quantization", fix)
+    return args
+
+
+def _check_lora(recipe: Recipe, lora: LoraConfig) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(recipe.model))
     names, layers = [name for name, _ in model.named_modules()], len(decoder_layers(model))
@@ -238,7 +245,7 @@ def check_lora(recipe: Recipe, lora: LoraConfig) -> None:
                 raise InputError(what, f"train.lora.{key}", "Such as q_proj.")
     numbers = lora.layers_to_transform if lora.layers_to_transform is not None else []
     for number in [numbers] if isinstance(numbers, int) else numbers:
-        if not 0 <= number < layers:
+        if number >= layers:
             raise InputError(f"the model has no layer {number}", "train.lora.layers_to_transform", f"It has {layers}.")
     try:
         tuned = get_peft_model(model, lora)
@@ -249,31 +256,6 @@ def check_lora(recipe: Recipe, lora: LoraConfig) -> None:
         for pattern in getattr(lora, key):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in changed):
                 raise InputError(f"no LoRA layer is called {pattern!r}", f"train.lora.{key}")
-
-
-def check_launch(recipe: Recipe, args: SFTConfig) -> None:
-    """Refuse what does not go together: quantisation, where training runs, and how it was launched.
-
-    Raises:
-        InputError: naming the key.
-    """
-    plugin = args.deepspeed_plugin
-    if plugin is None and wants_deepspeed():
-        raise InputError(
-            "accelerate was told to use DeepSpeed, yet it is not active", None, "Unset ACCELERATE_USE_CPU."
-        )
-    if recipe.train.quantization and args.use_cpu and (args.eval_strategy != "no" or recipe.train.probe):
-        raise InputError(
-            "on the CPU, bitsandbytes repacks 4-bit weights when they are evaluated, and training would go on wrong",
-            "train.quantization",
-            "Leave out train.args.eval_strategy and train.probe, or use an accelerator.",
-        )
-    if recipe.train.quantization and plugin is not None and plugin.zero_stage == 3:
-        raise InputError(
-            "NF4 weights cannot be sharded by ZeRO-3",
-            "train.quantization",
-            "Launch with recipes/accelerate/zero2.yaml or ddp.yaml.",
-        )
 
 
 def wants_deepspeed() -> bool:
@@ -300,8 +282,8 @@ def _checked(given: dict[str, Any], schema: type[Section], kind: type, where: st
             fix = f"Did you mean {' or '.join(near)}?" if near else f"See the fields of {kind.__name__}."
             raise InputError(f"{kind.__name__} has no field of this name", f"{where}.{key}", fix)
         if key not in schema.model_fields:
-            what = "this is not set here" if key in REASONS else "this field is not known to do here what it says"
-            raise InputError(what, f"{where}.{key}", REASONS.get(key, "Leave it out."))
+            fix = REASONS.get(key, "It is not known to do here what it says: leave it out.")
+            raise InputError("this is not set here", f"{where}.{key}", fix)
     try:
         return schema.model_validate(given).model_dump(exclude_none=True)
     except ValidationError as error:

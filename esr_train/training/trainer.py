@@ -22,45 +22,14 @@ from esr_train.masking import IGNORED
 from esr_train.models import load_model, load_tokenizer
 from esr_train.provenance import RESULT, provenance, refuse_changes
 from esr_train.recipe import Recipe
+from esr_train.training import callbacks, saving
 from esr_train.training.batches import Collator, LengthGrouped
-from esr_train.training.callbacks import (
-    BehaviourProbe,
-    Meter,
-    Probe,
-    Progress,
-    end_runs,
-    flops_per_token,
-    keep_events,
-)
+from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress, flops_per_token
 from esr_train.training.checks import InjectionRecorder, check_flow, check_packing, verified
-from esr_train.training.dataset import (
-    TrainingRow,
-    hold_out,
-    packed,
-    read_rows,
-    row_key,
-    singly,
-    table,
-    to_dataset,
-)
-from esr_train.training.injection import COLUMNS, LiveInjection, load_vectors
-from esr_train.training.saving import (
-    check_checkpoint,
-    create_repository,
-    last_checkpoint,
-    repository,
-    save_adapter,
-    upload,
-)
-from esr_train.training.settings import (
-    check_launch,
-    check_lora,
-    lora_config,
-    packs,
-    sft_config,
-    trains_on_cpu,
-    wants_deepspeed,
-)
+from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows, row_key, singly, table, to_dataset
+from esr_train.training.injection import COLUMNS, LiveInjection, live_injection
+from esr_train.training.saving import check_checkpoint, last_checkpoint, save_adapter
+from esr_train.training.settings import check_settings, lora_config, packs, trains_on_cpu, wants_deepspeed
 
 ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
 """Given the model in training and its tokenizer, makes the behavioural probe."""
@@ -221,10 +190,9 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
         RunError: an injection that does not do what it should, or an adapter that has learned nothing.
     """
     section, folder = recipe.for_arm(arm), adapter_folder(arm, directory)
-    data, hub = data_file(recipe, arm, directory), repository(section)
+    data, hub = data_file(recipe, arm, directory), saving.repository(section)
     # Before the model is loaded: under ZeRO-3 this is what shards it while it loads.
-    args = sft_config(section, folder / "checkpoints")
-    check_launch(section, args)
+    args = check_settings(section, folder / "checkpoints")
     tokenizer = load_tokenizer(section.model)
     rows = read_rows(section, data, tokenizer)
     plugin = args.deepspeed_plugin
@@ -232,7 +200,7 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
     _begin(folder, record, args)
     is_main_process = args.process_index == 0
     if hub and is_main_process:
-        create_repository(hub, section.train.args.get("hub_private_repo"))
+        saving.create_repository(hub, section.train.args.get("hub_private_repo"))
     if not is_complete(folder):
         live = live_injection(section, rows)
         model = load_model(section.model, quantization=section.train.quantization, for_training=True)
@@ -244,24 +212,8 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
         save_adapter(trainer, folder, record)
         _close(trainer, folder, keep="save_total_limit" in section.train.args)
     if hub and is_main_process:
-        upload(folder, hub)
+        saving.upload(folder, hub)
     return folder
-
-
-def live_injection(recipe: Recipe, rows: Sequence[TrainingRow]) -> LiveInjection | None:
-    """The injection that the recipe's `train.live` asks for; call it before the model is loaded."""
-    if recipe.train.live is None:
-        return None
-    sources = table(rows)
-    vectors, highest = load_vectors(sources), recipe.train.live.strength[1]
-    for row in rows:
-        if row.vector and not (vectors[sources.index(row.vector)] * row.threshold_raw * highest).isfinite().all():
-            raise InputError(
-                f"a strength of {row.threshold_raw:g} decoder rows is no finite vector",
-                f"row {row.labelled.id!r}",
-                "Correct its steering or leave it out.",
-            )
-    return LiveInjection(recipe.train.live, vectors, sources[0].layer, recipe.seed, recipe.engine.positions)
 
 
 def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
@@ -300,8 +252,6 @@ def build_trainer(
     sequences = packed(training, recipe.train.max_length) if is_packed else singly(training)
     if live:
         live.check_fits(model)
-    lora = lora_config(recipe)
-    check_lora(recipe, lora)
     is_flat = is_packed and recipe.model.attn_implementation == "flash_attention_2"
     try:
         trainer = EsrTrainer(
@@ -314,7 +264,7 @@ def build_trainer(
             train_dataset=to_dataset(sequences, sources),
             eval_dataset=to_dataset(singly(held_out), sources) if held_out else None,
             processing_class=tokenizer,
-            peft_config=lora,
+            peft_config=lora_config(recipe),
             callbacks=[Progress()],
         )
     except ValueError as error:
@@ -333,7 +283,7 @@ def _add_callbacks(
 ) -> None:
     folder = Path(str(trainer.args.output_dir)).parent
     trainer.remove_callback(PrinterCallback)
-    keep_events(trainer, folder / EVENTS)
+    callbacks.keep_events(trainer, folder / EVENTS)
     if trainer.args.load_best_model_at_end:
         trainer.add_callback(EarlyStoppingCallback(PATIENCE))
     if recipe.train.probe and probe:
@@ -362,7 +312,7 @@ def _check_before_training(
 
 
 def _close(trainer: EsrTrainer, folder: Path, keep: bool) -> None:
-    end_runs(trainer.args)
+    callbacks.end_runs(trainer.args)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero() and not keep:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
