@@ -214,23 +214,36 @@ def _export_file(options: argparse.Namespace) -> None:
 
 
 def _labels(options: argparse.Namespace) -> None:
+    _check_labels(options)
+    from data_gen.latent_naming import label_latents, name_latents, write_latent_labels
+    from esr_train.steering.direction_files import check_fits
+    from esr_train.files import read_rows
+    from eval.llm import LEDGER
+    from recipes.loading import read_recipe
+    from recipes.resources import located, open_resources
+    from recipes.rows import open_writer
+
+    recipe = read_recipe(options.recipe, options.overrides)
+    texts = [str(row[options.column]) for _, row in read_rows(located(options.texts), options.column)]
+    with open_resources(recipe) as resources:
+        model, tokenizer, sae = resources.base_model(), resources.tokenizer(), resources.sae()
+        check_fits(sae, model)
+        rows = recipe.engine.batch_rows
+        labels = label_latents(model, tokenizer, sae, texts, options.latents, recipe.seed, rows)
+    if options.namer:
+        writer = open_writer(recipe, options.out.with_suffix(LEDGER), None, options.namer, temperature=0.0)
+        labels = name_latents(labels, writer, options.concreteness)
+    print(f"{options.out}: {write_latent_labels(options.out, labels)} latents labelled")
+
+
+def _check_labels(options: argparse.Namespace) -> None:
     if options.latents is not None:
         _at_least_one("--latents", options.latents)
     if not 0 <= options.concreteness <= 100:
-        raise InputError(
-            f"{options.concreteness:g} is no concreteness", "--concreteness", "Give a number from 0 to 100."
-        )
+        what = f"{options.concreteness:g} is no concreteness"
+        raise InputError(what, "--concreteness", "Give a number from 0 to 100.")
     if not options.out.name.endswith(".jsonl"):
         raise InputError("labels are written as JSON lines", f"--out {options.out}", "Name a .jsonl file.")
-    from recipes.loading import read_recipe
-
-    recipe = read_recipe(options.recipe, options.overrides)
-    from recipes.labelling import write_labels
-
-    count = write_labels(
-        recipe, options.texts, options.column, options.out, options.latents, options.namer, options.concreteness
-    )
-    print(f"{options.out}: {count} latents labelled")
 
 
 def _preview(options: argparse.Namespace) -> None:

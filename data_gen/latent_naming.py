@@ -3,10 +3,13 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from esr_train.errors import InputError
+from esr_train.files import write_jsonl
 from esr_train.steering.directions import LoadedSae
 from esr_train.steering.readout import Peaks, peaks, with_bos
 from eval.cells import derived_seed
@@ -31,12 +34,29 @@ that one could point at).
 
 Reply with one JSON object whose keys are "label" (a string) and "concreteness" (a number), and with nothing else."""
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class LatentLabel:
+    """A latent and what it stands for.
+
+    Args:
+        latent: its index.
+        description: its label.
+        frequency: share of all tokens on which it is active.
+        examples: texts around the tokens on which it is most active (between << and >>), strongest first.
+        concreteness: of the description, 0 to 100, as a language model finds it; None: none was asked.
+    """
+
+    latent: int
+    description: str
+    frequency: float
+    examples: tuple[str, ...]
+    concreteness: float | None = None
 
 
 def label_latents(
     model: Any, tokenizer: Any, sae: LoadedSae, texts: Sequence[str], latents: int | None, seed: int, rows: int = 1
-) -> list[Row]:
+) -> list[LatentLabel]:
     """Label latents with what is said where they are most active, and seldom elsewhere.
 
     Of the words around a latent's peaks those are taken that are in most excerpts and in fewest texts (count times
@@ -52,8 +72,7 @@ def label_latents(
         rows: texts of one forward pass.
 
     Returns:
-        Rows as in a Neuronpedia export (`index`, `description`) with `frequency` (share of tokens) and `examples`
-        (the token of a peak between << and >>, strongest first), by index.
+        A label for each of them, by index.
 
     Raises:
         InputError: if there is no text, or no latent is active on any.
@@ -61,33 +80,29 @@ def label_latents(
     read = [short for text in texts if len(with_bos(tokenizer, short := " ".join(text.split()[:WORDS]))) > 1]
     if not read:
         raise InputError("there is no text to read", "--texts", "Name a file with some.")
-    found = peaks(model, tokenizer, sae, read, EXAMPLES, rows)
-    ever = found.values[:, 0].nonzero().flatten().tolist()
-    if not ever:
+    strongest = peaks(model, tokenizer, sae, read, EXAMPLES, rows)
+    active = strongest.values[:, 0].nonzero().flatten().tolist()
+    if not active:
         raise InputError("no latent is active on any of the texts", "--texts", "Is this SAE the model's own?")
-    drawn = sorted(ever, key=lambda latent: derived_seed("label", seed, latent))[:latents]
+    drawn = sorted(active, key=lambda latent: derived_seed("label", seed, latent))[:latents]
     tokens = [with_bos(tokenizer, text)[1:] for text in read]
-    spread = Counter(word for text in read for word in _words(text))
-    return [_row(tokenizer, found, tokens, spread, latent) for latent in sorted(drawn)]
+    holders = Counter(word for text in read for word in _words(text))
+    return [_labelled(tokenizer, strongest, tokens, holders, latent) for latent in sorted(drawn)]
 
 
-def _row(tokenizer: Any, found: Peaks, tokens: Sequence[Sequence[int]], spread: Mapping[str, int], latent: int) -> Row:
-    count = int((found.values[latent] > 0).sum())
-    places = zip(found.text[latent, :count].tolist(), found.token[latent, :count].tolist(), strict=True)
-    examples = [_excerpt(tokenizer, tokens[text], token) for text, token in places]
-    return {
-        "index": str(latent),
-        "description": _told_apart(examples, spread, len(tokens)) or "no words",
-        "frequency": round(float(found.frequency[latent]), 6),
-        "examples": examples,
-    }
-
-
-def _told_apart(examples: Sequence[str], spread: Mapping[str, int], texts: int) -> str:
-    """The words that tell excerpts from other text; words cut by an excerpt's end are in no text."""
-    common = Counter(word for example in examples for word in _words(example) if word in spread)
-    weight = {word: count * math.log((texts + 1) / spread[word]) for word, count in common.items()}
-    return ", ".join(sorted(weight, key=lambda word: (-weight[word], word))[:LABEL_WORDS])
+def _labelled(
+    tokenizer: Any, strongest: Peaks, tokens: Sequence[Sequence[int]], holders: Mapping[str, int], latent: int
+) -> LatentLabel:
+    """A latent's label, from its excerpts and from how many of all texts hold each word."""
+    count = int((strongest.values[latent] > 0).sum())
+    where = zip(strongest.text[latent, :count].tolist(), strongest.token[latent, :count].tolist(), strict=True)
+    examples = tuple(_excerpt(tokenizer, tokens[text], token) for text, token in where)
+    # Words cut by an excerpt's end are in no text.
+    common = Counter(word for example in examples for word in _words(example) if word in holders)
+    weights = {word: count * math.log((len(tokens) + 1) / holders[word]) for word, count in common.items()}
+    words = sorted(weights, key=lambda word: (-weights[word], word))[:LABEL_WORDS]
+    frequency = round(float(strongest.frequency[latent]), 6)
+    return LatentLabel(latent, ", ".join(words) or "no words", frequency, examples)
 
 
 def _words(text: str) -> set[str]:
@@ -101,32 +116,38 @@ def _excerpt(tokenizer: Any, ids: Sequence[int], token: int) -> str:
     return f"{before}{at[: len(at) - len(word)]}<<{word}>>{behind}".strip()
 
 
-def name_latents(rows: Sequence[Row], namer: Asker, least: float = 0) -> list[Row]:
-    """The rows with labels that a language model gives, and how concrete it finds them (0-100).
+def name_latents(labels: Sequence[LatentLabel], namer: Asker, least: float = 0) -> list[LatentLabel]:
+    """The latents with descriptions that a language model gives, and how concrete it finds these (0-100).
 
     Args:
-        rows: of `label_latents`.
-        namer: who is asked; a row that it cannot name is left out.
-        least: labels that are less concrete are left out, too (the paper takes 65).
+        labels: of `label_latents`.
+        namer: who is asked; a latent that it cannot name is left out.
+        least: descriptions that are less concrete are left out, too (the paper takes 65).
 
     Raises:
-        InputError: if no row is left.
+        InputError: if no label is left.
     """
-    answers = namer.ask([_QUESTION.format(excerpts="\n".join(row["examples"])) for row in rows], _named)
+    answers = namer.ask([_QUESTION.format(excerpts="\n".join(label.examples)) for label in labels], _named)
     named = [
-        {**row, "description": answer.value[0], "concreteness": answer.value[1]}
-        for row, answer in zip(rows, answers, strict=True)
+        replace(label, description=answer.value[0], concreteness=answer.value[1])
+        for label, answer in zip(labels, answers, strict=True)
         if answer.value and answer.value[1] >= least
     ]
     if not named:
         failed = sum(answer.value is None for answer in answers)
         raise InputError(
-            f"no label is left: {failed} of {len(rows)} questions got no usable answer, the other labels are less "
+            f"no label is left: {failed} of {len(labels)} questions got no usable answer, the other labels are less "
             f"concrete than {least:g}",
             "--concreteness",
             "Take another namer, or ask for less.",
         )
     return named
+
+
+def write_latent_labels(path: Path, labels: Iterable[LatentLabel]) -> int:
+    """Write a file of labels for `sae.labels`, in rows as of a Neuronpedia export; how many there are."""
+    rows = [{"index": str(label.latent), **asdict(label)} for label in labels]
+    return write_jsonl(path, [{k: v for k, v in row.items() if k != "latent" and v is not None} for row in rows])
 
 
 def _named(_: int, reply: str) -> tuple[str, float]:

@@ -26,11 +26,11 @@ def test_latents_that_stand_for_a_topic_are_labelled_with_its_words(assets, tmp_
     made = Resources(load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml"))
     rows = label_latents(made.base_model(), made.tokenizer(), made.sae(), texts, None, 0, rows=32)
     words = {topic.name: {topic.name, *topic.verbs, *topic.nouns} for topic in topics()}
-    described = {int(row["index"]): row["description"].split(", ") for row in rows}
+    described = {row.latent: row.description.split(", ") for row in rows}
     right = [sum(w in words[label] for w in described[k]) >= 2 for k, label in known.items() if k in described]
     assert len(right) > 350
     assert sum(right) / len(right) > 0.7
-    assert all("<<" in example for row in rows for example in row["examples"])
+    assert all("<<" in example for row in rows for example in row.examples)
 
 
 def texts(count: int = 12) -> None:
