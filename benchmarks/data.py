@@ -59,21 +59,32 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     import torch
 
     torch.set_num_threads(options.threads)
-    from recipes.sources import make_context
-
-    from data_gen.collect import Meter, collect
-    from data_gen.sources import Context, SteerableLatent
+    from data_gen.collect import collect
+    from data_gen.sources import Context, SteerableLatent, read_cues
     from data_gen.steered import steered
-    from esr_train.recipe import load_recipe
-    from recipes.resources import World
-    from recipes.steering_latents import choose_latents
+    from recipes.loading import read_recipe
+    from recipes.resources import Resources
 
-    recipe = load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml")
-    world, section, chunk = World(recipe), recipe.data.steered, recipe.engine.batch_rows
-    chosen = choose_latents(recipe, world)["splits"]["train"]
-    latents = [SteerableLatent(world.direction(latent), THRESHOLD) for latent in chosen]
-    recorder = Recorder(world.base)
-    context = make_context(recipe, recipe.data, world, latents, [], Path("requests.json"), Meter())
+    recipe = read_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml")
+    resources, section, chunk = Resources(recipe), recipe.data.steered, recipe.engine.batch_rows
+    sae, prompts, norm = resources.sae(), resources.prompts(), resources.residual_norm()
+    # The first latent of each label that is a topic of the training split, as the recipe would choose.
+    labels = {label: latent for latent, label in reversed(resources.labels().items())}
+    chosen = {label: latent for label, latent in labels.items() if prompts.topics.get(label) == "train"}
+    latents = [SteerableLatent(sae.direction(latent, norm, label), THRESHOLD) for label, latent in chosen.items()]
+    context = Context(
+        engine=resources.base(),
+        judge=resources.judge(),
+        sampling=resources.sampling(),
+        positions="all",
+        model=recipe.model.path,
+        seed=recipe.seed,
+        tokenizer=resources.tokenizer(),
+        prompts=prompts,
+        latents=latents,
+        cues=read_cues(recipe.data.cues),
+    )
+    recorder = Recorder(context.engine)
 
     def candidates(used: Context) -> int:
         with TemporaryDirectory() as folder:
@@ -88,7 +99,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     others = [each for each in recorder.asked if not each[0].interventions]
     few = sum(tokens for _, tokens in recorder.asked) / options.alone
     drawn = {"do_sample": True, "temperature": recipe.sampling.temperature}
-    model, tokenizer = world.open_model(), world.tokenizer
+    model, tokenizer = resources.base_model(), resources.tokenizer()
 
     def plain(rows: int) -> int:
         for part in (detours, others):
@@ -103,7 +114,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     ]
     shape = (
         f"{whole[0]} candidates in chunks of {chunk}, {len({each.direction.latent for each in latents})} latents, "
-        f"{len(world.pools.train)} prompts, {options.rows} rows wanted. recipes/tiny/assets/llama, float32, "
+        f"{len(prompts.train)} prompts, {options.rows} rows wanted. recipes/tiny/assets/llama, float32, "
         f"torch on {torch.get_num_threads()} thread(s)"
     )
     return variants, [whole[1] / whole[0], few, few], shape

@@ -50,17 +50,18 @@ def of_scores(options: argparse.Namespace) -> list[Check]:
 
 def of_splits(options: argparse.Namespace) -> list[Check]:
     """What the rows cover, and what of it belongs to the test split."""
-    from esr_train.recipe import load_recipe
+    from esr_train.files import read_json
     from esr_train.transcript import read_transcripts
     from eval.cells import fingerprint
-    from recipes.pipeline import experiments
+    from recipes.loading import read_recipe
+    from recipes.resources import Resources
 
-    run = experiments(load_recipe(options.run / "recipe.yaml"), options.run)[0]
+    test = Resources(read_recipe(options.run / "recipe.yaml")).prompts().test
     rows = [row for row in read_transcripts(options.run / "data" / f"{options.arm}.jsonl") if row.steering]
     steered = [row.steering for row in rows if row.steering]
     subjects = {each.label for each in steered if each.label}
-    topics, test = {row.meta["topic"] for row in rows}, run.world.pools.test
-    latents, held_out = {each.latent for each in steered}, {each.direction.latent for each in run.latents["test"]}
+    topics = {row.meta["topic"] for row in rows}
+    latents, held_out = {each.latent for each in steered}, {*read_json(options.run / "latents.json")["splits"]["test"]}
     shared = {
         "prompts": ({fingerprint(row.prompt) for row in rows}, {fingerprint(each.text) for each in test}),
         "latents": (latents, held_out),

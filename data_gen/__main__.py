@@ -286,17 +286,17 @@ def _card(options: argparse.Namespace) -> None:
     print(out)
 
 
-def _run_of(file: Path) -> "tuple[Recipe | None, dict[str, Any]]":
-    """Recipe and provenance of the run directory in which a file, or its folder, lies."""
+def _run_of(file: Path) -> "tuple[Recipe | None, list[dict[str, Any]]]":
+    """The recipe of the run directory in which a file, or its folder, lies; what made each stage of its rows."""
     from esr_train.files import read_json
     from recipes.loading import read_recipe
 
     folder = next((parent for parent in file.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
     if folder is None:
-        return None, {}
-    stages = folder / "stages.json"
-    made = [stage["made"] for stage in read_json(stages).values() if stage.get("done")] if stages.is_file() else []
-    return read_recipe(folder / "recipe.yaml"), made[-1] if made else {}
+        return None, []
+    stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}
+    made = [stage["made"] for name, stage in stages.items() if name.startswith("data/") and stage.get("done")]
+    return read_recipe(folder / "recipe.yaml"), made
 
 
 def _write(path: Path, text: str) -> None:

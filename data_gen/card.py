@@ -26,14 +26,14 @@ SOURCES = {
 NO_RECIPE = "No recipe lies beside the files: the rest is not known."
 
 
-def write_card(path: Path, holdings: Holdings, recipe: Recipe | None, provenance: Mapping[str, Any]) -> None:
+def write_card(path: Path, holdings: Holdings, recipe: Recipe | None, made: Sequence[Mapping[str, Any]]) -> None:
     """Write the card of transcript files. The licence is left to whoever publishes them.
 
     Args:
         path: of the card; the hub wants it to be a `README.md` in or above the files' folder.
         holdings: the files and what is said of them.
         recipe: that made the files, if it is known.
-        provenance: commit and versions of that run, as far as they are known.
+        made: commit and versions of every stage that made rows, as `stages.json` has them.
 
     Raises:
         InputError: if there is a file already: what somebody wrote into a card is not overwritten; if a file is not
@@ -55,7 +55,7 @@ def write_card(path: Path, holdings: Holdings, recipe: Recipe | None, provenance
         models=_listed(f"`{model}`" for row in rows if (model := row.meta.get("model"))),
         saes=_listed(f"`{each.sae.release}`, `{each.sae.id}`, layer {each.layer}" for each in steerings if each.sae),
         files={file.name: text_of(parts) for file, parts in holdings.parts.items()},
-        made=[*_sources(rows, recipe), *(_made(recipe, provenance) if recipe else [NO_RECIPE])],
+        made=[*_sources(rows, recipe), *(_made(recipe, made) if recipe else [NO_RECIPE])],
         funnels=[_funnel(part) for part in holdings.funnels],
         requests=holdings.requests,
         splits=_splits(recipe),
@@ -97,10 +97,13 @@ def _sources(rows: Sequence[Transcript], recipe: Recipe | None) -> list[str]:
     return [SOURCES.get(name, f"{name}: made by a source of the recipe's own.") for name in ordered]
 
 
-def _made(recipe: Recipe, provenance: Mapping[str, Any]) -> list[str]:
-    """What decided about the rows, from the recipe and the run's provenance."""
-    judge, git = recipe.judge, provenance.get("git") or {}
-    versions = {name: version for name, version in (provenance.get("versions") or {}).items() if version}
+def _made(recipe: Recipe, made: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What decided about the rows, from the recipe and from what made each stage."""
+    judge = recipe.judge
+    commits = {
+        f"`{stage['commit']}`{' with changes' * bool(stage.get('dirty'))}" for stage in made if stage.get("commit")
+    }
+    versions = {f"{name} {version}" for stage in made for name, version in stage.get("versions", {}).items() if version}
     said = [
         f"Model: `{recipe.model.path}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else ""),
         f"SAE: `{recipe.sae.release}`, `{recipe.sae.id}`" if recipe.sae else "",
@@ -108,8 +111,8 @@ def _made(recipe: Recipe, provenance: Mapping[str, Any]) -> list[str]:
         f"Writer of prompted rows: `{recipe.data.prompted.writer}`" if recipe.data.prompted.writer else "",
         f"Prompts: `{recipe.prompts.path}`" if recipe.prompts else "",
         f"Seed: {recipe.seed}",
-        f"Code: commit `{git['commit']}`" + (" with changes" if git.get("dirty") else "") if git.get("commit") else "",
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else "",
+        f"Code: commit {', '.join(sorted(commits))}" if commits else "",
+        f"Versions: {', '.join(sorted(versions))}" if versions else "",
     ]
     return [f"{line}." for line in said if line]
 

@@ -18,7 +18,7 @@ from esr_train.recipe import DataSection, Recipe, SourceSection
 from esr_train.transcript import Transcript, read_transcripts, write_transcripts
 from eval.cells import Side, check_disjoint
 from eval.llm import LEDGER, Asker, InspectLlm, Ledger
-from recipes.experiment import Experiment, base_inputs, judge_inputs
+from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe
 from recipes.resources import located
 from recipes.stage_cache import Stage
 from recipes.steering_latents import Latents, Shared, held_out
@@ -166,6 +166,7 @@ def mix_rows(experiment: Experiment, arm: str, sources: Mapping[str, Rows], shar
         mixed = mix(rows, recipe.data.self_correction, experiment.recipe.seed)
         check_held_out(mixed, evaluation)
         write_transcripts(path, mixed)
+        write_recipe(experiment)
 
     inputs = {
         "sources": {name: rows.fingerprint for name, rows in sources.items()},

@@ -36,8 +36,14 @@ def run(tmp_path: Path) -> Path:
         "data": {"steered": {"rows": 3}, "prompted": {"rows": 2}},
     }
     (folder / "recipe.yaml").write_text(dump_recipe(Recipe.model_validate(recipe)))
-    facts = {"versions": {"torch": "9.9", "vllm": None}, "git": {"commit": "abc123", "dirty": True}}
-    (folder / "provenance.json").write_text(json.dumps(facts))
+    made = {"versions": {"torch": "9.9", "vllm": None}, "commit": "abc123", "dirty": True}
+    other = {"versions": {"torch": "1.0"}, "commit": "fff"}
+    stages = {
+        "data/sources/steered-1": {"done": True, "made": made},
+        "data/tuned": {"done": True, "made": made},
+        "trials/tuned": {"done": True, "made": other},
+    }
+    (folder / "stages.json").write_text(json.dumps(stages))
     (folder / "data" / "sources").mkdir()
     (folder / "data" / "sources" / "steered-1.funnel.json").write_text('{"kept": 3, "detour on-topic": 1}')
     return folder

@@ -82,6 +82,10 @@ def test_a_source_from_outside_makes_rows_that_a_recipe_asks_for(plugin, assets,
     assert all([span.kind for span in row.spans] == list(SpanKind) and "hoot" in row.content for row in rows)
     (funnel,) = (tmp_path / "quickstart" / "data" / "sources").glob("echo-*.funnel.json")
     assert '"third of three": 3' in funnel.read_text()
+    assert data(["card", str(tmp_path / "quickstart")]) == 0
+    card = (tmp_path / "quickstart" / "data" / "README.md").read_text()
+    assert "- echo: made by a source of the recipe's own." in card
+    assert "- Seed: 0." in card
 
 
 def test_its_settings_are_checked_kept_and_overridden_by_arms(plugin, small):
