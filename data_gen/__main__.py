@@ -216,8 +216,8 @@ def _export_file(options: argparse.Namespace) -> None:
 def _labels(options: argparse.Namespace) -> None:
     _check_labels(options)
     from data_gen.latent_naming import label_latents, name_latents, write_latent_labels
-    from esr_train.steering.direction_files import check_fits
     from esr_train.files import read_rows
+    from esr_train.steering.direction_files import check_fits
     from eval.llm import LEDGER
     from recipes.loading import read_recipe
     from recipes.resources import located, open_resources
