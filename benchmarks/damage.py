@@ -52,7 +52,7 @@ def _replaced(text: str, pattern: str, rng: Random, new: Callable[[str], str]) -
 def key_dropped(text: str, rng: Random) -> str:
     """A key with its value, a column, or a whole line is gone."""
     pattern = rng.choice(
-        (r'"\w+": (?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\[[^\[\]]*\]|\{[^{}]*\})(?:, )?', r"[^\n]*\n", r"[\w ]+,")
+        (r'"\w+": (?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\[[^\[\]]*\]|\{[^{}]*\})(?:, )?', r"(?m)^[^\n]*\n", r"[\w ]+,")
     )
     return _replaced(text, pattern, rng, lambda _: "")
 
@@ -61,7 +61,7 @@ def key_dropped(text: str, rng: Random) -> str:
 def key_doubled(text: str, rng: Random) -> str:
     """A key comes twice with another value, or a line comes twice."""
     if rng.random() < 0.5:
-        return _replaced(text, r"[^\n]*\n", rng, lambda line: line * 2)
+        return _replaced(text, r"(?m)^[^\n]*\n", rng, lambda line: line * 2)
     other = rng.choice(('"other"', "7", "null", "{}"))
     return _replaced(text, r'"?[\w ]+"?(?:: |,)', rng, lambda key: f"{key}{other}, {key}" if ":" in key else key * 2)
 

@@ -288,7 +288,7 @@ def _agrees(said: Any, read: Any) -> bool:
         words = {None: ("", "~", "null"), True: ("true", "yes", "on"), False: ("false", "no", "off")}[read]
         return isinstance(said, str) and said.lower() in words
     with contextlib.suppress(ValueError):
-        return said == read or (not isinstance(read, str | dict | list) and float(said) == read)
+        return said == read or (not isinstance(read, str | dict | list) and type(read)(said) == read)
     return False
 
 

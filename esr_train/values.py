@@ -21,11 +21,13 @@ from esr_train.errors import InputError
 Value = TypeVar("Value")
 
 MOST_NESTED = 100
-"""Levels of lists and objects in a JSON value; what is nested deeper overflows the stack somewhere."""
+"""Levels of lists and objects in a value; what is nested deeper overflows the stack somewhere."""
 _CALLED = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"} | {
     kind: "a list" for kind in (list, tuple)
 }
-_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[{}\[\]]|[^\s"{}\[\],:]++', re.DOTALL)
+_TOKEN = re.compile(
+    r'"(?:[^"\\]++|\\.)*+"|[{}\[\]]|NaN|-?Infinity|-?[0-9]++(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?', re.DOTALL
+)
 _NO_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^"\[\]{}]++', re.DOTALL)
 _COLON = re.compile(r"\s*:")
 
@@ -166,7 +168,7 @@ def _fault(text: str) -> tuple[str, str, int]:
                 if last in keys[-1]:
                     return f"the key {shown(last)} comes twice", text, match.start()
                 keys[-1].add(last)
-        elif token not in ("true", "false", "null") and not math.isfinite(float(token)):
+        elif not math.isfinite(float(token)):
             return f"{last}: {token[:20]} is no finite number".removeprefix(": "), text, match.start()
     return "it cannot be read", text, 0
 
@@ -174,8 +176,15 @@ def _fault(text: str) -> tuple[str, str, int]:
 class _Loader(yaml.SafeLoader):
     """Safe YAML with the rules of `parse_yaml`."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MOST_NESTED:
+            what = f"nested more than {MOST_NESTED} levels deep"
+            raise ConstructorError(None, None, what, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
         if isinstance(node, yaml.CollectionNode) and node.end_mark is None:
             raise ConstructorError(None, None, "the value holds itself", node.start_mark)
         return node
@@ -219,12 +228,10 @@ def parse_yaml(text: str) -> Any:
     """The YAML value in a text, read strictly.
 
     `2e-4` is a number (YAML 1.1 takes it for text unless it has a dot); `010`, `0x10`, `1:30` and dates are text (YAML
-    1.1 takes them for 8, 16, 90 and objects). Refused: a key twice in a mapping, a number that is not finite.
+    1.1 takes them for 8, 16, 90 and objects). Refused: a key twice in a mapping, a number that is not finite, more than
+    `MOST_NESTED` levels.
 
     Raises:
         yaml.YAMLError: with the place of the fault; a ConstructorError for a fault that is none of grammar.
     """
-    try:
-        return yaml.load(text, _Loader)
-    except RecursionError:
-        raise ConstructorError(None, None, "nested too deeply", None) from None
+    return yaml.load(text, _Loader)

@@ -228,6 +228,20 @@ def test_deep_nesting_is_refused_by_name(tmp_path: Path, text: str):
             read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("deep", ["[" * 150 + "]" * 150, "[" * 3000, "{a: " * 101 + "1" + "}" * 101])
+def test_so_it_is_in_a_recipe(tmp_path: Path, deep: str):
+    with pytest.raises(InputError, match=r"r\.yaml:3: not valid YAML \(nested more than 100 levels deep\)"):
+        recipe(tmp_path, f"train: {{args: {{x: {deep}}}}}\n")
+
+
+@pytest.mark.parametrize("rest", ["<|eot_id|>", "x", "}", "{", '"', "1", " 1", ""])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_fault_before_broken_grammar_is_refused_all_the_same(tmp_path: Path, number: str, rest: str):
+    (tmp_path / "a.json").write_text(f'{{"a": {number}{rest}')
+    with pytest.raises(InputError, match=r"a\.json:1: not valid JSON"):
+        read_json(tmp_path / "a.json")
+
+
 def test_nesting_and_brackets_in_text_are_fine(tmp_path: Path):
     values = ["[" * 1000, 'a\\"[' * 200, [[]] * 300, json.loads("[" * 90 + "]" * 90)]
     (tmp_path / "a.json").write_text(json.dumps(values))

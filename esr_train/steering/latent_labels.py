@@ -16,7 +16,7 @@ Row = tuple[str, Any]
 
 _INDEX = ("index", "index_in_sae", "feature_index_in_sae", "latent", "feature", "feature_index")
 _LABEL = ("description", "label", "explanation", "explanations", "feature_label", "text")
-_WHOLE = ("labels", "explanations", "features", "latents", "data")
+_WHOLE = ("labels", "explanations", "features", "latents")
 """Keys under which an export may hold its labels beside facts about itself."""
 _SAE = ("modelId", "layer", "model_id", "sae_id")
 """Keys by which rows of Neuronpedia name the model and SAE that they belong to."""
@@ -72,6 +72,8 @@ def _lines(path: Path) -> Iterator[Row]:
 
 def _entries(path: Path, value: Any) -> Iterator[Row]:
     """The rows of a JSON file, whichever its form."""
+    if isinstance(value, dict) and (pairs := _columns(value)):
+        value = pairs
     if isinstance(value, dict) and (inner := [value[key] for key in _WHOLE if isinstance(value.get(key), list | dict)]):
         value = inner[0]
     if isinstance(value, dict):
@@ -82,6 +84,15 @@ def _entries(path: Path, value: Any) -> Iterator[Row]:
     if any(isinstance(row, list | dict) for row in value):
         return places
     return ((where, (index, row)) for index, (where, row) in enumerate(places))
+
+
+def _columns(value: dict[str, Any]) -> list[list[Any]]:
+    """The pairs of a table by columns, as pandas writes it; none where it is no such table."""
+    columns = [next((value[key] for key in keys if key in value), None) for keys in (_INDEX, _LABEL)]
+    indices, labels = (dict(enumerate(column)) if isinstance(column, list) else column for column in columns)
+    if not isinstance(indices, dict) or not isinstance(labels, dict) or indices.keys() != labels.keys():
+        return []
+    return [[index, labels[key]] for key, index in indices.items()]
 
 
 def _labels(path: Path, rows: Iterable[Row]) -> dict[int, str]:
