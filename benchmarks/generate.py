@@ -57,7 +57,6 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
     """The variants, model loaded; the model's shape in words, and what is to be said about the variants."""
     import torch
 
-    import recipes.tiny
     from esr_train.files import read_jsonl
     from esr_train.models import load_model, load_tokenizer
     from esr_train.recipe import ModelSection
@@ -67,7 +66,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
     from esr_train.steering.transformers_engine import TransformersEngine
     from esr_train.transcript import SaeRef
 
-    assets = Path(recipes.tiny.__file__).parent / "assets"
+    assets = ROOT / "recipes" / "tiny" / "assets"
     section = ModelSection(path=str(assets / "llama"), dtype="float32", attn_implementation="eager", device="cpu")
     tokenizer, model = load_tokenizer(section), load_model(section)
     texts = read_jsonl(assets / "prompts.jsonl", lambda row: row["prompt"])

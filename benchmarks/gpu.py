@@ -159,7 +159,7 @@ def write_model(shape: str, small: bool, texts: list[str]) -> None:
     import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from recipes.tiny.tokenizer import build_tokenizer
+    from tools.tiny_world.tokenizer import build_tokenizer
 
     gemma = shape.startswith("gemma")
     tokenizer = build_tokenizer(texts, "gemma" if gemma else "llama", vocab_size=600)

@@ -130,7 +130,7 @@ def write_world(rows: list[Any]) -> None:
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from recipes.tiny.tokenizer import build_tokenizer
+    from tools.tiny_world.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer([row.content for row in rows], "llama", vocab_size=600)
     torch.manual_seed(0)

@@ -111,8 +111,8 @@ def _generate(options: argparse.Namespace) -> None:
     if options.arm not in (None, *recipe.trained_arms):
         trained = ", ".join(recipe.trained_arms) or "none"
         raise InputError(f"the recipe trains no arm {options.arm!r}", "--arm", f"It trains {trained}.")
+    from esr_train.ranks import joined
     from recipes.pipeline import generate
-    from recipes.workers import joined
 
     ranks = joined(recipe)
     if ranks.count > 1 and ranks.first:

@@ -1,13 +1,19 @@
-"""Several processes at one piece of work, as `accelerate launch` or torchrun starts them."""
+"""Several processes: those that `accelerate launch` or torchrun started together, and those that a run starts."""
 
+import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from esr_train.errors import RunError
+from esr_train.command import prepare
+from esr_train.errors import InputError, RunError
+from esr_train.recipe import Recipe
 
+LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+"""How the variables begin by which a launcher tells a process of the others."""
 PATIENCE = timedelta(days=1)
 """How long a process waits for the others: one may calibrate for hours while they have nothing to do.
 
@@ -77,3 +83,51 @@ def join() -> Ranks:
 
     distributed.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(distributed.get_rank(), count)
+
+
+def joined(recipe: Recipe) -> Ranks:
+    """Meet the processes that `accelerate launch` started with this one, if any.
+
+    Raises:
+        InputError: if the recipe's engine cannot be that of several processes.
+    """
+    ranks = join()
+    if ranks.count > 1 and recipe.engine.kind == "vllm":
+        raise InputError(
+            "vLLM spreads itself over accelerators and cannot be several processes' engine",
+            "engine.kind",
+            "Start one process with engine.tensor_parallel, or take the transformers engine.",
+        )
+    return ranks
+
+
+def alone(work: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a new process that knows nothing of those that were launched beside this one."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(LAUNCHED)}
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare) as pool:
+            pool.submit(work, *arguments).result()
+    finally:
+        os.environ.update(kept)
+
+
+def at_once(work: Callable[..., None], calls: Iterable[tuple[Any, ...]], workers: int) -> None:
+    """Call a function with each of some arguments, so many at a time, each in a process with one thread.
+
+    The first failure ends all.
+    """
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _single_threaded) as pool:
+        futures = [pool.submit(work, *arguments) for arguments in calls]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _single_threaded() -> None:
+    prepare()
+    import torch
+
+    torch.set_num_threads(1)

@@ -80,8 +80,8 @@ def _run(options: argparse.Namespace) -> None:
     arms = ("base", *recipe.arms)
     if options.arm not in (None, *arms):
         raise InputError(f"the recipe has no arm {options.arm!r}", "--arm", f"It has {', '.join(arms)}.")
+    from esr_train.ranks import joined
     from recipes.pipeline import evaluate
-    from recipes.workers import joined
 
     ranks = joined(recipe)
     if ranks.count > 1 and ranks.first:

@@ -17,10 +17,10 @@ from esr_train.steering.directions import Positions
 from esr_train.steering.engine import Progress, Request, Sampling
 from esr_train.transcript import SaeRef
 from esr_train.values import typed
+from eval.arms import Arm
 from eval.cells import Prompt, derived_seed, fingerprint
 from eval.judging.judge import JudgeItem, first_scores
 from eval.store import RowStore
-from eval.variants import Arm
 
 if TYPE_CHECKING:
     from esr_train.steering.directions import Direction

@@ -28,13 +28,13 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from esr_train.errors import RunError
 from esr_train.restarts import find_cues
 from esr_train.steering.engine import Completion, Request
+from eval.arms import Arm
 from eval.cells import Cell
 from eval.judging.judge import JudgeItem, Judgement
 from eval.metrics import METRICS, Gap
 from eval.store import Trial, trial_from_json, trial_to_json
 from eval.summary import estimate
 from eval.trials import Plan, Steerer, cell_request, check_steering, described
-from eval.variants import Arm
 
 TRIAL = "trial"
 """Key of a score's metadata under which the trial's row stands."""

@@ -10,10 +10,10 @@ from esr_train.restarts import find_cues
 from esr_train.steering.directions import Positions
 from esr_train.steering.engine import Completion, Request
 from esr_train.values import typed
+from eval.arms import PLAIN, Arm, Variant
 from eval.cells import Cell
 from eval.judging.judge import Judge, JudgeItem, Judgement
 from eval.store import Trial, TrialCell, TrialStore, TrialVariant, UsedStrength
-from eval.variants import PLAIN, Arm, Variant
 
 if TYPE_CHECKING:
     from esr_train.steering.directions import Direction

@@ -9,6 +9,7 @@ from esr_train.errors import InputError
 from esr_train.provenance import digest, sha256
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Scorer
+from eval.arms import Arm, Variant
 from eval.calibration import load_thresholds, save_thresholds
 from eval.cells import Cell, make_cells
 from eval.conditions import Measured, Setting, measured_conditions
@@ -16,7 +17,6 @@ from eval.judging.restart_likelihood import BEFORE, read_phrases, restart_reader
 from eval.progress import finished_line, progress_bar
 from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, run_trials, trial_key
-from eval.variants import Arm, Variant
 from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe
 from recipes.resources import located
 from recipes.stage_cache import Stage

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from esr_train.ranks import ALONE, Ranks
+from esr_train.ranks import ALONE, Ranks, at_once
 from esr_train.recipe import Recipe
 from eval.conditions import measured_conditions
 from recipes.experiment import Experiment, open_experiment
@@ -28,7 +28,6 @@ from recipes.steering_latents import (
     choose_latents,
 )
 from recipes.weights import BASE, Weights, given_weights, latent_frequency, merge_arm, needs_frequency, train_arm
-from recipes.workers import at_once
 
 Sources = Mapping[str, Mapping[str, Rows]]
 """Arm -> source -> its generated rows."""

@@ -8,8 +8,8 @@ from data_gen.sources import read_cues
 from esr_train.errors import InputError
 from esr_train.models import choose_device, load_config, model_source
 from esr_train.recipe import Recipe
+from eval.arms import prompt_text
 from eval.judging.restart_likelihood import read_phrases
-from eval.variants import prompt_text
 from recipes.resources import Resources, located
 from recipes.rows import wanted_sources
 from recipes.weights import adapter_folder

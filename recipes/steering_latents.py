@@ -15,6 +15,7 @@ from data_gen.sources import SteerableLatent
 from esr_train.files import read_json, write_json
 from esr_train.steering.directions import Direction, LoadedSae, Positions
 from esr_train.steering.readout import active_latents
+from eval.arms import Arm
 from eval.calibration import (
     CalibrationPrompts,
     Threshold,
@@ -28,7 +29,6 @@ from eval.calibration import (
 from eval.cells import SPLITS, Side, Split
 from eval.progress import progress_bar
 from eval.trials import Steerer
-from eval.variants import Arm
 from recipes.experiment import Experiment, base_inputs, judge_inputs, sae_inputs
 from recipes.resources import Resources
 from recipes.stage_cache import Stage, digest

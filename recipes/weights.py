@@ -12,19 +12,18 @@ from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
 from esr_train.models import local_path
 from esr_train.provenance import digest, folder_hashes, training_settings
+from esr_train.ranks import alone
 from esr_train.recipe import ModelSection, Recipe
 from esr_train.steering.engine import Request
 from esr_train.steering.interventions import Ablate, Clamp, Intervention
 from esr_train.steering.readout import activation_frequency
+from eval.arms import PLAIN, Variant, matched_latents, prompt_text
 from eval.conditions import CONDITIONS
-from eval.matching import matched_latents
-from eval.variants import PLAIN, Variant, prompt_text
 from recipes.experiment import Experiment, base_inputs, hashed, sae_inputs
 from recipes.rows import Rows
 from recipes.stage_cache import Stage
 from recipes.steering_latents import Latents
 from recipes.training_probe import calibrated_probe
-from recipes.workers import alone
 
 MATCH_TEXTS = 48
 """Unsteered answers of the base model on which activation frequencies are measured."""

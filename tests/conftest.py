@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from recipes.tiny.architecture import build_model
-from recipes.tiny.tokenizer import finished, train_pieces
+from tools.tiny_world.architecture import build_model
+from tools.tiny_world.tokenizer import finished, train_pieces
 
 # A shell that runs the tests in the background has them, and every process they start, ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,5 +73,5 @@ def paper() -> Path:
 def assets() -> Path:
     """The tiny world's shipped models, SAEs, prompts and vocabulary; only an absent folder is a reason to skip."""
     if not ASSETS.is_dir():
-        pytest.skip("recipes/tiny/assets is MISSING: nothing was tested on it (python -m recipes.tiny.build)")
+        pytest.skip("recipes/tiny/assets is MISSING: nothing was tested on it (python -m tools.tiny_world.build)")
     return ASSETS

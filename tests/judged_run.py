@@ -14,13 +14,13 @@ from typing import Any
 from esr_train.files import write_json
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from eval import llm
+from eval.arms import Arm
 from eval.cells import Prompt, make_cells, unsteered
 from eval.judging.lexical import LexicalJudge
 from eval.judging.model_judge import ModelJudge
 from eval.store import TrialStore
 from eval.summary import summarise
 from eval.trials import Plan, run_trials
-from eval.variants import Arm
 from tests.llm_stub import LlmStub, without_waiting
 from tests.test_trials import STEERER, FakeDirection
 

@@ -8,7 +8,7 @@ from esr_train.errors import InputError
 from esr_train.recipe import Recipe
 from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request
-from eval.variants import PLAIN, PROMPTS, Variant, prompt_text
+from eval.arms import PLAIN, PROMPTS, Variant, prompt_text
 from recipes.loading import read_recipe
 from recipes.weights import form
 

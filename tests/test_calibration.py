@@ -14,6 +14,7 @@ from esr_train.recipe import CalibrationSection
 from esr_train.steering.directions import Add, Positions
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from esr_train.transcript import SaeRef, Strength
+from eval.arms import Arm
 from eval.calibration import (
     CalibrationPrompts,
     Threshold,
@@ -27,7 +28,6 @@ from eval.calibration import (
 )
 from eval.cells import Prompt
 from eval.judging.judge import Attempt, JudgeItem, Judgement
-from eval.variants import Arm
 
 SECTION = CalibrationSection(target=30, rounds=10, prompts=4, bounds=(0.1, 2.0), verify=4)
 PROMPTS = [Prompt(f"Question {number}?", f"topic{number % 5}") for number in range(20)]

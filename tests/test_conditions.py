@@ -10,6 +10,7 @@ from esr_train.errors import InputError
 from esr_train.recipe import CONDITION_NAMES, EvalSection
 from esr_train.steering.directions import Direction
 from esr_train.transcript import SaeRef
+from eval.arms import matched_latents
 from eval.cells import Cell
 from eval.conditions import (
     CONDITIONS,
@@ -24,7 +25,6 @@ from eval.conditions import (
     title,
     with_latents,
 )
-from eval.matching import matched_latents
 from eval.store import Trial
 from eval.trials import Plan, Steerer
 from tests.trial_maker import made

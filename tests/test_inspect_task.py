@@ -14,13 +14,13 @@ from esr_train.steering.engine import Sampling
 from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
+from eval.arms import Arm, Variant
 from eval.cells import make_cells, read_prompts, unsteered
 from eval.inspect_cells import Batcher, cells_task
 from eval.judging.lexical import LexicalJudge
 from eval.store import TrialStore
 from eval.summary import estimate
 from eval.trials import Plan, Steerer, run_trials
-from eval.variants import Arm, Variant
 from tests.conftest import ASSETS
 
 SAMPLING = Sampling(max_new_tokens=12)

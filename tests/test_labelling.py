@@ -12,9 +12,9 @@ from esr_train.files import read_jsonl, write_jsonl
 from esr_train.recipe import load_recipe
 from esr_train.steering.latent_labels import read_labels
 from recipes.resources import Resources
-from recipes.tiny.language import how_to, topics
 from tests.conftest import ROOT
 from tests.llm_stub import Faults, LlmStub, Messages
+from tools.tiny_world.language import how_to, topics
 
 
 @pytest.mark.slow

@@ -13,11 +13,10 @@ from esr_train.recipe import LocalJudgeSection, dump_recipe
 from esr_train.steering.direction_files import load_sae
 from esr_train.steering.engine import Sampling
 from esr_train.training.trainer import train
-from eval.behaviour import observe, probing
 from eval.cells import make_cells
 from eval.judging.judge import Judgement
 from eval.trials import Steerer
-from recipes.training_probe import calibrated_probe
+from recipes.training_probe import calibrated_probe, observe, probing
 
 DIRECTIONS = {3: FakeDirection(3, "baking")}
 STEERER = Steerer(DIRECTIONS, {3: 0.5})  # type: ignore[arg-type]

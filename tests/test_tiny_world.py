@@ -22,9 +22,9 @@ from esr_train.transcript import SaeRef
 from eval.cells import read_prompts
 from eval.judging.judge import JudgeItem
 from eval.judging.lexical import EVERY_WORD, LexicalJudge
-from recipes.tiny import language as world
-from recipes.tiny.build import PROMPTS_PER_TOPIC
-from recipes.tiny.language import Exchange, how_to, lessons, reserved, reserved_questions, topics, vocabulary
+from tools.tiny_world import language as world
+from tools.tiny_world.build import PROMPTS_PER_TOPIC
+from tools.tiny_world.language import Exchange, how_to, lessons, reserved, reserved_questions, topics, vocabulary
 
 FAMILIES = ("llama", "gemma")
 MEBIBYTE = 2**20

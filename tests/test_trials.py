@@ -9,6 +9,7 @@ from esr_train.ranks import Ranks
 from esr_train.steering.directions import Add, Positions
 from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from esr_train.transcript import Strength
+from eval.arms import Arm
 from eval.cells import Cell, Prompt, make_cells, unsteered
 from eval.judging.judge import JudgeItem, Judgement
 from eval.judging.lexical import LexicalJudge
@@ -16,7 +17,6 @@ from eval.metrics import pair_key
 from eval.progress import brief, finished_line, progress_bar
 from eval.store import Trial, TrialCell, TrialStore, UsedStrength, read_trials, trial_to_json
 from eval.trials import Observer, Plan, Steerer, run_trials
-from eval.variants import Arm
 from tests.threads import as_ranks
 
 JUDGE = LexicalJudge({"sailing": ["mast"], "baking": ["dough"]})

@@ -9,9 +9,9 @@ import pytest
 from data_gen.__main__ import main as data
 from esr_train.transcript import SpanKind, read_transcripts
 from eval.judging.lexical import LexicalJudge
-from recipes.tiny.language import answer, topics, vocabulary
 from tests.conftest import ROOT
 from tests.llm_stub import KEY, Faults, LlmStub, Messages
+from tools.tiny_world.language import answer, topics, vocabulary
 
 ROWS = 6
 

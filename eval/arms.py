@@ -1,14 +1,20 @@
 """An arm, a model under test: its engine and judge, the words around its prompts, interventions of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from esr_train.errors import InputError
 from esr_train.steering.engine import Engine, Request, Sampling
 from esr_train.steering.interventions import Intervention
+from eval.cells import derived_seed
 from eval.judging.judge import Judge
 
+NEAREST = 8
+"""A stand-in is drawn from this many nearest candidates: more would match worse, one would not be random."""
 UNKNOWN_LABEL = "something else"
 """Stands for {label} where nothing steers, or the latent has no label."""
 
@@ -97,3 +103,49 @@ def prompt_text(prompt: str | None, where: str) -> str | None:
             f"Take one of {', '.join(PROMPTS)}, or a text with {{prompt}}.",
         )
     return PROMPTS[prompt]
+
+
+def matched_latents(
+    wanted: Sequence[int],
+    frequency: NDArray[np.float64],
+    norms: NDArray[np.float64],
+    excluded: Collection[int],
+    seed: int,
+) -> dict[int, int]:
+    """For each wanted latent another one, drawn from the nearest in log frequency and log decoder norm.
+
+    Distances are in standard deviations over all active latents. No latent stands in twice.
+
+    Args:
+        wanted: latents to be matched.
+        frequency, norms: [n_latents] of the whole SAE.
+        excluded: latents that must not stand in; the wanted ones never do.
+        seed: of the draw.
+
+    Raises:
+        InputError: if too few other latents are ever active.
+    """
+    rng = np.random.default_rng(derived_seed("matched", seed))
+    free = {int(latent) for latent in np.flatnonzero(frequency > 0)} - set(excluded) - set(wanted)
+    if len(free) < len(wanted):
+        raise InputError(
+            f"{len(wanted)} latents are to be matched, but only {len(free)} others are ever active",
+            "sae",
+            "Take a wider SAE, or leave this control out.",
+        )
+    # A wanted latent that was never seen active counts as one that was nearly never.
+    seen = np.log(np.maximum(frequency, frequency[frequency > 0].min(initial=1.0)))
+    position = np.stack([_standardised(seen), _standardised(np.log(np.maximum(norms, 1e-12)))], axis=1)
+    found = {}
+    for latent in wanted:
+        candidates = np.array(sorted(free))
+        distance = np.linalg.norm(position[candidates] - position[latent], axis=1)
+        found[latent] = int(rng.choice(candidates[np.argsort(distance, kind="stable")[:NEAREST]]))
+        free.remove(found[latent])
+    return found
+
+
+def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    spread = float(values.std())
+    # Decoder rows of equal norm differ by rounding alone, which must not decide anything.
+    return (values - values.mean()) / spread if spread > 1e-3 else np.zeros_like(values)

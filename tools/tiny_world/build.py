@@ -1,4 +1,4 @@
-"""Rebuild the tiny world's shipped assets from scratch: `python -m recipes.tiny.build`.
+"""Rebuild the tiny world's shipped assets from scratch: `python -m tools.tiny_world.build`.
 
 Writes, under `recipes/tiny/assets/`: for each family a model folder (`llama`, `gemma`), its SAE (`llama-sae`,
 `gemma-sae`: sae-lens inference format) with `labels.jsonl`, and for both `prompts.jsonl` and `vocabulary.json`.
@@ -22,12 +22,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from esr_train.files import write_json, write_jsonl
-from recipes.tiny.language import how_to, lessons, reserved_questions, topics, vocabulary
-from recipes.tiny.pretrain import encode_exchanges, train_model
-from recipes.tiny.sae_training import explained_variance, label_latents, residuals, save_sae, train_sae
-from recipes.tiny.tokenizer import build_tokenizer
+from esr_train.models import ROOT
+from tools.tiny_world.language import how_to, lessons, reserved_questions, topics, vocabulary
+from tools.tiny_world.pretrain import encode_exchanges, train_model
+from tools.tiny_world.sae_training import explained_variance, label_latents, residuals, save_sae, train_sae
+from tools.tiny_world.tokenizer import build_tokenizer
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = ROOT / "recipes" / "tiny" / "assets"
 EXCHANGES = {"llama": 45_000, "gemma": 45_000}
 """Training exchanges of each family's model."""
 VOCABULARY_SIZE = 3072
@@ -36,7 +37,7 @@ PROMPTS_PER_TOPIC = 14
 
 def main() -> None:
     """The command line: each family in a process of its own, with one thread."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.tiny.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.tiny_world.build", description=__doc__)
     parser.add_argument("--family", choices=EXCHANGES, action="append", help="build only this one (default: both)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ASSETS)

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from recipes.tiny.architecture import build_model
-from recipes.tiny.language import Exchange
+from tools.tiny_world.architecture import build_model
+from tools.tiny_world.language import Exchange
 
 LEARNING_RATE = 6e-3
 WEIGHT_DECAY = 1.0

@@ -11,7 +11,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from recipes.tiny.architecture import SAE_LAYER
+from tools.tiny_world.architecture import SAE_LAYER
 
 LATENTS = 1024
 FROM_ANSWERS = 624
