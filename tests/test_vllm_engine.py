@@ -240,6 +240,26 @@ def test_tokens_that_were_not_steered_are_an_error_that_names_the_request(side, 
             side.vllm.generate(side.requests(12), GREEDY)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_request(side, sampling):
+    steps = []
+
+    def broken(_, __, logits):
+        steps.append(len(logits))
+        if len(steps) > 3:
+            logits[0, 7] = torch.nan
+        return logits
+
+    requests = side.requests(12)
+    handle = side.worker.model_runner.get_model().logits_processor.register_forward_hook(broken)
+    try:
+        with pytest.raises(RunError, match=r"request '\d+' got logits that are not finite"):
+            side.vllm.generate(requests, sampling)
+    finally:
+        handle.remove()
+    assert side.vllm.generate(requests, sampling) == side.transformers.generate(requests, sampling)
+
+
 def test_an_sae_that_the_workers_cannot_find_is_refused(side):
     from dataclasses import replace
 
