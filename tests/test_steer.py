@@ -131,8 +131,8 @@ def test_without_a_mask_every_token_is_steered_and_counted(family):
     with steer(family.model, ADD) as steered, torch.no_grad():
         family.model(ids)
         assert steered.tokens == [6, 6]
-        family.model.model(ids[:1, :4])
-    assert steered.tokens == [4], "a pass without a cache counts anew, whoever calls the decoder"
+        family.model.model(ids[:, :4])
+    assert steered.tokens == [4, 4], "a pass without a cache counts anew, whoever calls the decoder"
 
 
 def test_embeddings_beams_samples_and_plain_passes_are_steered(family):

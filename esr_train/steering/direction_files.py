@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from esr_train.errors import InputError
+from esr_train.errors import InputError, first_line
 from esr_train.models import check_layer, hidden_size, local_path
 from esr_train.steering.directions import LoadedSae, SteeringVector, sae_name
 from esr_train.steering.readout import measure_residual_norm
@@ -140,7 +140,7 @@ def _tensors(path: Path) -> Mapping[str, torch.Tensor]:
             return {str(name): value for name, value in loaded.items()} if isinstance(loaded, dict) else {"": loaded}
     # Whatever these libraries say of a broken file.
     except Exception as error:
-        raise InputError(f"the vectors cannot be read ({_reason(error)})", str(path)) from error
+        raise InputError(f"the vectors cannot be read ({first_line(error)})", str(path)) from error
     raise InputError("vectors are read from .safetensors, .pt or .npy", str(path), "Convert the file.")
 
 
@@ -160,10 +160,6 @@ def _named_rows(tensors: Mapping[str, torch.Tensor], path: Path) -> list[tuple[s
     return rows
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
-
-
 def _from_disk(folder: Path) -> Any:
     from sae_lens import SAE
 
@@ -172,7 +168,7 @@ def _from_disk(folder: Path) -> Any:
     # sae-lens has no error of its own: a broken file shows as whatever it was that failed.
     except Exception as error:
         raise InputError(
-            f"this is not an SAE in sae-lens format ({_reason(error)})",
+            f"this is not an SAE in sae-lens format ({first_line(error)})",
             str(folder),
             "It needs cfg.json and sae_weights.safetensors, as SAE.save_model writes them.",
         ) from error
@@ -192,7 +188,7 @@ def _from_directory(ref: SaeRef) -> Any:
         return SAE.from_pretrained(ref.release, ref.id, device="cpu", dtype="float32")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{sae_name(ref)} cannot be downloaded ({_reason(error)})",
+            f"{sae_name(ref)} cannot be downloaded ({first_line(error)})",
             "sae",
             "Check the network, or name a local folder.",
         ) from error
@@ -254,7 +250,9 @@ def _scaler(folder: Path | None) -> Any:
         if factor is not None and (isinstance(factor, bool) or not 0 < factor < math.inf):
             raise ValueError(f"a factor of {factor}")
     except Exception as error:
-        raise InputError(f"the scale of the SAE's activations cannot be read ({_reason(error)})", str(file)) from error
+        raise InputError(
+            f"the scale of the SAE's activations cannot be read ({first_line(error)})", str(file)
+        ) from error
     return scaler
 
 

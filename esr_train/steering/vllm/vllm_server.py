@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from esr_train.errors import InputError, RunError
+from esr_train.errors import InputError, RunError, first_line
 from esr_train.models import choose_device, load_config, model_source
 from esr_train.recipe import ModelSection
 from esr_train.steering.vllm.vllm_worker import SUPPORTED
@@ -153,8 +153,8 @@ class VllmServer:
         try:
             return LLM(**arguments)
         except (ValueError, RuntimeError, OSError) as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise InputError(f"vLLM cannot start ({reason})", "engine", "Its own messages above say more.") from error
+            what = f"vLLM cannot start ({first_line(error)})"
+            raise InputError(what, "engine", "Its own messages above say more.") from error
 
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {
