@@ -185,14 +185,13 @@ def read_jsonl(path: Path | str, parse: Callable[[Any], Value]) -> list[Value]:
     return rows
 
 
-def read_rows(path: Path | str, column: str, split: str = "train") -> Iterator[Row]:
+def read_rows(path: Path | str, column: str) -> Iterator[Row]:
     """The rows of a file, in order.
 
     Args:
         path: a `.txt` file (one value a line), a `.jsonl` file (one object, or one string, a line), a `.csv` file
-            (with a header), or else a folder or hub name that `datasets` loads.
+            (with a header), or else a folder or hub name that `datasets` loads, of which the split `train` is read.
         column: the column that every row must have; a text file has this one alone.
-        split: of a data set, as `datasets` takes it (`train[:500]`).
 
     Raises:
         InputError: naming `file:line`, for a malformed row or one without the column; naming the path if it
@@ -203,7 +202,7 @@ def read_rows(path: Path | str, column: str, split: str = "train") -> Iterator[R
         read = read_lines if kind == ".txt" else json_lines
         rows: Iterator[tuple[str, Any]] = ((f"{path}:{number}", values) for number, values in read(path))
     else:
-        rows = read_csv(path) if kind == ".csv" else _dataset(str(path), split)
+        rows = read_csv(path) if kind == ".csv" else _dataset(str(path))
     for where, values in rows:
         row = {column: values} if isinstance(values, str) else values
         if not isinstance(row, Mapping):
@@ -236,22 +235,22 @@ def read_csv(path: Path | str) -> Iterator[Row]:
         raise InputError(f"not valid CSV ({error})", f"{path}:{reader.reader.line_num}") from error
 
 
-def _dataset(path: str, split: str) -> Iterator[Row]:
+def _dataset(path: str) -> Iterator[Row]:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     folder = Path(path)
     try:
         if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
             loaded: Any = load_from_disk(path)
-            loaded = loaded[split] if isinstance(loaded, DatasetDict) else loaded
+            loaded = loaded["train"] if isinstance(loaded, DatasetDict) else loaded
         else:
-            loaded = load_dataset(path, split=split)
+            loaded = load_dataset(path, split="train")
     except Exception as error:  # `datasets` raises whatever its many loaders raise
         reason = first_line(error)
         raise InputError(
             f"neither a {', '.join(TABLES)} file nor a data set that can be loaded ({type(error).__name__}: {reason})",
             path,
-            f"Check the path and the split ({split}).",
+            "Check the path; its split 'train' is read.",
         ) from error
     assert isinstance(loaded, Dataset)
     for number, values in enumerate(loaded):

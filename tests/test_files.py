@@ -129,10 +129,10 @@ def test_a_text_file_holds_one_prompt_a_line_and_each_is_its_own_topic(tmp_path)
     assert pools.train == pools.normal
 
 
-def test_columns_may_have_other_names(tmp_path):
+def test_the_column_may_have_another_name(tmp_path):
     path = tmp_path / "p.csv"
-    path.write_text("question,area\nHow?,baking\n")
-    assert read_prompts(path, "question", "area") == [Prompt("How?", "baking")]
+    path.write_text("question,topic\nHow?,baking\n")
+    assert read_prompts(path, "question") == [Prompt("How?", "baking")]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, name, text, message):
         read_prompts(path)
 
 
+@pytest.mark.parametrize("name", ["none.txt", "none.csv", "none.jsonl"])
 def test_a_missing_file_is_refused(tmp_path, name):
     with pytest.raises(InputError, match="does not exist"):
         list(read_rows(tmp_path / name, "prompt"))
@@ -171,9 +172,12 @@ def test_what_cannot_be_loaded_as_a_data_set_is_refused_with_the_reason(tmp_path
         list(read_rows(name, "prompt"))
 
 
-def test_a_split_that_a_data_set_does_not_have_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"Check the path and the split \(test\)"):
-        list(read_rows(str(saved_folder(tmp_path)), "prompt", "test"))
+def test_a_data_set_without_a_split_for_training_is_refused(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(test=Dataset.from_list([{"prompt": "How?"}])).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputError, match=r"KeyError: 'train'.* its split 'train' is read"):
+        list(read_rows(tmp_path / "saved", "prompt"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
