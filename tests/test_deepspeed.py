@@ -194,7 +194,7 @@ def test_the_papers_file_trains_through_accelerate_launch(tmp_path, llama, paper
     write_configuration(tmp_path, 2)
     args = {"max_steps": 3, "per_device_train_batch_size": 1, "optim": "adamw_bnb_8bit"}
     data = str(paper / "dataset_masked_ratio_50pct_train.jsonl")
-    section = recipe(live=False, args=args, data=data, format="segments", max_length=4096)
+    section = recipe(live=False, args=args, data=data, max_length=4096)
     (tmp_path / "paper.yaml").write_text(dump_recipe(section.model_copy(update={"name": "paper"})))
     launch(tmp_path, "-m", "esr_train", "paper.yaml")
     found = result(tmp_path, "paper")
