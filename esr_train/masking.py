@@ -88,16 +88,9 @@ def label(
     _check_offsets(rendered, encoded, wanted, where)
     _check_coverage(tokenizer, rendered, encoded, labels, where)
     _check_decoding(tokenizer, rendered.text, encoded, labels, where)
-    return Labelled(
-        id=transcript.id,
-        input_ids=encoded.input_ids,
-        labels=labels,
-        offsets=encoded.offsets,
-        text=rendered.text,
-        straddling=straddling,
-        spans=rendered.spans,
-        reply_start=encoded.first_token(rendered.reply_start),
-    )
+    start = encoded.first_token(rendered.reply_start)
+    ids, offsets = encoded.input_ids, encoded.offsets
+    return Labelled(transcript.id, ids, labels, offsets, rendered.text, straddling, rendered.spans, start)
 
 
 def trained_tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, policy: Policy = "masked") -> int:

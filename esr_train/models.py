@@ -72,12 +72,7 @@ def load_model(
     section = _section(model, dtype=dtype, attn_implementation=attn_implementation, device=device)
     config = load_config(section)
     _check_attention(config, section)
-    place = choose_device(section)
-    options: dict[str, Any] = {"dtype": getattr(torch, section.dtype)}
-    if quantization == "nf4":
-        options["quantization_config"] = _nf4(section)
-    if quantization or (place.type != "cpu" and not for_training):
-        options["device_map"] = {"": place}
+    options = _loading_options(section, quantization, for_training)
     with _loading(section):
         pair: Any = AutoModelForCausalLM.from_pretrained(
             model_source(section),
@@ -93,6 +88,21 @@ def load_model(
     if tokenizer.chat_template:
         align_generation(loaded, tokenizer)
     return loaded if for_training else loaded.eval()
+
+
+def _loading_options(section: ModelSection, quantization: Literal["nf4"] | None, for_training: bool) -> dict[str, Any]:
+    dtype, device = getattr(torch, section.dtype), choose_device(section)
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if quantization or (device.type != "cpu" and not for_training):
+        options["device_map"] = {"": device}
+    return options
 
 
 def _section(model: ModelSection | Path | str, **instead: str | None) -> ModelSection:
@@ -257,12 +267,3 @@ def _check_whole(report: Mapping[str, Any]) -> None:
     if wrong := sorted(report["missing_keys"]) + sorted(surplus):
         which = "has no" if report["missing_keys"] else "has a surplus"
         raise ValueError(f"the checkpoint {which} {wrong[0]}, so it does not belong to its config.json")
-
-
-def _nf4(section: ModelSection) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, section.dtype),
-    )
