@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,26 +91,33 @@ Dot = tuple[str, str, Estimate]
 """Line, series, and what was measured."""
 
 
-def draw_dots(
-    axes: "Axes", dots: Sequence[Dot], lines: Sequence[str], colours: Mapping[str, str], scale: float = 1
-) -> None:
-    """Every line's dots with their intervals, the series in the order of their `colours` below each other."""
-    series = list(colours)
-    step = 0.7 / max(len(series), 1)
-    for line, name, found in dots:
-        y = lines.index(line) + (series.index(name) - (len(series) - 1) / 2) * step
-        if found.low is not None and found.high is not None:
-            ends = [scale * found.low, scale * found.high]
-            axes.plot(ends, [y, y], color=colours[name], lw=1.6, solid_capstyle="butt")
-        axes.plot([scale * (found.value or 0)], [y], "o", color=colours[name], ms=5.5)
-    axes.set_yticks(range(len(lines)), lines)
-    axes.set_ylim(len(lines) - 0.5, -0.5)
-    axes.grid(axis="x")
+def dots_svg(panels: Mapping[str, Sequence[Dot]], colours: Mapping[str, str], scale: float = 1) -> str:
+    """Panels above one another, by the names of their horizontal axes; in each, dots with intervals on named lines.
 
+    Args:
+        colours: of the series, which stand below each other on a line.
+        scale: of the numbers, 100 for rates as percentages.
+    """
+    lines = list(dict.fromkeys(line for dots in panels.values() for line, *_ in dots))
+    series, step = list(colours), 0.7 / max(len(colours), 1)
 
-def dots_height(lines: Sequence[str], series: Sequence[str]) -> float:
-    """Inches that the lines of `draw_dots` take."""
-    return max(0.42, 0.11 * len(series)) * len(lines)
+    def draw(label: str, axes: "Axes") -> None:
+        for line, name, found in panels[label]:
+            y = lines.index(line) + (series.index(name) - (len(series) - 1) / 2) * step
+            if found.low is not None and found.high is not None:
+                ends = [scale * found.low, scale * found.high]
+                axes.plot(ends, [y, y], color=colours[name], lw=1.6, solid_capstyle="butt")
+            axes.plot([scale * (found.value or 0)], [y], "o", color=colours[name], ms=5.5)
+        left, right = axes.get_xlim()
+        if left < 0 < right:
+            axes.axvline(0, color=INK, lw=0.8, zorder=0)
+        axes.set_yticks(range(len(lines)), lines)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        axes.grid(axis="x")
+
+    height = 0.8 + max(0.42, 0.11 * len(series)) * len(lines)
+    return panels_svg([partial(draw, label) for label in panels], colours, height)
 
 
 def svg_of(draw: Callable[["Axes"], None], legend: Mapping[str, str], height: float = 3.0) -> str:
