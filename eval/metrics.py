@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from eval.judging.judge import Attempt
+from eval.judging.judge import Judgement
 from eval.statistics import UNBOUNDED
 from eval.store import Trial
 
@@ -27,18 +27,8 @@ class Gap(Enum):
 
 
 Value = float | Gap
-
-
-class Judged(Protocol):
-    """What a judge said of a response: a trial, or a judgement."""
-
-    @property
-    def attempts(self) -> tuple[Attempt, ...]:
-        """In order; empty where the judge failed."""
-
-    @property
-    def error(self) -> str | None:
-        """Why there is no score."""
+Judged = Trial | Judgement
+"""What knows its attempts, and why there are none."""
 
 
 @dataclass(frozen=True)

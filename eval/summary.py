@@ -25,30 +25,6 @@ Conditions = Mapping[str, Mapping[str, Sequence[Trial]]]
 
 
 @dataclass(frozen=True)
-class Ends:
-    """The ends of an interval; None where it is undefined."""
-
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class TwoWay:
-    """Intervals that resample latents and prompts at once: of every arm, and of every arm minus base."""
-
-    arms: Table[Ends]
-    paired: Table[Ends]
-
-
-@dataclass(frozen=True)
-class PValue:
-    """A p-value, and Holm's adjustment of it for the number of all `tests`."""
-
-    p: float
-    holm: float
-
-
-@dataclass(frozen=True)
 class Summary:
     """Everything metrics.json holds, its keys in this order.
 
@@ -57,8 +33,9 @@ class Summary:
         arms: every metric of every arm and condition.
         paired: every arm minus `base` (named `<arm>-base`) on the cells both have.
         within: an arm's other conditions minus its own `steered` (named `<condition>-steered`), likewise.
-        two_way: a check of the intervals that resamples prompts, too.
-        sign_flip: p-values of `paired` by flipping the sign of whole latents; none where they are undefined.
+        two_way: of `arms` and `paired` the ends, `low` and `high`, of intervals that resample prompts, too.
+        sign_flip: p-values of `paired` by flipping the sign of whole latents, where they are defined: `p`, and `holm`,
+            adjusted for the number of all `tests`.
         tests: how many of them there are.
         attempts: arm -> condition -> how many responses have 1, 2, … attempts.
     """
@@ -67,8 +44,8 @@ class Summary:
     arms: Table[Estimate]
     paired: Table[Estimate]
     within: Table[Estimate]
-    two_way: TwoWay
-    sign_flip: Table[PValue]
+    two_way: Mapping[str, Table[Mapping[str, float | None]]]
+    sign_flip: Table[Mapping[str, float]]
     tests: int
     attempts: Table[int]
 
@@ -114,9 +91,6 @@ def summarise(
     def difference(name: str, found: Values) -> Estimate:
         return _difference(name, found, bootstrap, seed)
 
-    def ends(_: str, found: Values) -> Ends:
-        return _two_way(found, bootstrap, seed)
-
     p_values = _each(paired, lambda _, found: statistics.sign_flip(found.values, found.clusters, seed=seed))
     sign_flip = _adjusted(p_values)
     return Summary(
@@ -124,7 +98,10 @@ def summarise(
         arms=_each(single, lambda name, found: _estimate(name, found, bootstrap, seed)),
         paired=_each(paired, difference),
         within=_each(within, difference),
-        two_way=TwoWay(_each(single, ends), _each(paired, ends)),
+        two_way={
+            part: _each(values, lambda _, found: _two_way(found, bootstrap, seed))
+            for part, values in (("arms", single), ("paired", paired))
+        },
         sign_flip=sign_flip,
         tests=sum(len(metrics) for conditions in sign_flip.values() for metrics in conditions.values()),
         attempts={
@@ -248,13 +225,15 @@ def _difference(name: str, found: Values, bootstrap: int, seed: int) -> Estimate
     return statistics.paired(*given, of_rates=metric.is_rate, bounds=(-span, span))
 
 
-def _two_way(found: Values, bootstrap: int, seed: int) -> Ends:
+def _two_way(found: Values, bootstrap: int, seed: int) -> dict[str, float | None]:
     latents = [trial.cell.latent for trial in found.trials]
     prompts = [trial.cell.prompt for trial in found.trials]
-    return Ends(*statistics.two_way_interval(found.values, latents, prompts, min(bootstrap, TWO_WAY_RESAMPLES), seed))
+    resamples = min(bootstrap, TWO_WAY_RESAMPLES)
+    low, high = statistics.two_way_interval(found.values, latents, prompts, resamples, seed)
+    return {"low": low, "high": high}
 
 
-def _adjusted(p_values: Table[float | None]) -> Table[PValue]:
+def _adjusted(p_values: Table[float | None]) -> Table[Mapping[str, float]]:
     """The p-values there are, each with Holm's adjustment for their number."""
     found = [
         (pair, condition, name, p)
@@ -263,9 +242,9 @@ def _adjusted(p_values: Table[float | None]) -> Table[PValue]:
         for name, p in metrics.items()
         if p is not None
     ]
-    result: dict[str, dict[str, dict[str, PValue]]] = {
+    result: dict[str, dict[str, dict[str, dict[str, float]]]] = {
         pair: {condition: {} for condition in conditions} for pair, conditions in p_values.items()
     }
     for (pair, condition, name, p), adjusted in zip(found, statistics.holm([p for *_, p in found]), strict=True):
-        result[pair][condition][name] = PValue(p, adjusted)
+        result[pair][condition][name] = {"p": p, "holm": adjusted}
     return result
