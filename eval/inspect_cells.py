@@ -3,9 +3,8 @@
 An extra: nothing else imports this module, and inspect_ai is needed by nothing else but a model judge.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 
 import anyio
 from inspect_ai import Task
@@ -26,69 +25,37 @@ from inspect_ai.solver import TaskState, generate
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from esr_train.errors import RunError
-from esr_train.restarts import find_cues
-from esr_train.steering.engine import Completion, Request
 from eval.arms import Arm
-from eval.cells import Cell
-from eval.judging.judge import JudgeItem, Judgement
 from eval.metrics import METRICS, Gap
 from eval.store import Trial, trial_from_json, trial_to_json
 from eval.summary import estimate
-from eval.trials import Plan, Steerer, cell_request, check_steering, described
+from eval.trials import ConditionRun, Observer, Plan, Readings, cell_request, described, trial_key
 
 TRIAL = "trial"
 """Key of a score's metadata under which the trial's row stands."""
-WAIT = 0.05
-"""Seconds for which a batch waits for others to join."""
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+GetTrial = Callable[[str], Awaitable[Trial]]
+"""The trial of a cell, by the cell's key."""
 
 
-@dataclass(eq=False)
-class Asked(Generic[Item, Result]):
-    """An item on its way through a batch."""
-
-    item: Item
-    result: Result | None = None
-    error: Exception | None = None
-
-
-class Batcher(Generic[Item, Result]):
-    """Gathers what concurrent callers ask for, and works on it in batches, one at a time, in a thread.
+def batches(keys: Sequence[str], run: Callable[[Sequence[str]], list[Trial]], rows: int) -> GetTrial:
+    """Trials for concurrent callers. The first caller of a batch of neighbours has it run, in a thread; one at a time.
 
     Args:
-        work: items -> results, in order.
-        rows: most items of a batch.
+        keys: of all cells, in order.
+        run: a batch's keys -> their trials, in order; what it raises is raised for the batch's callers.
+        rows: most cells of a batch.
     """
+    batch_of = {key: keys[index // rows * rows :][:rows] for index, key in enumerate(keys)}
+    trials: dict[str, Trial] = {}
+    lock = anyio.Lock()
 
-    def __init__(self, work: Callable[[list[Item]], Sequence[Result]], rows: int) -> None:
-        self._work, self._rows = work, rows
-        self._waiting: list[Asked[Item, Result]] = []
-        self._lock: anyio.Lock | None = None
+    async def get(key: str) -> Trial:
+        async with lock:
+            if key not in trials:
+                trials.update(zip(batch_of[key], await anyio.to_thread.run_sync(run, batch_of[key]), strict=True))
+        return trials[key]
 
-    async def __call__(self, item: Item) -> Result:
-        """The item's result; what goes wrong with a batch is raised for each of its items."""
-        self._lock = self._lock or anyio.Lock()
-        asked: Asked[Item, Result] = Asked(item)
-        self._waiting.append(asked)
-        await anyio.sleep(WAIT)
-        async with self._lock:
-            while asked in self._waiting:
-                batch, self._waiting = self._waiting[: self._rows], self._waiting[self._rows :]
-                # The thread fills the batch in, so that a caller who is cancelled meanwhile takes nobody's result away.
-                await anyio.to_thread.run_sync(self._fill, batch)
-        if asked.error:
-            raise asked.error
-        assert asked.result is not None
-        return asked.result
-
-    def _fill(self, batch: list[Asked[Item, Result]]) -> None:
-        try:
-            for asked, result in zip(batch, self._work([each.item for each in batch]), strict=True):
-                asked.result = result
-        except Exception as error:
-            for asked in batch:
-                asked.error = error
+    return get
 
 
 @modelapi(name="esr")
@@ -97,13 +64,13 @@ class SteeredApi(ModelAPI):
 
     Args:
         model_name: the arm's name.
-        complete: cell key -> completion.
+        get: gives trials.
         rows: requests that may be open at once.
     """
 
-    def __init__(self, model_name: str, complete: Callable[[str], Any], rows: int) -> None:
+    def __init__(self, model_name: str, get: GetTrial, rows: int) -> None:
         super().__init__(model_name)
-        self._complete, self._rows = complete, rows
+        self._get, self._rows = get, rows
 
     def max_connections(self) -> int:
         """As many as fit a batch."""
@@ -112,18 +79,15 @@ class SteeredApi(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """One completion. Sampling is the recipe's; inspect's own settings are not applied."""
+        """One reply. Sampling is the recipe's; inspect's own settings are not applied."""
         cell = next((each.metadata["cell"] for each in input if each.metadata and "cell" in each.metadata), None)
         if cell is None:
             raise RunError("a message names no cell: this model answers the samples of its own task alone.")
-        made: Completion = await self._complete(cell)
-        stop = "stop" if made.finish_reason == "stop" else "max_tokens"
-        output = ModelOutput.from_content(self.model_name, made.text, stop)  # type: ignore[arg-type]
-        tokens = len(made.token_ids)
-        output.usage = ModelUsage(
-            input_tokens=made.prompt_tokens, output_tokens=tokens, total_tokens=made.prompt_tokens + tokens
-        )
-        output.metadata = {"tokens": tokens, "steered_tokens": made.steered_tokens}
+        trial = await self._get(cell)
+        stop = "stop" if trial.finish_reason == "stop" else "max_tokens"
+        output = ModelOutput.from_content(self.model_name, trial.response[trial.prefix :], stop)  # type: ignore[arg-type]
+        output.usage = ModelUsage(output_tokens=trial.tokens or 0, total_tokens=trial.tokens or 0)
+        output.metadata = {"tokens": trial.tokens, "steered_tokens": trial.steered_tokens}
         return output
 
 
@@ -137,75 +101,39 @@ def cells_task(arm: Arm, condition: str, plan: Plan, rows: int) -> Task:
         rows: most requests of a batch.
     """
     cells = {cell.key: cell for cell in plan.cells}
-    requests = {
-        key: cell_request(cell, key, plan.steerer, arm.variant, plan.prefixes.get(key, ""))
-        for key, cell in cells.items()
-    }
+    run = ConditionRun(arm, condition, plan, Readings())
 
-    def work(keys: list[str]) -> list[Completion]:
-        batch = [requests[key] for key in keys]
-        completions = arm.engine.generate(batch, arm.sampling)
-        check_steering(arm.name, batch, completions)
-        return completions
+    def trials(keys: Sequence[str]) -> list[Trial]:
+        return run.trials([(trial_key(arm.name, condition, cells[key]), cells[key]) for key in keys], Observer())
 
-    completions: Batcher[str, Completion] = Batcher(work, rows)
-
-    async def complete(key: str) -> Completion:
-        return await completions(key)
-
+    samples = []
+    for key, cell in cells.items():
+        prefix = plan.prefixes.get(key, "")
+        request = cell_request(cell, key, plan.steerer, arm.variant, prefix)
+        asked: list[ChatMessage] = [ChatMessageUser(content=request.prompt, metadata={"cell": key})]
+        begun: list[ChatMessage] = [ChatMessageAssistant(content=prefix)] if prefix else []
+        known = asdict(described(cell, plan.steerer.strength(cell)))
+        samples.append(Sample(input=[*asked, *begun], id=key, metadata={"cell": known}))
+    get = batches(list(cells), trials, rows)
     return Task(
-        dataset=[_sample(cell, requests[key], plan.steerer) for key, cell in cells.items()],
+        dataset=samples,
         solver=generate(),
-        scorer=judged(arm, condition, plan, rows),
-        model=Model(SteeredApi(arm.name, complete, rows), GenerateConfig()),
+        scorer=judged(get),
+        model=Model(SteeredApi(arm.name, get, rows), GenerateConfig()),
         name=f"{condition}_{arm.name}",
         metadata={"arm": arm.name, "condition": condition, "judge": arm.judge.name, "sampling": asdict(arm.sampling)},
     )
 
 
-def _sample(cell: Cell, request: Request, steerer: Steerer) -> Sample:
-    asked: list[ChatMessage] = [ChatMessageUser(content=request.prompt, metadata={"cell": cell.key})]
-    begun: list[ChatMessage] = [ChatMessageAssistant(content=request.prefix)] if request.prefix else []
-    return Sample(
-        input=[*asked, *begun], id=cell.key, metadata={"cell": asdict(described(cell, steerer.strength(cell)))}
-    )
-
-
-def judged(arm: Arm, condition: str, plan: Plan, rows: int) -> Scorer:
+def judged(get: GetTrial) -> Scorer:
     """The judge as a scorer: a score holds every metric of the response, and its trial's row as metadata."""
-    cells = {cell.key: cell for cell in plan.cells}
-    verdicts: Batcher[JudgeItem, Judgement] = Batcher(arm.judge.judge, rows)
 
     async def score(state: TaskState, target: Target) -> Score:
-        cell = cells[str(state.sample_id)]
-        prefix = plan.prefixes.get(cell.key, "")
-        response = prefix + state.output.completion
-        found = await verdicts(JudgeItem(cell.prompt, response, cell.label, recovery=True))
-        made = state.output.metadata or {}
-        trial = Trial(
-            key=cell.key,
-            arm=arm.name,
-            condition=condition,
-            seed=cell.seed,
-            cell=described(cell, plan.steerer.strength(cell)),
-            engine=arm.engine.name,
-            sampling=arm.sampling,
-            prefix=len(prefix),
-            response=response,
-            finish_reason=None,
-            tokens=made.get("tokens"),
-            steered_tokens=made.get("steered_tokens"),
-            attempts=found.attempts,
-            cue=bool(find_cues(response)),
-            judge=found.judge,
-            judge_raw=found.raw,
-            flags=found.flags,
-            error=found.error,
-        )
+        trial = await get(str(state.sample_id))
         values = {name: each.of(trial) for name, each in METRICS.items()}
         return Score(
             value={name: float("nan") if isinstance(value, Gap) else value for name, value in values.items()},
-            explanation=found.error or found.raw or None,
+            explanation=trial.error or trial.judge_raw or None,
             metadata={TRIAL: trial_to_json(trial)},
         )
 

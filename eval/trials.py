@@ -137,7 +137,7 @@ def run_trials(
     missing = [(key, cell) for key, cell in keys.items() if key not in known]
     observer = observer or Observer()
     observer(len(finished), 0)
-    run = _Run(arm, condition, plan, readings or Readings())
+    run = ConditionRun(arm, condition, plan, readings or Readings())
     for start in range(0, len(missing), chunk_rows * ranks.count):
         observer.on_trials_finished(finished)
         chunk = missing[start : start + chunk_rows * ranks.count]
@@ -155,7 +155,7 @@ def run_trials(
 
 
 @dataclass(frozen=True)
-class _Run:
+class ConditionRun:
     """An arm under a condition."""
 
     arm: Arm

@@ -16,7 +16,7 @@ from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.transcript import SaeRef
 from eval.arms import Arm, Variant
 from eval.cells import make_cells, read_prompts, unsteered
-from eval.inspect_cells import Batcher, cells_task
+from eval.inspect_cells import batches, cells_task
 from eval.judging.lexical import LexicalJudge
 from eval.store import TrialStore
 from eval.summary import estimate
@@ -65,44 +65,44 @@ def test_inspect_finds_the_responses_and_the_numbers_of_our_own_run(tiny, tmp_pa
     assert score.metrics["first_score_n"].value == 6
 
 
-def test_concurrent_callers_share_batches_and_each_gets_its_own():
+def test_concurrent_callers_share_batches_of_neighbours_and_each_gets_its_own():
     seen = []
 
-    def work(items):
-        seen.append(list(items))
-        return [10 * item for item in items]
+    def run(keys):
+        seen.append(list(keys))
+        return [10 * int(key) for key in keys]
 
     async def ask():
-        batcher, found = Batcher(work, 4), {}
+        get, found = batches([str(number) for number in range(10)], run, rows=4), {}
 
-        async def one(item):
-            found[item] = await batcher(item)
+        async def one(key):
+            found[key] = await get(key)
 
         async with anyio.create_task_group() as group:
-            for item in range(10):
-                group.start_soon(one, item)
+            for number in reversed(range(10)):
+                group.start_soon(one, str(number))
         return found
 
-    assert anyio.run(ask) == {item: 10 * item for item in range(10)}
-    assert [len(batch) for batch in seen] == [4, 4, 2]
+    assert anyio.run(ask) == {str(number): 10 * number for number in range(10)}
+    assert sorted(seen) == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9"]]
 
 
-def test_what_goes_wrong_in_a_batch_is_raised_for_each_of_its_items():
-    def work(items):
+def test_what_goes_wrong_in_a_batch_is_raised_for_each_of_its_callers():
+    def run(keys):
         raise OSError("no space left")
 
     async def ask():
-        batcher, errors = Batcher(work, 4), []
+        get, errors = batches(["a", "b", "c"], run, rows=4), []
 
-        async def one(item):
+        async def one(key):
             try:
-                await batcher(item)
+                await get(key)
             except OSError as error:
                 errors.append(str(error))
 
         async with anyio.create_task_group() as group:
-            for item in range(3):
-                group.start_soon(one, item)
+            for key in "abc":
+                group.start_soon(one, key)
         return errors
 
     assert anyio.run(ask) == ["no space left"] * 3
