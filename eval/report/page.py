@@ -12,10 +12,10 @@ from eval.metrics import METRICS, headline, pair_key
 from eval.report import arm_figures  # noqa: F401 - registers its figures, behind those of `figures`
 from eval.report.drawing import TEMPLATES, arm_colours, inline_svg, render, save_figures
 from eval.report.figures import Material, draw_figures
-from eval.report.story import Shown, shown, story
+from eval.report.story import shown, story
 from eval.statistics import Estimate
 from eval.store import Trial
-from eval.summary import RECALIBRATED, STEERED, Summary, Table
+from eval.summary import RECALIBRATED, STEERED, Table
 
 FIRST = (STEERED, "unsteered", RECALIBRATED)
 """Conditions that stand before the figures; the others are controls."""
@@ -53,15 +53,13 @@ def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) 
         story=story(summary),
         arms=list(enumerate(arms)),
         colours=list(arm_colours(arms).values()),
-        tables=[
-            {"groups": _groups(summary.arms, half), "differences": _groups(summary.paired, half, signed=True)}
-            for half in halves
-        ],
-        headline=[METRICS[name].title for name in headline()],
-        everything=_everything(summary, conditions),
+        tables=[(_groups(summary.arms, half), _groups(summary.paired, half)) for half in halves],
+        everything=_groups(summary.arms, conditions),
+        metrics=METRICS,
+        headline={name: METRICS[name] for name in headline()},
+        shown=shown,
         figures=[(figure, inline_svg(figure.svg, arm_colours(arms))) for figure in figures],
-        held_out=_lines(notes.get("held_out", [])),
-        notes={name.replace("_", " "): _lines(value) for name, value in notes.items() if name != "held_out"},
+        notes={name.replace("_", " "): _lines(value) for name, value in notes.items()},
         embedded=len(trials),
         trials=sum(len(rows) for rows in material.rows_by_arm.values()),
         data=script_json({"arms": arms, "conditions": {name: title(name) for name in conditions}, "trials": trials}),
@@ -71,41 +69,10 @@ def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) 
     return run_dir / "report.html"
 
 
-def _groups(arms: Table[Estimate], conditions: Sequence[str], signed: bool = False) -> list[dict[str, Any]]:
-    """Per condition a row for every arm measured under it, with a cell for every column."""
-    groups = [
-        {
-            "title": title(condition),
-            "rows": [
-                {
-                    "arm": arm,
-                    "n": found[condition]["multi_attempt_rate"].n,
-                    "cells": [_cell(found[condition].get(name), name, signed) for name in headline()],
-                }
-                for arm, found in arms.items()
-                if condition in found
-            ],
-        }
-        for condition in conditions
-    ]
-    return [group for group in groups if group["rows"]]
-
-
-def _cell(found: Estimate | None, name: str, signed: bool) -> dict[str, Any]:
-    text = shown(found, METRICS[name].is_rate, signed) or Shown("–", "", "")
-    sure = bool(signed and found and found.low is not None and found.high is not None and found.low * found.high > 0)
-    return {"text": text, "sure": sure}
-
-
-def _everything(summary: Summary, conditions: Sequence[str]) -> list[dict[str, Any]]:
-    """Every estimate there is, one row each."""
-    return [
-        {"condition": title(condition), "metric": name.replace("_", " "), "arm": arm, "found": found, "text": text}
-        for condition in conditions
-        for name, metric in METRICS.items()
-        for arm, measured in summary.arms.items()
-        if (found := measured.get(condition, {}).get(name)) and (text := shown(found, metric.is_rate))
-    ]
+def _groups(arms: Table[Estimate], conditions: Sequence[str]) -> list[tuple[str, dict[str, Mapping[str, Estimate]]]]:
+    """Each condition's title, and the estimates of every arm that was measured under it."""
+    groups = [(name, {arm: found[name] for arm, found in arms.items() if name in found}) for name in conditions]
+    return [(title(name), measured) for name, measured in groups if measured]
 
 
 def _lines(value: str | Sequence[str] | Mapping[str, str]) -> list[str]:
