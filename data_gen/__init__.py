@@ -1,43 +1,42 @@
-"""Making rows: sources of transcripts, filters, mixtures, and what their files hold.
+"""Making rows: sources of transcripts, mixtures, and what their files hold.
 
     from data_gen import generate_rows, mix, describe
 
-The names below are loaded when they are first used: importing this package loads nothing else.
+The names below are imported when they are first used: importing this package loads nothing else.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_gen.collect import generate_rows
     from data_gen.description import describe
-    from data_gen.mixture import mix, mix_sized
-    from data_gen.sources import Context, Cues, Make, Outcome, SteerableLatent, read_cues, register_source
+    from data_gen.mixture import mix
+    from data_gen.sources import Context, Outcome, SteerableLatent, read_cues, register_source
 
+_MODULES = {
+    "Context": "sources",
+    "Outcome": "sources",
+    "SteerableLatent": "sources",
+    "describe": "description",
+    "generate_rows": "collect",
+    "mix": "mixture",
+    "read_cues": "sources",
+    "register_source": "sources",
+}
 __all__ = [
     "Context",
-    "Cues",
-    "Make",
     "Outcome",
     "SteerableLatent",
     "describe",
     "generate_rows",
     "mix",
-    "mix_sized",
     "read_cues",
     "register_source",
 ]
 
-_MODULES = {
-    "data_gen.collect": ("generate_rows",),
-    "data_gen.description": ("describe",),
-    "data_gen.mixture": ("mix", "mix_sized"),
-    "data_gen.sources": ("Context", "Cues", "Make", "Outcome", "SteerableLatent", "read_cues", "register_source"),
-}
 
-
-def __getattr__(name: str) -> object:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -247,15 +247,16 @@ def _check_labels(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from data_gen.description import read_file, show
+    from data_gen.description import read_file, shown
     from data_gen.pages import preview_page
 
     _at_least_one("--rows", options.rows)
     rows, tokenizer = read_file(options.file), _tokenizer(options.tokenizer)
-    if options.html is None:
-        show(rows[: options.rows], tokenizer, options.loss)
-    else:
+    if options.html is not None:
         _write(options.html, preview_page(rows[: options.rows], len(rows), tokenizer, options.loss))
+        return
+    for row in rows[: options.rows]:
+        print(shown(row, tokenizer, options.loss, colour=sys.stdout.isatty()) + "\n")
 
 
 def _stats(options: argparse.Namespace) -> None:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, TypeVar
 from data_gen.collect import KEPT
 from esr_train.errors import InputError
 from esr_train.files import read_json
-from esr_train.mask_preview import counted, token_texts, visible
+from esr_train.mask_preview import END, counted, marked, visible
 from esr_train.masking import Labelled, Policy, label
 from esr_train.transcript import SpanKind, Transcript, read_transcripts
 from eval.llm import Spent
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
 Value = TypeVar("Value")
@@ -27,8 +26,8 @@ OPENING_WORDS = 3
 FUNNEL, REQUESTS = ".funnel.json", ".requests.json"
 CORRECTION = "self-correction"
 NAMES = {"off_topic": "off-topic", "cue": "cue", "answer": "answer", "reply": "whole reply"}
-STYLES = {SpanKind.OFF_TOPIC: "red", SpanKind.CUE: "bold yellow", SpanKind.ANSWER: "green"}
-TRAINED, MASKED = "green", "dim"
+STYLES = {SpanKind.OFF_TOPIC: "\033[31m", SpanKind.CUE: "\033[1;33m", SpanKind.ANSWER: "\033[32m"}
+BOLD, CYAN = "\033[1m", "\033[36m"
 
 
 @dataclass(frozen=True)
@@ -154,39 +153,33 @@ def read_file(path: Path) -> list[Transcript]:
     return rows
 
 
-def show(
-    rows: Sequence[Transcript],
+def shown(
+    row: Transcript,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     policy: Policy = "masked",
-    console: "Console | None" = None,
-) -> None:
-    """Print transcripts, each span in its colour.
+    colour: bool = False,
+) -> str:
+    """A row as a person reads it, each span in its colour.
 
     Args:
-        rows: to print.
-        tokenizer: if given, each row is printed a second time as the model reads it: trained tokens green, masked ones
-            dim.
+        row: to show.
+        tokenizer: if given, the row is shown a second time as the model reads it (see `mask_preview.marked`).
         policy: of the mask.
-        console: where to print; None is standard output.
+        colour: whether to write terminal colours.
 
     Raises:
         InputError: naming the row, if it cannot be labelled.
     """
-    from rich.console import Console
-    from rich.text import Text
 
-    console = console or Console(highlight=False)
-    kinds = [(f"{kind}  ", STYLES[kind]) for kind in SpanKind]
-    console.print(Text.assemble(*kinds, "(with a tokenizer: ", ("trained", TRAINED), " ", ("masked", MASKED), ")"))
-    for row in rows:
-        console.print(Text(f"\n{heading(row)}", "bold"))
-        console.print(Text(visible(row.prompt), "cyan"))
-        console.print(Text.assemble(*[(visible(span.text), STYLES[span.kind]) for span in row.spans]))
-        if tokenizer is not None:
-            labelled = label(tokenizer, row, policy)
-            tokens = [(visible(text), TRAINED if trained else MASKED) for text, trained, _ in token_texts(labelled)]
-            console.print(Text(counted(labelled), "bold"))
-            console.print(Text.assemble(*tokens))
+    def painted(text: str, style: str) -> str:
+        return f"{style}{visible(text)}{END}" if colour else visible(text)
+
+    reply = "".join(painted(span.text, STYLES[span.kind]) for span in row.spans)
+    lines = [painted(heading(row), BOLD), painted(row.prompt, CYAN), reply]
+    if tokenizer is not None:
+        labelled = label(tokenizer, row, policy)
+        lines += [painted(counted(labelled), BOLD), marked(labelled, colour)]
+    return "\n".join(lines)
 
 
 def heading(row: Transcript) -> str:

@@ -36,17 +36,13 @@ def choose(
 ) -> Choice:
     """Choose which of the candidates may steer, and deal them to splits by their labels.
 
-    **Relevance.** A latent that is active on a prompt is left out altogether, as in the paper, and not only kept from
-    that one prompt: every prompt then goes with every latent, so cells, calibration and rows draw from the same
-    latents and need no list of forbidden pairs. It costs labels, of which real SAEs have thousands. Where labels
-    *are* the prompts' topics it cannot be asked for: each latent is active on its own topic's prompts. There `active`
-    is empty, and the rule that no latent steers a prompt of its own label's topic stands instead.
+    A latent that is active on a prompt is left out altogether, as in the paper, and not only kept from that one prompt:
+    every prompt then goes with every latent. Where labels *are* the prompts' topics that cannot be asked for, as each
+    latent is active on its own topic's prompts: there `active` is empty, and no latent steers a prompt of its topic.
 
-    **Twins.** Of latents whose decoder rows have a cosine of `TWINS` or more the first is kept, so that no direction
-    is on two sides under two labels.
-
-    **Limit.** Drawn after the splits were dealt: a latent's split does not depend on how many are drawn, each split
-    that has latents keeps one at least, and a larger limit only adds latents.
+    Of twins the first is kept, so that no direction is on two sides under two labels. The limit is applied after the
+    splits were dealt: a latent's split does not depend on how many are drawn, each split that has latents keeps one at
+    least, and a larger limit only adds latents.
 
     Args:
         latents: candidates, in order of preference.
@@ -72,32 +68,21 @@ def choose(
 
 
 def without_twins(latents: Sequence["Direction"], cosine: float = TWINS) -> list["Direction"]:
-    """The latents without those that are alike to one that was kept before them."""
-    earlier: dict[int, list[int]] = {}
-    for later, before in alike(latents, cosine):
-        earlier.setdefault(later, []).append(before)
-    dropped: set[int] = set()
-    for index in sorted(earlier):
-        if not dropped.issuperset(earlier[index]):
-            dropped.add(index)
-    return [latent for index, latent in enumerate(latents) if index not in dropped]
-
-
-def alike(latents: Sequence["Direction"], cosine: float = TWINS) -> list[tuple[int, int]]:
-    """Pairs (later, earlier) of indices into `latents` whose decoder rows have a cosine of `cosine` or more."""
+    """The latents without those whose decoder row has a cosine of `cosine` or more to one that was kept before them."""
     import torch
     from tqdm import tqdm
 
     if not latents:
         return []
     units = torch.stack([latent.unit for latent in latents])
-    pairs: list[tuple[int, int]] = []
+    kept = torch.zeros(len(latents), dtype=torch.bool)
     starts = range(0, len(latents), COMPARED_AT_ONCE)
     for start in tqdm(starts, desc="compare latents", unit="piece", disable=len(starts) < 4, leave=False):
         end = min(start + COMPARED_AT_ONCE, len(latents))
         near = torch.tril(units[start:end] @ units[:end].T >= cosine, diagonal=start - 1)
-        pairs += [(start + later, before) for later, before in near.nonzero().tolist()]
-    return pairs
+        for index, twins in enumerate(near, start):
+            kept[index] = not bool((twins & kept[:end]).any())
+    return [latent for latent, keep in zip(latents, kept.tolist(), strict=True) if keep]
 
 
 def limited(

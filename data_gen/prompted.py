@@ -19,13 +19,12 @@ from data_gen.sources import (
     stem,
 )
 from esr_train.errors import InputError
-from esr_train.files import read_rows
 from esr_train.models import local_path
 from esr_train.recipe import PromptedSection
 from esr_train.restarts import attempts, split_cue
 from esr_train.steering.engine import Request
 from esr_train.transcript import SpanKind, Transcript
-from eval.cells import Prompt, deal_subjects, fingerprint
+from eval.cells import Prompt, deal_subjects, fingerprint, read_prompts
 from eval.judging.judge import JudgeItem
 from eval.judging.replies import read_reply
 from eval.llm import Answer
@@ -89,37 +88,28 @@ def _by_the_model_itself(context: Context) -> Make:
             detour = cut_sentences(text, rng.randint(*SENTENCES))
             cue = context.cues.draw(rng, other.topic)
             rows.append(_Row(f"prompted-{context.seed}-{number:07d}", prompt, other.topic, (detour, cue, answer)))
-        return _judged(context, context.model, rows, None)
+        return _judged(context, context.model, rows)
 
     return make
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that nobody has judged; its texts are detour, cue and answer."""
+    """A row that nobody has judged. Its texts are detour, cue and answer; `told` is what the judge learns of them."""
 
     id: str
     prompt: Prompt
     subject: str
     texts: tuple[str, str, str]
+    told: str | None = None
+
+    def item(self, part: int) -> JudgeItem:
+        return JudgeItem(self.prompt.text, self.texts[part], self.told)
 
 
-def _judged(context: Context, model: str, rows: Sequence[_Row], told: Sequence[str] | None) -> list[Outcome]:
-    """Score detours and answers; a row, or why it is refused.
-
-    Args:
-        context: of the run.
-        model: that wrote the texts.
-        rows: to judge.
-        told: what the judge is told each detour is about; None if it is told nothing.
-    """
-    labels: Sequence[str | None] = told or [None] * len(rows)
-    detours, answers = (
-        context.scores(
-            [JudgeItem(row.prompt.text, row.texts[i], label) for row, label in zip(rows, labels, strict=True)]
-        )
-        for i in (0, 2)
-    )
+def _judged(context: Context, model: str, rows: Sequence[_Row]) -> list[Outcome]:
+    """Score detours and answers that `model` wrote; the row, or why it is refused."""
+    detours, answers = (context.scores([row.item(part) for row in rows]) for part in (0, 2))
     outcomes = []
     for row, detour, answer in zip(rows, detours, answers, strict=True):
         reason = context.detour_fault(detour) or context.answer_fault(answer)
@@ -167,25 +157,23 @@ class Task:
         )
         return re.sub(r"\n{3,}", "\n\n", text)
 
-    def read(self, text: str) -> dict[str, str]:
-        """The parts in a writer's reply.
+    def read(self, text: str) -> tuple[str, str, str]:
+        """Detour, cue and answer in a writer's reply.
 
         Raises:
             ValueError: saying what is wrong with it, for the writer to read.
         """
-        return read_reply(text, self._parts, self.prompt.text)
+        return read_reply(text, self._texts, self.prompt.text)
 
-    def _parts(self, values: dict[str, Any]) -> dict[str, str]:
-        found = {name: value.strip() for name in self.parts if isinstance(value := values.get(name), str)}
-        missing = [name for name in self.parts if not any(map(str.isalpha, found.get(name, "")))]
+    def _texts(self, values: dict[str, Any]) -> tuple[str, str, str]:
+        texts = {name: value.strip() for name in self.parts if isinstance(value := values.get(name), str)}
+        missing = [name for name in self.parts if not any(map(str.isalpha, texts.get(name, "")))]
         if missing:
             raise ValueError(f"the JSON object has no text under {missing[0]!r}")
-        if self.silent:
-            return {**found, "acknowledgement": self.cue}
-        cue = found["acknowledgement"]
-        if split_cue(cue) is None or len(attempts(f"{found['detour']} {cue} {found['answer']}")) != 2:
+        detour, cue, answer = (texts.get(name, self.cue) for name in PARTS)
+        if not self.silent and (split_cue(cue) is None or len(attempts(f"{detour} {cue} {answer}")) != 2):
             raise ValueError("the acknowledgement alone must take something back, plainly and once")
-        return found
+        return detour, cue, answer
 
 
 def _by_writer(context: Context, section: PromptedSection, writer: str) -> Make:
@@ -193,51 +181,35 @@ def _by_writer(context: Context, section: PromptedSection, writer: str) -> Make:
     if context.open_writer is None:
         raise InputError(f"nobody can ask the writer {writer!r} here", "data.prompted.writer")
     asker = context.open_writer(writer)
-    pairs = _Pairs(context.prompts.train, training_subjects(read_subjects(section.subjects), context), context.seed)
+    subjects = training_subjects(read_subjects(section.subjects), context)
+    count = len(context.prompts.train) * len(subjects)
+    order = Random(f"{context.seed}/pairs").sample(range(count), count)
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
-        tasks = [_task(context, pairs, number) for number in numbers]
+        tasks = [_task(context, subjects, order[number % count], number) for number in numbers]
         answers = asker.ask([task.question() for task in tasks], lambda index, text: tasks[index].read(text))
         rows = {
-            number: _Row(f"written-{context.seed}-{number:07d}", task.prompt, task.subject, _texts(answer.value))
+            number: _Row(f"written-{context.seed}-{number:07d}", task.prompt, task.subject, answer.value, task.subject)
             for number, task, answer in zip(numbers, tasks, answers, strict=True)
             if answer.value is not None
         }
-        judged = _judged(context, writer, [*rows.values()], [row.subject for row in rows.values()])
-        outcomes = dict(zip(rows, judged, strict=True))
+        outcomes = dict(zip(rows, _judged(context, writer, [*rows.values()]), strict=True))
         return [outcomes.get(number) or _unwritten(answer) for number, answer in zip(numbers, answers, strict=True)]
 
     return make
 
 
-def _texts(parts: dict[str, str]) -> tuple[str, str, str]:
-    detour, cue, answer = (parts[name] for name in PARTS)
-    return detour, cue, answer
-
-
-def _unwritten(answer: Answer[dict[str, str]]) -> Outcome:
+def _unwritten(answer: Answer[tuple[str, str, str]]) -> Outcome:
     return Outcome(None, "writer: malformed answer" if answer.replied else "writer: no answer")
 
 
-class _Pairs:
-    """Every prompt with every subject, in a seeded order; the next subject for one that is the prompt's own topic."""
-
-    def __init__(self, prompts: Sequence[Prompt], subjects: Sequence[str], seed: int) -> None:
-        self.prompts, self.subjects = prompts, subjects
-        count = len(prompts) * len(subjects)
-        self.order = Random(f"{seed}/pairs").sample(range(count), count)
-
-    def __getitem__(self, number: int) -> tuple[Prompt, str]:
-        row, column = divmod(self.order[number % len(self.order)], len(self.subjects))
-        prompt, subject = self.prompts[row], self.subjects[column]
-        if fingerprint(subject) == fingerprint(prompt.topic):
-            subject = self.subjects[(column + 1) % len(self.subjects)]
-        return prompt, subject
-
-
-def _task(context: Context, pairs: _Pairs, number: int) -> Task:
+def _task(context: Context, subjects: Sequence[str], pair: int, number: int) -> Task:
+    """What row `number` is to be, of the given pair of a prompt and a subject."""
     rng = candidate_rng(context.seed, "written", number)
-    prompt, subject = pairs[number]
+    row, column = divmod(pair, len(subjects))
+    prompt, subject = context.prompts.train[row], subjects[column]
+    if fingerprint(subject) == fingerprint(prompt.topic):
+        subject = subjects[(column + 1) % len(subjects)]
     cue = context.cues.draw(rng, subject)
     silent = split_cue(cue) is None
     sentences = rng.randint(*SENTENCES)
@@ -251,18 +223,7 @@ def read_subjects(path: str | None) -> list[str]:
         InputError: naming `file:line`, for a malformed row or a subject that comes twice; for an empty file.
     """
     source = (local_path(path) or path) if path else SUBJECTS
-    subjects: dict[str, tuple[str, str]] = {}
-    for where, values in read_rows(source, "subject"):
-        subject = values["subject"]
-        if not isinstance(subject, str) or not subject.strip():
-            raise InputError("a subject must be a text that is not empty", where)
-        key = fingerprint(subject)
-        if key in subjects:
-            raise InputError(f"the subject {subject!r} comes twice", where, f"It was at {subjects[key][0]}.")
-        subjects[key] = (where, subject.strip())
-    if not subjects:
-        raise InputError("there is no subject in the file", str(source), "Write one subject a line.")
-    return [subject for _, subject in subjects.values()]
+    return [subject.text for subject in read_prompts(source, "subject")]
 
 
 def training_subjects(subjects: Sequence[str], context: Context) -> list[str]:

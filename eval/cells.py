@@ -41,19 +41,20 @@ def read_prompts(path: Path | str, column: str = "prompt") -> list[Prompt]:
     prompts: list[Prompt] = []
     first: dict[str, str] = {}
     for where, values in read_rows(path, column):
-        prompt = _prompt(where, values[column], values.get("topic"))
+        prompt = _prompt(where, column, values)
         earlier = first.setdefault(fingerprint(prompt.text), where)
         if earlier != where:
-            raise InputError(f"the prompt {prompt.text!r} comes twice", where, f"It was at {earlier}; remove one.")
+            raise InputError(f"the {column} {prompt.text!r} comes twice", where, f"It was at {earlier}; remove one.")
         prompts.append(prompt)
     if not prompts:
-        raise InputError("there is no prompt in the file", str(path), f"Write one {column} a line.")
+        raise InputError(f"there is no {column} in the file", str(path), f"Write one {column} a line.")
     return prompts
 
 
-def _prompt(where: str, text: Any, topic: Any) -> Prompt:
+def _prompt(where: str, column: str, values: Mapping[str, Any]) -> Prompt:
+    text, topic = values[column], values.get("topic")
     if not isinstance(text, str) or not text.strip():
-        raise InputError("a prompt must be a text that is not empty", where)
+        raise InputError(f"a {column} must be a text that is not empty", where)
     if topic is not None and not isinstance(topic, str):
         raise InputError(f"the topic {topic!r} is no text", where)
     return Prompt(text.strip(), (topic or "").strip() or text.strip())

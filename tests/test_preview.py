@@ -1,13 +1,11 @@
 """What a person is shown: spans in colour, the mask token by token, and nothing that acts."""
 
-import io
 import re
 from html.parser import HTMLParser
 
 import pytest
-from rich.console import Console
 
-from data_gen.description import show
+from data_gen.description import shown
 from data_gen.pages import preview_page
 from esr_train.errors import InputError
 from esr_train.masking import IGNORED, label
@@ -53,43 +51,30 @@ class Page(HTMLParser):
         return "".join(text for kind, text in self.texts if kind in kinds)
 
 
-def printed(*transcripts: Transcript, colour: bool = False, **kwargs: object) -> str:
-    file = io.StringIO()
-    console = Console(
-        file=file,
-        width=500,
-        force_terminal=colour,
-        color_system="standard" if colour else None,
-        highlight=False,
-    )
-    show(transcripts, console=console, **kwargs)  # type: ignore[arg-type]
-    return file.getvalue()
-
-
 def test_each_span_has_its_colour_and_markup_in_a_reply_is_shown_as_it_is() -> None:
-    text = printed(ROW, colour=True)
+    text = shown(ROW, colour=True)
     assert "\x1b[31mTrim the [bold]jib[/bold].\x1b[0m" in text
     assert "\x1b[1;33m Wait, <b>no</b>.\x1b[0m" in text
     assert "\x1b[32m Smooth it 😀.\x1b[0m" in text
 
 
 def test_trained_and_masked_tokens_are_told_apart(family: Family) -> None:
-    text = printed(ROW, colour=True, tokenizer=family.tokenizer)
+    text = shown(ROW, colour=True, tokenizer=family.tokenizer)
     mask = text[text.index("tokens trained") :]
     trained = "".join(re.findall(r"\x1b\[32m(.*?)\x1b\[0m", mask, re.DOTALL))
     assert trained == " Wait, <b>no</b>. Smooth it 😀." + family.tokenizer.eos_token
 
 
 def test_the_policy_decides_what_is_shown_as_trained(family: Family) -> None:
-    text = printed(ROW, tokenizer=family.tokenizer, policy="answer_only")
+    text = shown(ROW, tokenizer=family.tokenizer, policy="answer_only")
     labels = label(family.tokenizer, ROW, "answer_only").labels
     assert f"{sum(value != IGNORED for value in labels)} of {len(labels)} tokens trained" in text
 
 
 def test_terminal_escapes_in_a_reply_do_not_act() -> None:
     spans = (Span(SpanKind.ANSWER, "a\x1b[2Jb\x9bc"),)
-    assert "\x1b" not in printed(Transcript("x", "p\x1b[2J", spans, "normal"))
-    assert "a\ufffd[2Jb\ufffdc" in printed(Transcript("x", "p", spans, "normal"))
+    assert "\x1b" not in shown(Transcript("x", "p\x1b[2J", spans, "normal"))
+    assert "a\ufffd[2Jb\ufffdc" in shown(Transcript("x", "p", spans, "normal"))
 
 
 def test_the_page_holds_spans_and_tokens_and_asks_for_nothing(family: Family) -> None:

@@ -266,7 +266,7 @@ def test_a_reply_that_is_no_row_is_refused_with_what_to_change(reply, message):
 
 @pytest.mark.parametrize("form", ["{}", "```json\n{}\n```", "Here you are: {} Good luck!"])
 def test_a_reply_may_have_a_fence_or_words_around_it(form):
-    assert TASK.read(form.replace("{}", json.dumps({**GOOD, "more": 1}))) == GOOD
+    assert TASK.read(form.replace("{}", json.dumps({**GOOD, "more": 1}))) == tuple(GOOD.values())
 
 
 def test_a_silent_return_is_ours_and_the_writer_writes_two_parts():
@@ -274,7 +274,7 @@ def test_a_silent_return_is_ours_and_the_writer_writes_two_parts():
     assert "acknowledgement" not in task.question()
     assert "one sentence about owls" in task.question()
     reply = json.dumps({"detour": "Owls fly.", "answer": "Knead it."})
-    assert task.read(reply)["acknowledgement"] == "Here is how it works."
+    assert task.read(reply) == ("Owls fly.", "Here is how it works.", "Knead it.")
 
 
 def test_rows_about_a_held_out_subject_are_refused(world):
