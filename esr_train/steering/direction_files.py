@@ -108,10 +108,10 @@ def load_vectors(
     Raises:
         InputError: what cannot be read, is no vector, is zero or not finite, or does not fit the model.
     """
-    found = local_path(str(path))
-    if found is None:
+    file = local_path(str(path))
+    if file is None:
         raise InputError("the file does not exist", str(path), "Check the path.")
-    named = _named_rows(_tensors(found), found)
+    named = _named_rows(_tensors(file), file)
     if labels is not None and len(labels) != len(named):
         raise InputError(f"{len(named)} vectors need as many labels, not {len(labels)}", str(path))
     if model is not None:
@@ -258,10 +258,10 @@ def _scaler(folder: Path | None) -> Any:
 
 def _layer(module: Any, ref: SaeRef) -> int:
     kind, name = module.cfg.architecture(), str(module.cfg.metadata.hook_name)
-    place = HOOK_NAMES.fullmatch(name)
-    if place and place["into"] != "0" and "transcoder" not in kind:
+    match = HOOK_NAMES.fullmatch(name)
+    if match and match["into"] != "0" and "transcoder" not in kind:
         # What goes into a layer is what comes out of the one below.
-        return int(place["into"]) - 1 if place["into"] else int(place["block"] or place["layer"])
+        return int(match["into"]) - 1 if match["into"] else int(match["block"] or match["layer"])
     raise InputError(
         f"the {kind} SAE reads {name!r}; it must read and write the output of a decoder layer",
         f"sae {sae_name(ref)}",

@@ -64,8 +64,8 @@ class SteeredRows:
 
     def __init__(self, model: Any, steering: Steering | list[Steering]) -> None:
         self._model = model
-        self._each = isinstance(steering, list)
-        self._steerings = [_together(each) for each in (steering if isinstance(steering, list) else [steering])]
+        self._by_row = isinstance(steering, list)
+        self._steerings = [_together(row) for row in (steering if isinstance(steering, list) else [steering])]
         # Refuses what does not fit before anything runs.
         self._hook = SteeringHook(model, self._steerings)
         self._rows = 0
@@ -104,14 +104,14 @@ class SteeredRows:
         self._hook.set_rows(index, torch.full_like(index, bool(cached) and positions == 1, dtype=torch.bool))
 
     def _start(self, rows: int) -> None:
-        if self._each and rows != len(self._steerings):
+        if self._by_row and rows != len(self._steerings):
             raise InputError(
                 f"{len(self._steerings)} steerings were given for a batch of {rows} rows",
                 "steer",
                 "Give one for each row, None where a row is not steered, or a single one that is not in a list.",
             )
         self.close()
-        self._hook = SteeringHook(self._model, self._steerings if self._each else self._steerings * rows)
+        self._hook = SteeringHook(self._model, self._steerings if self._by_row else self._steerings * rows)
         self._hook.__enter__()
         self._rows = rows
 
@@ -168,7 +168,7 @@ def generate(
     if len(steerings) != len(prompts):
         raise InputError(f"{len(steerings)} steerings were given for {len(prompts)} prompts", "steering")
     requests = [
-        Request(str(number), prompt, interventions=_together(each), seed=seed + number)
-        for number, (prompt, each) in enumerate(zip(prompts, steerings, strict=True))
+        Request(str(number), prompt, interventions=_together(row), seed=seed + number)
+        for number, (prompt, row) in enumerate(zip(prompts, steerings, strict=True))
     ]
     return TransformersEngine(model, tokenizer).generate(requests, sampling)

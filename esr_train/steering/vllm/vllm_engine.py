@@ -199,11 +199,11 @@ class VllmEngine:
         """
         ranks = self.server.llm.collective_rpc("esr_take", args=(list(keys),))
         # Lists come back as lists or tuples, depending on whether a process border lay between.
-        found = [{report[0]: _counts(report) for report in rank} for rank in ranks]
+        counts = [{report[0]: _counts(report) for report in rank} for rank in ranks]
         errors = {report[0]: report[2] for rank in ranks for report in rank if report[2]}
-        if not errors and any(other != found[0] for other in found[1:]):
+        if not errors and any(other != counts[0] for other in counts[1:]):
             raise RunError("the ranks of the tensor-parallel model did not steer the same tokens")
-        reports = {key: (key, counts, errors.get(key), read) for key, counts, _, read in ranks[0]}
+        reports = {key: (key, steered, errors.get(key), read) for key, steered, _, read in ranks[0]}
         return {key: (key, [], error, None) for key, error in errors.items()} | reports
 
     def _answer(self, row: _Row, output: Any, report: Report | None) -> _Answer:

@@ -92,7 +92,7 @@ class VllmServer:
         torch.cuda.empty_cache()
         print(f"starting vLLM on {self.section.path}", flush=True)
         self._llm = self._started()
-        problems = [each for each in self._llm.collective_rpc("esr_install") if each]
+        problems = [problem for problem in self._llm.collective_rpc("esr_install") if problem]
         if problems:
             self.close()
             raise InputError(f"vLLM cannot be steered: {problems[0]}", "engine.kind")
@@ -218,16 +218,16 @@ def require_vllm() -> None:
     """
     from packaging.specifiers import SpecifierSet
 
-    found = _version()
-    if found is None:
+    release = _version()
+    if release is None:
         raise InputError(
             "vLLM is not installed",
             "engine.kind",
             "On a GPU machine: pip install 'endogenous-steering-resistance[vllm]'.",
         )
-    if not SpecifierSet(SUPPORTED).contains(found.partition("+")[0], prereleases=True):
+    if not SpecifierSet(SUPPORTED).contains(release.partition("+")[0], prereleases=True):
         raise InputError(
-            f"vLLM {found} is not known to the steering extension, which was checked on {SUPPORTED}",
+            f"vLLM {release} is not known to the steering extension, which was checked on {SUPPORTED}",
             "engine.kind",
             "Install a release in that range, or take the transformers engine.",
         )
@@ -244,7 +244,7 @@ def _version() -> str | None:
 def _lora_rank(rank: int) -> int:
     """The least of the ranks vLLM offers that is high enough."""
     offered = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-    found = next((each for each in offered if each >= rank), None)
-    if found is None:
+    enough = next((size for size in offered if size >= rank), None)
+    if enough is None:
         raise InputError(f"vLLM serves adapters of rank {offered[-1]} at most, not {rank}", "train.lora.r")
-    return found
+    return enough

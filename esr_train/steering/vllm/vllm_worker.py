@@ -131,8 +131,8 @@ def unsupported(runner: Any) -> str | None:
     # Of the two generations of runners only the first keeps its batch in `input_batch` and `query_start_loc`.
     kinds = {kind.__module__ for kind in type(runner).__mro__}
     if "vllm.v1.worker.gpu_model_runner" not in kinds:
-        found = f"the model runner {type(runner).__name__} ({type(runner).__module__}) is not known"
-        return f"{found}, only the first generation's in vLLM {SUPPORTED}: set VLLM_USE_V2_MODEL_RUNNER=0"
+        problem = f"the model runner {type(runner).__name__} ({type(runner).__module__}) is not known"
+        return f"{problem}, only the first generation's in vLLM {SUPPORTED}: set VLLM_USE_V2_MODEL_RUNNER=0"
     if type(runner.get_model()).__name__ not in FAMILIES:
         return f"{type(runner.get_model()).__name__} cannot be steered, only {' and '.join(FAMILIES)}"
     if config.cache_config.enable_prefix_caching:
@@ -278,7 +278,7 @@ class _Steps:
             self._retire(name)
         params = [self.runner.requests[name].sampling_params for name in names]
         self._names = names
-        self._keys = [((each and each.extra_args) or {}).get(KEY, {}).get("key") for each in params]
+        self._keys = [((given and given.extra_args) or {}).get(KEY, {}).get("key") for given in params]
         for name, key in zip(names, self._keys, strict=True):
             if key in self.expected:
                 self._start(name, key, self.expected.pop(key))
