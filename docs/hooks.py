@@ -62,10 +62,8 @@ def metrics() -> str:
 
 def recipe_keys() -> str:
     """Every recipe key, a table for each section."""
-    from esr_train import recipe
+    from esr_train.recipe import explained_keys
 
-    # TEMP: until the schema can explain itself
-    explained_keys = getattr(recipe, "explained_keys", list)
     sections: dict[str, list[tuple[str, ...]]] = {}
     for key in explained_keys():
         section = key.name.partition(".")[0] if "." in key.name else "at the top"

@@ -7,15 +7,16 @@ data: {planted: {rows: 100, texts: my/detours.txt}}
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_gen.sources import SEEDS, Asked, Context, Make, Outcome, candidate_rng, joined, register_source
+from data_gen.sources import SEEDS, Context, Make, Outcome, candidate_rng, joined, register_source
 from esr_train.recipe import SourceSection
+from esr_train.steering.engine import Request
 from esr_train.transcript import SpanKind, Transcript
 
 
 class PlantedSection(SourceSection):
-    """Its keys under `data.planted`, beside `rows`."""
+    """Its keys under `data.planted`, beside `rows`; each has a default, for most recipes have no such rows."""
 
-    texts: str
+    texts: str = "detours.txt"
 
 
 @register_source("planted", PlantedSection)
@@ -26,8 +27,9 @@ def planted(context: Context, section: PlantedSection) -> Make:
     def make(numbers: Sequence[int]) -> list[Outcome]:
         drawn = [candidate_rng(context.seed, "planted", number) for number in numbers]
         prompts = [rng.choice(context.prompts.train) for rng in drawn]
-        asked = [Asked(prompt.text, rng.randrange(SEEDS)) for prompt, rng in zip(prompts, drawn, strict=True)]
-        answers = [completion.text.strip() for completion in context.generate(asked)]
+        pairs = zip(prompts, drawn, strict=True)
+        completions = context.generate([Request("", prompt.text, seed=rng.randrange(SEEDS)) for prompt, rng in pairs])
+        answers = [completion.text.strip() for completion in completions]
         outcomes = []
         for number, rng, prompt, answer in zip(numbers, drawn, prompts, answers, strict=True):
             detour, cue = rng.choice(texts), context.cues.draw(rng, None)
