@@ -249,9 +249,14 @@ def trials_say(data: bytes) -> Any:
 
 
 def results_say(data: bytes) -> Any:
-    """Latent, prompt, response and seed of each trial."""
+    """Latent (none without a strength), prompt, response and seed of each trial."""
     return [
-        [feature["feature_index_in_sae"], trial["prompt"], trial["response"], trial.get("seed") or 0]
+        [
+            feature["feature_index_in_sae"] if trial.get("threshold", feature.get("threshold")) else None,
+            trial["prompt"],
+            trial["response"],
+            trial.get("seed") or 0,
+        ]
         for feature in value_of(text_of(data))["results_by_feature"]
         for trial in feature.get("trials") or []
     ]
@@ -279,6 +284,10 @@ def _check_keys(node: Any) -> None:
             _check_keys(part)
 
 
+def _numbers(said: str) -> list[float]:
+    return [float(said), *([int(said)] if re.fullmatch("[-+]?[0-9_]+", said) else [])]
+
+
 def _agrees(said: Any, read: Any) -> bool:
     if isinstance(said, dict) and isinstance(read, dict):
         return all(key in read and _agrees(value, read[key]) for key, value in said.items())
@@ -288,7 +297,7 @@ def _agrees(said: Any, read: Any) -> bool:
         words = {None: ("", "~", "null"), True: ("true", "yes", "on"), False: ("false", "no", "off")}[read]
         return isinstance(said, str) and said.lower() in words
     with contextlib.suppress(ValueError):
-        return said == read or (not isinstance(read, str | dict | list) and type(read)(said) == read)
+        return said == read or (not isinstance(read, str | dict | list) and read in _numbers(said))
     return False
 
 

@@ -24,7 +24,8 @@ class InputError(Exception):
 
 
 def _short(text: str) -> str:
-    """The text without its middle if it is long: a message quotes what is in files, and lines may have 10 MB."""
+    """The text in one line, and without its middle if it is long: files may hold anything, and a message quotes it."""
+    text = text.replace("\n", " ")
     return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS // 2]} … {text[-MOST_LETTERS // 4 :]}"
 
 
