@@ -1,7 +1,7 @@
 """How many trials an experiment needs, planned from the clustering of an earlier one."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,12 +58,12 @@ def planned_from(trials: Sequence[Trial], condition: str, name: str) -> tuple[fl
     Raises:
         InputError: if the metric is no rate, or no trial has a value.
     """
-    rates = [metric for metric, found in METRICS.items() if found.is_rate]
+    rates = [rate for rate, metric in METRICS.items() if metric.is_rate]
     if name not in rates:
         raise InputError(f"{name!r} is not a rate", "--metric", f"Take one of {', '.join(rates)}.")
-    there = sorted({trial.condition for trial in trials})
-    if there and condition not in there:
-        raise InputError(f"no trial ran under {condition!r}", "--condition", f"Take one of {', '.join(there)}.")
+    measured = sorted({trial.condition for trial in trials})
+    if measured and condition not in measured:
+        raise InputError(f"no trial ran under {condition!r}", "--condition", f"Take one of {', '.join(measured)}.")
     here = [trial for trial in trials if trial.condition == condition]
     scored = [trial for trial in here if not isinstance(METRICS[name].of(trial), Gap)]
     if not scored:
@@ -91,24 +91,20 @@ def table(
     Raises:
         InputError: for numbers outside 0 to 1, or nothing to compare with.
     """
-    _check({"--base": base, "--icc": icc, "--power": power, **{f"--other {each:g}": each for each in others}})
-    wanted = [each for each in others or [base + step for step in DIFFERENCES] if each != base and each <= 1]
-    if not wanted:
+    shares = {"--base": base, "--icc": icc, "--power": power, **{f"--other {other:g}": other for other in others}}
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise InputError(f"{value:g} is not a share", name, "Give a number from 0 to 1.")
+    rates = [rate for rate in others or [base + step for step in DIFFERENCES] if rate != base and rate <= 1]
+    if not rates:
         raise InputError("there is no other rate to compare with", "--other", "Give one that differs from --base.")
     if not 0 < power < 1 or min(per_latent) < 1:
         raise InputError("power lies between 0 and 1, and a latent has one trial at least", "--power, --per-latent")
     head = f"Trials per arm to tell a rate from {base:.1%} with {power:.0%} power at 5 % (two-sided; cells not shared)"
-    rows = [["other rate", *(f"{each} per latent" for each in per_latent)]]
-    for other in wanted:
-        needed = [trials_needed(base, other, icc, each, power) for each in per_latent]
-        found = [f"{n:,} ({n // each} latents)" for n, each in zip(needed, per_latent, strict=True)]
-        rows.append([f"{other:.1%}", *found])
+    rows = [["other rate", *(f"{count} per latent" for count in per_latent)]]
+    for rate in rates:
+        needed = [(count, trials_needed(base, rate, icc, count, power)) for count in per_latent]
+        rows.append([f"{rate:.1%}", *(f"{trials:,} ({trials // count} latents)" for count, trials in needed)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     return [f"{head}; intra-latent correlation {icc:.3f}", "", *lines]
-
-
-def _check(shares: Mapping[str, float]) -> None:
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise InputError(f"{value:g} is not a share", name, "Give a number from 0 to 1.")

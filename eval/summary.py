@@ -19,7 +19,7 @@ TWO_WAY_RESAMPLES = 1000
 
 Of = TypeVar("Of")
 Table = Mapping[str, Mapping[str, Mapping[str, Of]]]
-"""Arm (or difference of arms) -> condition -> metric -> what was found."""
+"""Arm (or difference of arms) -> condition -> metric -> a number or more."""
 Conditions = Mapping[str, Mapping[str, Sequence[Trial]]]
 """Arm -> condition -> its trials."""
 
@@ -56,7 +56,7 @@ class Summary:
     @property
     def conditions(self) -> set[str]:
         """Every condition that was measured."""
-        return {condition for found in self.arms.values() for condition in found}
+        return {condition for conditions in self.arms.values() for condition in conditions}
 
 
 def read_summary(path: Path | str) -> Summary:
@@ -88,18 +88,18 @@ def summarise(
     }
     paired, within = _paired_with_base(groups), _paired_within(groups)
 
-    def difference(name: str, found: Values) -> Estimate:
-        return _difference(name, found, bootstrap, seed)
+    def difference(name: str, measured: Measured) -> Estimate:
+        return _difference(name, measured, bootstrap, seed)
 
-    p_values = _each(paired, lambda _, found: statistics.sign_flip(found.values, found.clusters, seed=seed))
+    p_values = _each(paired, lambda _, measured: statistics.sign_flip(measured.values, measured.clusters, seed=seed))
     sign_flip = _adjusted(p_values)
     return Summary(
         schema=1,
-        arms=_each(single, lambda name, found: _estimate(name, found, bootstrap, seed)),
+        arms=_each(single, lambda name, measured: _estimate(name, measured, bootstrap, seed)),
         paired=_each(paired, difference),
         within=_each(within, difference),
         two_way={
-            part: _each(values, lambda _, found: _two_way(found, bootstrap, seed))
+            part: _each(values, lambda _, measured: _two_way(measured, bootstrap, seed))
             for part, values in (("arms", single), ("paired", paired))
         },
         sign_flip=sign_flip,
@@ -117,7 +117,7 @@ def estimate(trials: Sequence[Trial], name: str, bootstrap: int = statistics.RES
 
 
 @dataclass(frozen=True)
-class Values:
+class Measured:
     """One metric's values, each with its trial; and how many trials are unscored."""
 
     values: list[float]
@@ -130,14 +130,14 @@ class Values:
         return [cluster_of(trial) for trial in self.trials]
 
 
-def _values(trials: Sequence[Trial], name: str) -> Values:
-    found = [(METRICS[name].of(trial), trial) for trial in trials]
-    defined = [(value, trial) for value, trial in found if not isinstance(value, Gap)]
-    unscored = sum(value is Gap.UNSCORED for value, _ in found)
-    return Values([value for value, _ in defined], [trial for _, trial in defined], unscored)
+def _values(trials: Sequence[Trial], name: str) -> Measured:
+    values = [METRICS[name].of(trial) for trial in trials]
+    defined = [trial for value, trial in zip(values, trials, strict=True) if not isinstance(value, Gap)]
+    unscored = sum(value is Gap.UNSCORED for value in values)
+    return Measured([value for value in values if not isinstance(value, Gap)], defined, unscored)
 
 
-def _differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> Values:
+def _differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> Measured:
     """Per shared cell the difference, trials minus base; two conditions share cells whatever their strength."""
     of = METRICS[name].of
     alike = {trial.condition for trial in trials} == {trial.condition for trial in base}
@@ -154,7 +154,7 @@ def _differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> V
             kept.append(trial)
         elif Gap.UNSCORED in (value, base_value):
             unscored += 1
-    return Values(values, kept, unscored)
+    return Measured(values, kept, unscored)
 
 
 def _cell_key(trial: Trial) -> tuple[Hashable, ...]:
@@ -170,72 +170,72 @@ def _by_condition(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     return groups
 
 
-def _each(groups: Table[Values], of: Callable[[str, Values], Of]) -> dict[str, dict[str, dict[str, Of]]]:
+def _each(groups: Table[Measured], of: Callable[[str, Measured], Of]) -> dict[str, dict[str, dict[str, Of]]]:
     """`of` (metric, values) for every arm, condition and metric."""
     return {
         arm: {
-            condition: {name: of(name, found) for name, found in metrics.items()}
+            condition: {name: of(name, measured) for name, measured in metrics.items()}
             for condition, metrics in conditions.items()
         }
         for arm, conditions in groups.items()
     }
 
 
-def _paired_with_base(groups: Conditions) -> Table[Values]:
+def _paired_with_base(groups: Conditions) -> Table[Measured]:
     """Every arm minus base; recalibrated trials pair with those of the base at its own thresholds, `steered`."""
     base = groups.get("base", {})
-    found = {}
+    paired = {}
     for arm, conditions in groups.items():
         if arm == "base" or not base:
             continue
         partners = {each: base.get(each, base.get(STEERED) if each == RECALIBRATED else None) for each in conditions}
-        found[f"{arm}-base"] = {
+        paired[f"{arm}-base"] = {
             condition: {name: _differences(rows, partner, name) for name in METRICS}
             for condition, rows in conditions.items()
             if (partner := partners[condition]) is not None
         }
-    return found
+    return paired
 
 
-def _paired_within(groups: Conditions) -> Table[Values]:
+def _paired_within(groups: Conditions) -> Table[Measured]:
     """Every arm's other conditions that have the same latents and prompts minus its own `steered`."""
-    found = {}
+    within = {}
     for arm, conditions in groups.items():
         steered = conditions.get(STEERED, [])
         keys = {_cell_key(trial) for trial in steered}
-        found[arm] = {
+        within[arm] = {
             f"{condition}-{STEERED}": {name: _differences(rows, steered, name) for name in METRICS}
             for condition, rows in conditions.items()
             if condition != STEERED and any(_cell_key(trial) in keys for trial in rows)
         }
-    return found
+    return within
 
 
-def _estimate(name: str, found: Values, bootstrap: int, seed: int) -> Estimate:
-    given = (found.values, found.clusters, found.unscored, bootstrap, seed)
+def _estimate(name: str, measured: Measured, bootstrap: int, seed: int) -> Estimate:
+    given = (measured.values, measured.clusters, measured.unscored, bootstrap, seed)
     if METRICS[name].is_rate:
         return statistics.rate(*given)
     return statistics.mean(*given, bounds=METRICS[name].bounds)
 
 
-def _difference(name: str, found: Values, bootstrap: int, seed: int) -> Estimate:
+def _difference(name: str, measured: Measured, bootstrap: int, seed: int) -> Estimate:
     metric = METRICS[name]
     span = metric.bounds[1] - metric.bounds[0]
-    given = (found.values, found.clusters, found.unscored, bootstrap, seed)
+    given = (measured.values, measured.clusters, measured.unscored, bootstrap, seed)
     return statistics.paired(*given, of_rates=metric.is_rate, bounds=(-span, span))
 
 
-def _two_way(found: Values, bootstrap: int, seed: int) -> dict[str, float | None]:
-    latents = [trial.cell.latent for trial in found.trials]
-    prompts = [trial.cell.prompt for trial in found.trials]
+def _two_way(measured: Measured, bootstrap: int, seed: int) -> dict[str, float | None]:
+    latents = [trial.cell.latent for trial in measured.trials]
+    prompts = [trial.cell.prompt for trial in measured.trials]
     resamples = min(bootstrap, TWO_WAY_RESAMPLES)
-    low, high = statistics.two_way_interval(found.values, latents, prompts, resamples, seed)
+    low, high = statistics.two_way_interval(measured.values, latents, prompts, resamples, seed)
     return {"low": low, "high": high}
 
 
 def _adjusted(p_values: Table[float | None]) -> Table[Mapping[str, float]]:
     """The p-values there are, each with Holm's adjustment for their number."""
-    found = [
+    given = [
         (pair, condition, name, p)
         for pair, conditions in p_values.items()
         for condition, metrics in conditions.items()
@@ -245,6 +245,6 @@ def _adjusted(p_values: Table[float | None]) -> Table[Mapping[str, float]]:
     result: dict[str, dict[str, dict[str, dict[str, float]]]] = {
         pair: {condition: {} for condition in conditions} for pair, conditions in p_values.items()
     }
-    for (pair, condition, name, p), adjusted in zip(found, statistics.holm([p for *_, p in found]), strict=True):
+    for (pair, condition, name, p), adjusted in zip(given, statistics.holm([p for *_, p in given]), strict=True):
         result[pair][condition][name] = {"p": p, "holm": adjusted}
     return result

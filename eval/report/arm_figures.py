@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from eval.metrics import METRICS
@@ -35,12 +36,12 @@ Point = tuple[str, float, str, Estimate]
 def boosts(material: Material) -> Drawn:
     """What multiples of the threshold do."""
     arms = material.summary.arms
-    multiples = {each: float(match[1]) for each in material.summary.conditions if (match := BOOST.fullmatch(each))}
+    multiples = {name: float(match[1]) for name in material.summary.conditions if (match := BOOST.fullmatch(name))}
     boosted = [arm for arm, conditions in arms.items() if multiples.keys() & conditions.keys()]
     points = [
         (arm, multiple, metric, estimate)
         for arm in boosted
-        for condition, multiple in sorted({**multiples, STEERED: 1.0}.items(), key=lambda each: each[1])
+        for condition, multiple in sorted({**multiples, STEERED: 1.0}.items(), key=itemgetter(1))
         for metric in BOOST_PANELS
         if (estimate := material.estimate(arm, condition, metric))
     ]
@@ -56,7 +57,7 @@ def mixtures(material: Material) -> Drawn:
     points = [
         (sweep, round(100 * share, 6), metric, estimate)
         for sweep, arms in material.mixtures.items()
-        for arm, share in sorted({**base, **arms}.items(), key=lambda each: each[1])
+        for arm, share in sorted({**base, **arms}.items(), key=itemgetter(1))
         for metric in MIXTURE_PANELS
         if (estimate := material.estimate(arm, "unsteered" if metric == "restart_rate" else STEERED, metric))
     ]
@@ -97,12 +98,14 @@ def _draw_lines(axes: "Axes", points: Sequence[Point], lines: Sequence[str]) -> 
 
     colours, styles = arm_colours(lines), line_styles(lines)
     for line in lines:
-        own = [(at, found, 100 if METRICS[metric].is_rate else 1) for name, at, metric, found in points if name == line]
-        values = [scale * (found.value or 0) for _, found, scale in own]
+        own = [
+            (at, 100 if METRICS[metric].is_rate else 1, number) for name, at, metric, number in points if name == line
+        ]
+        values = [scale * (number.value or 0) for _, scale, number in own]
         axes.plot([at for at, *_ in own], values, "o", ms=4, lw=1.4, color=colours[line], ls=styles[line])
-        for at, found, scale in own:
-            if found.low is not None and found.high is not None:
-                ends = [scale * found.low, scale * found.high]
+        for at, scale, number in own:
+            if number.low is not None and number.high is not None:
+                ends = [scale * number.low, scale * number.high]
                 axes.plot([at, at], ends, color=colours[line], lw=1.2, solid_capstyle="butt")
     # A little room below 0, so that a line of zeros is seen.
     axes.set_ylim(-0.04 * axes.get_ylim()[1], axes.get_ylim()[1])
@@ -124,8 +127,8 @@ def _variants(changes: Sequence[str], caption: str, material: Material) -> Drawn
         for metric in VARIANT_RATES
         if changed and (estimate := material.estimate(arm, STEERED, metric))
     ]
-    said = [f"{arm}: " + "; ".join(_in_words(key, variants[arm][key]) for key in changes) for arm in changed]
-    caption += " 95 % intervals clustered by latent. " + "; ".join(text.strip("; ") for text in said) + "."
+    words = [f"{arm}: " + "; ".join(_in_words(key, variants[arm][key]) for key in changes) for arm in changed]
+    caption += " 95 % intervals clustered by latent. " + "; ".join(text.strip("; ") for text in words) + "."
     dots = [(row[0], VARIANT_RATES[row[-2]], row[-1]) for row in rows]
     colours = dict(zip(VARIANT_RATES.values(), ARM_COLOURS, strict=False))
     svg = partial(dots_svg, {"% of responses": dots}, colours, 100)
@@ -161,12 +164,12 @@ def judge_rates(material: Material) -> Drawn | None:
     rows = [
         (arm, judge, rates[STEERED]["multi_attempt_rate"])
         for arm in material.summary.arms
-        for judge, found in material.agreement.rates.items()
-        if STEERED in (rates := found.arms.get(arm, {})) and rates[STEERED]["multi_attempt_rate"].n
+        for judge, summary in material.agreement.rates.items()
+        if STEERED in (rates := summary.arms.get(arm, {})) and rates[STEERED]["multi_attempt_rate"].n
     ]
     short = _short(material.agreement.judges)
     colours = {name: ARM_COLOURS[i % len(ARM_COLOURS)] for i, name in enumerate(short.values())}
-    dots = [(arm, short[judge], found) for arm, judge, found in rows]
+    dots = [(arm, short[judge], estimate) for arm, judge, estimate in rows]
     svg = partial(dots_svg, {"% of responses": dots}, colours, 100)
     caption = "% of the same steered responses in which each judge finds a second attempt. " + _key(short)
     return Drawn(caption, svg, estimates_table(("arm", "judge"), rows))

@@ -102,12 +102,12 @@ def dots_svg(panels: Mapping[str, Sequence[Dot]], colours: Mapping[str, str], sc
     series, step = list(colours), 0.7 / max(len(colours), 1)
 
     def draw(label: str, axes: "Axes") -> None:
-        for line, name, found in panels[label]:
+        for line, name, estimate in panels[label]:
             y = lines.index(line) + (series.index(name) - (len(series) - 1) / 2) * step
-            if found.low is not None and found.high is not None:
-                ends = [scale * found.low, scale * found.high]
+            if estimate.low is not None and estimate.high is not None:
+                ends = [scale * estimate.low, scale * estimate.high]
                 axes.plot(ends, [y, y], color=colours[name], lw=1.6, solid_capstyle="butt")
-            axes.plot([scale * (found.value or 0)], [y], "o", color=colours[name], ms=5.5)
+            axes.plot([scale * (estimate.value or 0)], [y], "o", color=colours[name], ms=5.5)
         left, right = axes.get_xlim()
         if left < 0 < right:
             axes.axvline(0, color=INK, lw=0.8, zorder=0)

@@ -58,8 +58,8 @@ class Material:
 
     def estimate(self, arm: str, condition: str, metric: str) -> Estimate | None:
         """An arm's estimate, if it rests on anything."""
-        found = self.summary.arms.get(arm, {}).get(condition, {}).get(metric)
-        return found if found and found.n else None
+        estimate = self.summary.arms.get(arm, {}).get(condition, {}).get(metric)
+        return estimate if estimate and estimate.n else None
 
 
 class Drawn(NamedTuple):
@@ -116,8 +116,8 @@ def estimates_table(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> li
 def rates(material: Material) -> Drawn:
     """Share of responses per arm, with intervals."""
     arms = list(material.summary.arms)
-    rows = [(*key, arm, found) for key in RATES for arm in arms if (found := material.estimate(arm, *key))]
-    dots = [(RATES[condition, metric], arm, found) for condition, metric, arm, found in rows]
+    rows = [(*key, arm, estimate) for key in RATES for arm in arms if (estimate := material.estimate(arm, *key))]
+    dots = [(RATES[condition, metric], arm, estimate) for condition, metric, arm, estimate in rows]
     caption = "Share of valid responses, 95 % intervals clustered by latent (unsteered: by prompt)."
     svg = partial(dots_svg, {"% of responses": dots}, arm_colours(arms), 100)
     return Drawn(caption, svg, estimates_table(("condition", "metric", "arm"), rows))
@@ -127,7 +127,7 @@ def _score_density(metric: str, caption: str, material: Material) -> Drawn:
     """Density of a score under steering, a curve for each arm."""
     scores = {arm: METRICS[metric].values(material.steered(arm)) for arm in material.rows_by_arm}
     grid = np.linspace(0, 100, 101)
-    curves = {arm: _density(np.array(found), grid) for arm, found in scores.items() if len(found) >= 2}
+    curves = {arm: _density(np.array(values), grid) for arm, values in scores.items() if len(values) >= 2}
     colours, styles = arm_colours(list(scores)), line_styles(list(scores))
 
     def draw(axes: "Axes") -> None:
@@ -202,7 +202,7 @@ def restart_positions(material: Material) -> Drawn:
     def draw(axes: "Axes") -> None:
         for arm, own in shares.items():
             tokens, share = zip((0.0, 0.0), *own, (end, own[-1][1] if own else 0.0), strict=True)
-            axes.step(tokens, [100 * each for each in share], where="post", color=colours[arm], lw=1.6, ls=styles[arm])
+            axes.step(tokens, [100 * part for part in share], where="post", color=colours[arm], lw=1.6, ls=styles[arm])
         axes.set(xlim=(0, end), xlabel="tokens into the response", ylabel="% restarted by then")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
@@ -230,13 +230,13 @@ def restart_likelihood(material: Material) -> Drawn:
 
 
 def _log_probabilities(estimates: Table[Estimate]) -> list[Dot]:
-    found = [
+    dots = [
         (condition, arm.removesuffix("-base"), measured["restart_logprob"])
         for arm, conditions in estimates.items()
         for condition, measured in conditions.items()
         if "restart_logprob" in measured and measured["restart_logprob"].n
     ]
-    return sorted(found, key=lambda dot: order(dot[0]))
+    return sorted(dots, key=lambda dot: order(dot[0]))
 
 
 LatentStrength = tuple[int, str | None, float, float | None, float | None]
@@ -246,12 +246,12 @@ LatentStrength = tuple[int, str | None, float, float | None, float | None]
 @figure("thresholds", "Strength of every latent")
 def thresholds(material: Material) -> Drawn:
     """The strength at which each latent is used, sorted, with its posterior interval where it is known."""
-    kept = [each for each in material.thresholds if not each.bound]
-    rows: list[LatentStrength] = [(each.latent, each.label, each.norm, each.low, each.high) for each in kept]
-    found = sorted(rows if material.thresholds else _used_strengths(material), key=lambda row: row[2])
+    within = [each for each in material.thresholds if not each.bound]
+    rows: list[LatentStrength] = [(each.latent, each.label, each.norm, each.low, each.high) for each in within]
+    strengths = sorted(rows if material.thresholds else _used_strengths(material), key=lambda row: row[2])
 
     def draw(axes: "Axes") -> None:
-        for position, (_, _, norm, low, high) in enumerate(found, start=1):
+        for position, (_, _, norm, low, high) in enumerate(strengths, start=1):
             if low is not None and high is not None:
                 axes.plot([position, position], [low, high], color=FAINT, lw=1.6, solid_capstyle="butt")
             axes.plot([position], [norm], "o", color=INK, ms=3.5, mew=0)
@@ -260,18 +260,18 @@ def thresholds(material: Material) -> Drawn:
         axes.grid(axis="y")
 
     caption = "Strength per latent, in multiples of the layer's median residual norm"
-    caption += ", with 90 % posterior intervals." if kept else "."
-    if left_out := len(material.thresholds) - len(kept):
+    caption += ", with 90 % posterior intervals." if within else "."
+    if left_out := len(material.thresholds) - len(within):
         caption += f" Left out because the threshold lies at a bound: {left_out}."
-    return Drawn(caption, partial(svg_of, draw, {}), [("latent", "label", "norm", "low", "high"), *found])
+    return Drawn(caption, partial(svg_of, draw, {}), [("latent", "label", "norm", "low", "high"), *strengths])
 
 
 def _used_strengths(material: Material) -> list[LatentStrength]:
     """Per latent the strength its steered trials had, without an interval."""
     cells = [row.cell for arm in material.rows_by_arm for row in material.steered(arm)]
-    found: dict[int, LatentStrength] = {
+    used: dict[int, LatentStrength] = {
         cell.latent: (cell.latent, cell.label, cell.strength.norm, None, None)
         for cell in cells
         if cell.latent is not None and cell.strength and cell.strength.norm is not None
     }
-    return list(found.values())
+    return list(used.values())

@@ -1,6 +1,6 @@
 """Numbers as text: an estimate in a table, the report's opening sentences, and the tables for a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eval.conditions import order, title
@@ -26,9 +26,9 @@ def percent(share: float) -> str:
     return f"{points:.0f}" if points in (0, 100) or points >= 9.95 else f"{points:.1f}"
 
 
-def shown(found: Estimate | None, is_rate: bool, signed: bool = False) -> Shown | None:
+def shown(estimate: Estimate | None, is_rate: bool, signed: bool = False) -> Shown | None:
     """An estimate as text, None if it rests on nothing; `signed` for a difference, of rates in percentage points."""
-    if found is None or found.value is None:
+    if estimate is None or estimate.value is None:
         return None
 
     def number(value: float) -> str:
@@ -37,10 +37,10 @@ def shown(found: Estimate | None, is_rate: bool, signed: bool = False) -> Shown 
         sign = "−" if value < 0 and text.strip("0.") else "+" if signed and text.strip("0.") else ""
         return sign + text
 
-    unscored = found.unscored / (found.n + found.unscored)
+    low, high, unscored = estimate.low, estimate.high, estimate.unscored / (estimate.n + estimate.unscored)
     return Shown(
-        number(found.value) + (f"{THIN}%" if is_rate and not signed else ""),
-        "" if found.low is None or found.high is None else f"{number(found.low)} to {number(found.high)}",
+        number(estimate.value) + (f"{THIN}%" if is_rate and not signed else ""),
+        "" if low is None or high is None else f"{number(low)} to {number(high)}",
         f"{percent(unscored)}{THIN}% unscored" if unscored else "",
     )
 
@@ -54,47 +54,32 @@ def headline_arm(arms: Sequence[str]) -> str | None:
 def story(summary: Summary) -> list[str]:
     """Sentences for the top of the page; a sentence whose numbers are missing is left out."""
     arm = headline_arm(list(summary.arms))
-    names = [name for name in ("base", arm) if name and name in summary.arms]
-    steered = {name: summary.arms[name].get(STEERED, {}) for name in names}
-    told = [_restarts(steered), _scores(steered)]
-    if arm:
-        told += [_gain(summary, arm), _unsteered(names, summary)]
-    return [sentence for sentence in told if sentence]
+    arms = [name for name in ("base", arm) if name and name in summary.arms]
 
+    def text(name: str, condition: str, metric: str) -> Shown | None:
+        return shown(summary.arms[name].get(condition, {}).get(metric), METRICS[metric].is_rate)
 
-def _restarts(steered: Mapping[str, Mapping[str, Estimate]]) -> str | None:
-    parts = [
-        f"{name} restarted in {text.value} of responses ({text.interval})"
-        for name, found in steered.items()
-        if (text := shown(found.get("multi_attempt_rate"), True))
-    ]
-    return f"Under steering, {', '.join(parts)}." if parts else None
+    def rates(condition: str, metric: str, verb: str) -> str:
+        texts = [(name, rate) for name in arms if (rate := text(name, condition, metric))]
+        return ", ".join(f"{name} {verb}in {rate.value} of responses ({rate.interval})" for name, rate in texts)
 
-
-def _scores(steered: Mapping[str, Mapping[str, Estimate]]) -> str | None:
-    parts = [
+    sentences = []
+    if restarts := rates(STEERED, "multi_attempt_rate", "restarted "):
+        sentences.append(f"Under steering, {restarts}.")
+    scores = [
         f"{last.value} for {name} (first attempt {first.value})"
-        for name, found in steered.items()
-        if (first := shown(found.get("first_score"), False)) and (last := shown(found.get("last_score"), False))
+        for name in arms
+        if (first := text(name, STEERED, "first_score")) and (last := text(name, STEERED, "last_score"))
     ]
-    return f"The last attempt scores {', '.join(parts)} of 100 on average." if parts else None
-
-
-def _gain(summary: Summary, arm: str) -> str | None:
-    found = summary.paired.get(f"{arm}-base", {}).get(STEERED, {}).get("last_score")
-    text = shown(found, False, signed=True)
-    if not text or not found:
-        return None
-    return f"On the same cells, {arm} minus base is {text.value} points ({text.interval}; {found.n} cells)."
-
-
-def _unsteered(names: Sequence[str], summary: Summary) -> str | None:
-    parts = [
-        f"{name} in {text.value} of responses ({text.interval})"
-        for name in names
-        if (text := shown(summary.arms[name].get("unsteered", {}).get("restart_rate"), True))
-    ]
-    return f"Unsteered, they restart needlessly: {', '.join(parts)}." if parts else None
+    if scores:
+        sentences.append(f"The last attempt scores {', '.join(scores)} of 100 on average.")
+    gain = summary.paired.get(f"{arm}-base", {}).get(STEERED, {}).get("last_score")
+    if gain and (points := shown(gain, False, signed=True)):
+        measured = f"{points.value} points ({points.interval}; {gain.n} cells)"
+        sentences.append(f"On the same cells, {arm} minus base is {measured}.")
+    if arm and (needless := rates("unsteered", "restart_rate", "")):
+        sentences.append(f"Unsteered, they restart needlessly: {needless}.")
+    return sentences
 
 
 def tables(summary: Summary, everything: bool = False) -> list[str]:
@@ -111,10 +96,10 @@ def tables(summary: Summary, everything: bool = False) -> list[str]:
             (title(condition), summary.arms, False),
             ("Differences on shared cells (rates in percentage points)", summary.paired, True),
         ):
-            found = {arm: each[condition] for arm, each in arms.items() if condition in each}
-            if found:
-                rows = [[name, *(_cell(each.get(name), name, signed) for each in found.values())] for name in names]
-                lines += ["", heading, *_padded([["", *found], *rows])]
+            measured = {arm: conditions[condition] for arm, conditions in arms.items() if condition in conditions}
+            rows = [[name, *(_cell(each.get(name), name, signed) for each in measured.values())] for name in names]
+            if measured:
+                lines += ["", heading, *_padded([["", *measured], *rows])]
     return lines[1:] or ["no arm has been measured"]
 
 
@@ -123,10 +108,10 @@ def _padded(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _cell(found: Estimate | None, name: str, signed: bool) -> str:
-    text = shown(found, METRICS[name].is_rate, signed)
-    if not found or not text:
+def _cell(estimate: Estimate | None, name: str, signed: bool) -> str:
+    text = shown(estimate, METRICS[name].is_rate, signed)
+    if not estimate or not text:
         return "–"
     interval = f" [{text.interval}]" if text.interval else ""
     unscored = f", {text.unscored}" if text.unscored else ""
-    return f"{text.value}{interval} (n {found.n}{unscored})"
+    return f"{text.value}{interval} (n {estimate.n}{unscored})"
