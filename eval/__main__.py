@@ -116,16 +116,16 @@ def _import(options: argparse.Namespace) -> None:
         raise InputError(f"{options.arm!r} cannot be a file's name", "--arm", "Take letters, digits, '.', '_', '-'.")
     if (options.out / "recipe.yaml").exists():
         raise InputError("the run of a recipe lies here", f"--out {options.out}", "Name a folder of its own.")
-    found = read_results(options.file, options.arm)
-    write_jsonl(options.out / "trials" / f"{options.arm}.jsonl", map(trial_to_json, found.trials))
+    imported = read_results(options.file, options.arm)
+    write_jsonl(options.out / "trials" / f"{options.arm}.jsonl", map(trial_to_json, imported.trials))
     rows = read_run(options.out)
     summary = summarise(rows)
     write_json(options.out / "metrics.json", summary.to_json())
-    notes = {"source": options.file.name, **{name: str(value) for name, value in found.config.items()}}
-    if found.failed:
-        notes["latents_that_failed"] = f"{len(found.failed)}: {', '.join(found.failed)}"
+    notes = {"source": options.file.name, **{name: str(value) for name, value in imported.config.items()}}
+    if imported.failed:
+        notes["latents_that_failed"] = f"{len(imported.failed)}: {', '.join(imported.failed)}"
     page = write_report(options.out, options.file.stem, Material(summary, rows), notes)
-    print("\n".join([*tables(summary), "", f"{len(found.trials)} trials imported; report: {page}"]))
+    print("\n".join([*tables(summary), "", f"{len(imported.trials)} trials imported; report: {page}"]))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -144,8 +144,8 @@ def _power(options: argparse.Namespace) -> None:
     base, icc = options.base, options.icc
     if options.run:
         trials = read_trials(options.run / "trials" / "base.jsonl")
-        rate, found = planned_from(trials, options.condition, options.metric)
-        base, icc = rate if base is None else base, found if icc is None else icc
+        measured_rate, measured_icc = planned_from(trials, options.condition, options.metric)
+        base, icc = measured_rate if base is None else base, measured_icc if icc is None else icc
     if base is None:
         raise InputError("there is no rate to start from", "--base", "Give --base, or --run RUN to take it from a run.")
     icc = PRIOR_ICC if icc is None else icc

@@ -252,5 +252,5 @@ def _gain_is(trial: Judged, wanted: Callable[[float], bool]) -> Value:
 def _flag(trial: Trial, name: str) -> Value:
     if name not in trial.flags:
         return Gap.UNSCORED if _failed(trial) else Gap.UNDEFINED
-    found = trial.flags[name]
-    return Gap.UNSCORED if found is None else float(found)
+    finding = trial.flags[name]
+    return Gap.UNSCORED if finding is None else float(finding)
