@@ -3,6 +3,7 @@
 plugins: [examples/plugins/figure.py]
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from eval.report.drawing import arm_colours, svg_of
@@ -13,12 +14,10 @@ if TYPE_CHECKING:
 
 
 @figure("response_lengths", "How long responses are")
-def response_lengths(material: Material) -> Drawn | None:
-    """Tokens of every steered response, sorted; None where no arm was steered."""
+def response_lengths(material: Material) -> Drawn:
+    """Tokens of every steered response, sorted."""
     lengths = {arm: sorted(row.tokens or 0 for row in material.steered(arm)) for arm in material.rows_by_arm}
     colours = arm_colours(list(lengths))
-    if not any(lengths.values()):
-        return None
 
     def draw(axes: "Axes") -> None:
         for arm, tokens in lengths.items():
@@ -27,4 +26,5 @@ def response_lengths(material: Material) -> Drawn | None:
         axes.set_ylabel("tokens")
 
     table = [(arm, tokens) for arm, all_tokens in lengths.items() for tokens in all_tokens]
-    return Drawn("Tokens of each steered response.", svg_of(draw, colours), [("arm", "tokens"), *table])
+    svg = partial(svg_of, draw, colours)
+    return Drawn("Tokens of each steered response.", svg, [("arm", "tokens"), *table])
