@@ -2,14 +2,14 @@
 
 import hashlib
 import importlib.util
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -75,18 +75,20 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model under test: a hub id or a local folder."""
 
-    path: str
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
-    device: str | None = Field(None, description="such as cuda:0 or cpu; None takes the first accelerator")
+    path: str = Field(description="hub id or folder")
+    revision: str | None = Field(None, description="of the hub repository: a branch, tag or commit")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the weights")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field(
+        "eager", description="the same in training and evaluation; sdpa is refused for Gemma-2"
+    )
+    device: str | None = Field(None, description="such as cuda:0 or cpu; null takes the first accelerator")
 
 
 class SaeSection(Section):
     """The SAE whose latents steer: sae-lens release and id, or a local folder and sub-folder."""
 
-    release: str
-    id: str
+    release: str = Field(description="sae-lens release, or a local folder")
+    id: str = Field(description="SAE of that release, or its sub-folder")
     labels: str | None = Field(
         None, description="latents' labels: json, jsonl(.gz) or csv file, or a folder of Neuronpedia's batches"
     )
@@ -104,13 +106,13 @@ class LatentsSection(Section):
 class JudgeSection(Section):
     """Who scores responses; each kind has a section of its own, see `eval.judging.judge.register_judge`."""
 
-    kind: str
+    kind: str = Field(description="who scores")
 
 
 class LexicalJudgeSection(JudgeSection):
     """Topic words are counted: exact and free."""
 
-    kind: Literal["lexical"] = "lexical"
+    kind: Literal["lexical"] = Field("lexical", description="who scores; each kind has keys of its own")
     vocabulary: str | None = Field(None, description="JSON file, topic -> words")
 
 
@@ -121,20 +123,20 @@ class AskingJudgeSection(JudgeSection):
         description="model: a name of inspect_ai's model API, its key stands in the environment; "
         "local: a folder or hub id, run by our own engine"
     )
-    temperature: Annotated[float, Field(ge=0)] | None = Field(0.0, description="None: the model takes none")
+    temperature: Annotated[float, Field(ge=0)] | None = Field(0.0, description="null: the model takes none")
     repeat: Count = Field(0, description="another number asks anew what was answered before, as a test-retest")
 
 
 class ModelJudgeSection(AskingJudgeSection):
     """Any language model of inspect_ai's model API is asked."""
 
-    kind: Literal["model"] = "model"
+    kind: Literal["model"] = Field("model", description="who scores; each kind has keys of its own")
 
 
 class LocalJudgeSection(AskingJudgeSection):
     """A language model on this machine is asked, through the recipe's engine."""
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local"] = Field("local", description="who scores; each kind has keys of its own")
 
     @model_validator(mode="after")
     def _a_repeat_can_differ(self) -> "LocalJudgeSection":
@@ -185,55 +187,61 @@ class LlmSection(Section):
 class SplitSection(Section):
     """Topics (and with them prompts and latents) are dealt to splits by a seeded hash."""
 
-    validation: Fraction = 0.1
-    test: Fraction = 0.3
-    seed: int = 0
+    validation: Fraction = Field(0.1, description="share of the topics on which settings are tried")
+    test: Fraction = Field(0.3, description="share of the topics that are measured and never trained on")
+    seed: int = Field(0, description="of the division")
 
 
 class PromptsSection(Section):
     """Prompts: a txt, jsonl or csv file, or a data set; those without a `topic` are each a topic by themselves."""
 
     path: str = Field(description="file, or a folder or hub name that `datasets` loads")
-    column: str = "prompt"
+    column: str = Field("prompt", description="of the file, where the prompts are")
     splits: SplitSection = SplitSection()
 
 
 class SamplingSection(Section):
     """How tokens are drawn; one setting for every arm and for data generation."""
 
-    temperature: Annotated[float, Field(ge=0)] = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: AtLeastOne = 512
-    repetition_penalty: Positive = 1.0
+    temperature: Annotated[float, Field(ge=0)] = Field(0.6, description="0: the likeliest token")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="tokens are drawn from the likeliest that make up this probability"
+    )
+    max_new_tokens: AtLeastOne = Field(512, description="most tokens of a reply")
+    repetition_penalty: Positive = Field(1.0, description="1: none")
 
 
 class EngineSection(Section):
     """What generates, and how many rows at once."""
 
-    kind: Literal["transformers", "vllm"] = "transformers"
-    batch_rows: AtLeastOne = 32
+    kind: Literal["transformers", "vllm"] = Field("transformers", description="what generates")
+    batch_rows: AtLeastOne = Field(32, description="rows generated at once")
     tensor_parallel: AtLeastOne = Field(1, description="vllm: accelerators that share the model")
-    positions: Literal["all", "generated"] = "all"
+    positions: Literal["all", "generated"] = Field(
+        "all", description="which tokens are steered, in generation, calibration and training"
+    )
 
 
 class CalibrationSection(Section):
     """Probabilistic bisection for each latent's threshold on the base model (strengths in `norm` units)."""
 
-    target: Annotated[float, Field(gt=0, lt=100)] = 30.0
+    target: Annotated[float, Field(gt=0, lt=100)] = Field(30.0, description="mean first-attempt score at the threshold")
     rounds: AtLeastOne = Field(10, description="at most; see stop_width")
     stop_width: Positive | None = Field(
         None, description="a latent is asked no more once its 90 % interval is narrower than this share of its median"
     )
     prompts: AtLeastOne = Field(4, description="responses per latent and round")
-    bounds: Range = (0.1, 2.0)
-    max_new_tokens: AtLeastOne = 256
+    bounds: Range = Field(
+        (0.1, 2.0), description="between which thresholds are looked for; a latent at a bound is left out"
+    )
+    max_new_tokens: AtLeastOne = Field(256, description="most tokens of a response")
     verify: Count = Field(4, description="validation prompts per latent on which the threshold is checked")
 
 
 class SourceSection(Section):
     """How many rows of a source to make; what else a source can be told, its own section adds."""
 
-    rows: Count = 0
+    rows: Count = Field(0, description="how many to make")
 
 
 class SteeredSection(SourceSection):
@@ -249,7 +257,7 @@ class SteeredSection(SourceSection):
         description="afresh: the unsteered model answers the bare prompt; continued: it writes on behind detour and "
         "cue; stem: it writes the cue, too, from the first word or two of the drawn one",
     )
-    max_new_tokens: AtLeastOne | None = Field(None, description="most tokens of a detour; None: as in `sampling`")
+    max_new_tokens: AtLeastOne | None = Field(None, description="most tokens of a detour; null: as in `sampling`")
     second_detour: Fraction = Field(0.0, description="share of rows with two detours before the answer")
 
 
@@ -259,9 +267,9 @@ class PromptedSection(SourceSection):
     writer: str | None = Field(
         None,
         description="a language model, named as in inspect_ai's model API, that writes detour, acknowledgement and "
-        "answer; None: the model itself answers two questions",
+        "answer; null: the model itself answers two questions",
     )
-    subjects: str | None = Field(None, description="writer: file of off-topic subjects; None takes the shipped set")
+    subjects: str | None = Field(None, description="writer: file of off-topic subjects; null takes the shipped set")
 
 
 class NormalSection(SourceSection):
@@ -275,9 +283,9 @@ class DataSection(Section):
     prompted: PromptedSection = PromptedSection()
     normal: NormalSection = NormalSection()
     self_correction: Fraction | None = Field(
-        None, description="share of self-correction rows in the mixture; None keeps every row"
+        None, description="share of self-correction rows in the mixture; null keeps every row"
     )
-    cues: str | None = Field(None, description="text file, one cue a line; None takes the shipped set")
+    cues: str | None = Field(None, description="text file, one cue a line; null takes the shipped set")
     min_answer_score: Score = Field(80.0, description="answers that score less are refused")
     max_detour_score: Score = Field(50.0, description="detours that score as much are refused: they are on topic")
 
@@ -317,19 +325,21 @@ class LiveSection(Section):
 class ProbeSection(Section):
     """A small steered and unsteered evaluation while training."""
 
-    every: AtLeastOne = 100
-    trials: AtLeastOne = 32
+    every: AtLeastOne = Field(100, description="optimiser steps from one to the next")
+    trials: AtLeastOne = Field(32, description="validation cells, each steered and unsteered")
 
 
 class TrainSection(Section):
     """SFT with LoRA. `args` takes any trl.SFTConfig field, `lora` any peft.LoraConfig field."""
 
-    data: str | None = Field(None, description="file of transcripts or segments; None: what `data` generated")
-    loss: Literal["masked", "unmasked", "answer_only"] = "masked"
-    max_length: AtLeastOne = 4096
-    quantization: Literal["nf4"] | None = None
-    lora: dict[str, Any] = Field(default_factory=dict)
-    args: dict[str, Any] = Field(default_factory=dict)
+    data: str | None = Field(None, description="file of transcripts or segments; null: what `data` generated")
+    loss: Literal["masked", "unmasked", "answer_only"] = Field(
+        "masked", description="which spans are trained: all but the detour, all, or the answers"
+    )
+    max_length: AtLeastOne = Field(4096, description="most tokens of a row; longer ones are refused, never cut")
+    quantization: Literal["nf4"] | None = Field(None, description="nf4: the base model in four bits (QLoRA)")
+    lora: dict[str, Any] = Field(default_factory=dict, description="fields of peft.LoraConfig")
+    args: dict[str, Any] = Field(default_factory=dict, description="fields of trl.SFTConfig")
     live: LiveSection | None = None
     probe: ProbeSection | None = None
 
@@ -346,9 +356,11 @@ class EvalSection(Section):
 
     trials: AtLeastOne = Field(256, description="trials per arm and condition")
     control_trials: AtLeastOne | None = Field(
-        None, description="the same for conditions beside steered, unsteered and steered_recalibrated; None: `trials`"
+        None, description="the same for conditions beside steered, unsteered and steered_recalibrated; null: `trials`"
     )
-    conditions: tuple[str, ...] = ("steered", "unsteered")
+    conditions: tuple[str, ...] = Field(
+        ("steered", "unsteered"), description="how the cells are run, one after the other"
+    )
     boost: tuple[Positive, ...] = Field(
         (0.5, 0.75, 1.25, 1.5), description="multiples of the threshold; each is a condition of its own"
     )
@@ -395,8 +407,8 @@ class ArmSection(Section):
     its weights come from.
     """
 
-    data: dict[str, Any] = Field(default_factory=dict)
-    train: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict, description="what differs from the section `data`")
+    train: dict[str, Any] = Field(default_factory=dict, description="what differs from the section `train`")
     of: str | None = Field(None, description="the arm whose weights it has: base, or one with weights of its own")
     adapter: str | None = Field(None, description="folder of a finished adapter")
     model: str | None = Field(None, description="hub id or folder of a whole model, such as a merged one")
@@ -405,7 +417,7 @@ class ArmSection(Section):
         None, description="a shipped prompt variant by name, or a text with {prompt} and perhaps {label}"
     )
     edit: EditSection | None = None
-    conditions: tuple[str, ...] | None = Field(None, description="some of eval.conditions; None: all of them")
+    conditions: tuple[str, ...] | None = Field(None, description="some of eval.conditions; null: all of them")
 
     @property
     def is_trained(self) -> bool:
@@ -429,9 +441,9 @@ class ArmSection(Section):
 class Recipe(Section):
     """One experiment. See the recipes that are shipped for commented examples."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    runs: str = "runs"
-    seed: int = 0
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
+    runs: str = Field("runs", description="folder of the run directories")
+    seed: int = Field(0, description="of everything that is drawn")
     seeds: tuple[int, ...] | None = Field(None, description="several runs with one combined metrics.json")
     workers: AtLeastOne = Field(1, description="seeds run at once, each in a process of its own with one thread")
     plugins: tuple[str, ...] = Field((), description="Python files that register sources, conditions or judges")
@@ -578,12 +590,14 @@ def explained_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[
     keys: list[ExplainedKey] = []
     for name, field in section.model_fields.items():
         inner = list(dict.fromkeys(_sections(field.annotation)))
-        if not inner:
-            kind = re.sub(r"\b(typing|esr_train\.recipe)\.", "", _kind(field.annotation))
-            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-            keys.append(ExplainedKey(f"{prefix}{name}", kind, default, field.description or ""))
-        elif name == "judges":
-            keys.append(ExplainedKey(name, "list of judge sections", "()", field.description or ""))
+        meaning = field.description or ""
+        if name == "judges":
+            keys.append(ExplainedKey(name, "list of `judge` sections", "[]", meaning))
+        elif name == "kind" and issubclass(section, JudgeSection):
+            keys.append(ExplainedKey(f"{prefix}{name}", " | ".join(JUDGE_SECTIONS), "lexical", meaning))
+        elif not inner:
+            default = "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
+            keys.append(ExplainedKey(f"{prefix}{name}", _kind(field.annotation), default, meaning))
         else:
             inside = f"{prefix}{name}.NAME." if name == "arms" else f"{prefix}{name}."
             inner = list(JUDGE_SECTIONS.values()) if name == "judge" else inner
@@ -601,7 +615,24 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _kind(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    """A type as a reader of YAML would say it, such as `[float, float]` or `float | null`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is Annotated:
+        return _kind(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_kind, arguments))
+    if origin is tuple:
+        return f"[{', '.join('…' if part is ... else _kind(part) for part in arguments)}]"
+    if origin is dict:
+        return f"{{{_kind(arguments[0])}: {_kind(arguments[1])}}}"
+    return {NoneType: "null", Any: "any"}.get(annotation) or annotation.__name__
+
+
+def _as_yaml(value: Any) -> str:
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -1,7 +1,9 @@
 """What the documentation says exists: links, recipe keys, files."""
 
+import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,27 @@ def test_every_module_is_in_the_tree_of_the_readme_by_its_name_or_its_folder():
     folders = tuple(path for path in paths if path.endswith("/"))
     missing = [path for path in modules if path not in paths and not path.startswith(folders)]
     assert [path for path in missing if not path.endswith("__init__.py")] == []
+
+
+def test_every_recipe_key_is_explained_in_words_of_yaml():
+    keys = explained_keys()
+    assert len(keys) >= 60
+    assert [key.name for key in keys if not key.meaning or re.search(r"None|Field|Annotated|typing", str(key))] == []
+    by_name = {key.name: (key.kind, key.default) for key in keys}
+    assert by_name["judge.kind"] == ("lexical | model | local", "lexical")
+    assert by_name["data.steered.strength"] == ("[float, float]", "[0.9, 1.3]")
+    assert by_name["calibration.stop_width"] == ("float | null", "null")
+
+
+def test_the_picture_of_the_architecture_shows_every_module_and_arrows_that_point_down():
+    spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs" / "architecture.py")
+    drawing = importlib.util.module_from_spec(spec)
+    sys.modules["architecture"] = drawing
+    spec.loader.exec_module(drawing)
+    modules = drawing.read_modules()
+    packages = {name.rpartition(".")[0] for name in modules}
+    shown = set(re.findall(r"<title>([\w.]+), ", drawing.picture(modules)))
+    assert len(shown) >= 60
+    assert {name for name in modules if "__main__" not in name and name not in packages} == shown
+    floors = drawing.FLOORS
+    assert all(floors.index(upper) < floors.index(lower) for upper, lower in drawing.floor_imports(modules))
