@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from esr_train.errors import InputError, RunError, first_line
+from esr_train.files import read_json
 from esr_train.models import load_config, load_model, load_tokenizer, local_path, model_source
 from esr_train.provenance import sha256
 from esr_train.recipe import ModelSection
@@ -89,8 +90,14 @@ def _read(folder: Path, base: str) -> tuple["PeftConfig", dict[str, torch.Tensor
         what = f"the adapter belongs to a changed copy of its base model ({changed}), which may not be made again"
         fix = "Convert it with peft's path_initial_model_for_weight_conversion."
         raise InputError(what, str(folder / CONFIG), fix)
+    recorded = _recorded_base(folder)
+    weights_now = base_weights(base) if recorded else {}
+    if recorded and weights_now and recorded != weights_now:
+        what = f"the adapter was made for other weights than those that are now in {base!r}"
+        raise InputError(what, str(folder), "Put the old model back, or train the adapter again.")
     named = config.base_model_name_or_path
-    if named and not _same_model(named, base):
+    is_moved = bool(recorded and recorded == weights_now and named and Path(named).is_absolute())
+    if named and not is_moved and not _same_model(named, base):
         fix = f"Set model.path; if they are the same, correct base_model_name_or_path in {CONFIG}."
         raise InputError(f"the adapter was made for {named!r}, not for {base!r}", str(folder), fix)
     weights = read_weights(folder)
@@ -231,15 +238,28 @@ def _small_logits(model: Any) -> torch.Tensor:
     return model(input_ids=ids).logits.float()
 
 
+def base_weights(base: str) -> dict[str, str]:
+    """Hashes of a model's files of weights by name; empty where `base` is not a folder."""
+    folder = local_path(base)
+    if folder is None or not folder.is_dir():
+        return {}
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return {file.name: sha256(file) for file in files}
+
+
+def _recorded_base(folder: Path) -> dict[str, str]:
+    """What `base_weights` gave when the adapter was trained; empty for an adapter from elsewhere."""
+    file = folder / "provenance.json"
+    return dict(read_json(file).get("base_weights", {})) if file.is_file() else {}
+
+
 def _same_model(named: str, base: str) -> bool:
     """Whether two folders or hub ids may be the same model; where both can be read, their weights decide."""
     one, other = local_path(named), local_path(base)
     if named == base or (one and other and one.samefile(other)):
         return True
     if one and other:
-        files = [sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")) for folder in (one, other)]
-        hashes = [[(file.name, sha256(file)) for file in each] for each in files]
-        return hashes[0] == hashes[1]
+        return base_weights(named) == base_weights(base)
     return _model_name(named) == _model_name(base)
 
 

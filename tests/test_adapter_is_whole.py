@@ -10,7 +10,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from esr_train.adapters import check_adapter, load_adapter, merge
+from esr_train.adapters import base_weights, check_adapter, load_adapter, merge
 from esr_train.errors import InputError
 from esr_train.models import load_model
 from esr_train.recipe import ModelSection
@@ -191,6 +191,34 @@ def test_an_adapter_that_overflows_is_refused(folders, tmp_path):
     weights(lambda values: {name: value * 1e25 for name, value in values.items()})(tmp_path / "adapter")
     with pytest.raises(InputError, match="logits are not finite"):
         load_adapter(load_model(section(folders["llama"])), tmp_path / "adapter")
+
+
+def recorded(folder: Path, base: Path) -> None:
+    """Note the base model's weights as training does."""
+    (folder / "provenance.json").write_text(json.dumps({"base_weights": base_weights(str(base))}))
+
+
+def test_an_adapter_whose_base_was_changed_in_place_is_refused(folders, tmp_path):
+    for name in ("adapter", "llama"):
+        shutil.copytree(folders[name], tmp_path / name)
+    configured(base_model_name_or_path=str(tmp_path / "llama"))(tmp_path / "adapter")
+    recorded(tmp_path / "adapter", tmp_path / "llama")
+    for read in entries(tmp_path / "llama", tmp_path / "adapter", tmp_path / "out"):
+        read()
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(folders["elsewhere"] / "llama", tmp_path / "llama", dirs_exist_ok=True)
+    for read in entries(tmp_path / "llama", tmp_path / "adapter", tmp_path / "out"):
+        with pytest.raises(InputError, match=r"made for other weights than those that are now in '.*llama'"):
+            read()
+
+
+def test_an_adapter_whose_base_was_moved_and_renamed_is_known_by_its_weights(folders, tmp_path):
+    shutil.copytree(folders["adapter"], tmp_path / "adapter")
+    configured(base_model_name_or_path="/nowhere/first-merged")(tmp_path / "adapter")
+    with pytest.raises(InputError, match="made for '/nowhere/first-merged'"):
+        check_adapter(tmp_path / "adapter", section(folders["llama"]))
+    recorded(tmp_path / "adapter", folders["llama"])
+    check_adapter(tmp_path / "adapter", section(folders["llama"]))
 
 
 GOOD = {

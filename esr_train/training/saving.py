@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 
-from esr_train.adapters import CONFIG, check_keys, check_saved, read_weights
+from esr_train.adapters import CONFIG, base_weights, check_keys, check_saved, read_weights
 from esr_train.errors import InputError, RunError, first_line
 from esr_train.files import replacing, write_json
 from esr_train.recipe import Recipe
@@ -85,7 +85,7 @@ def save_adapter(trainer: Any, folder: Path, record: dict[str, Any]) -> None:
     # The trainer's arguments, pickled; the provenance says the same in words.
     (aside / "training_args.bin").unlink(missing_ok=True)
     model.generation_config.save_pretrained(str(aside))
-    write_json(aside / "provenance.json", record)
+    write_json(aside / "provenance.json", {**record, "base_weights": base_weights(model.name_or_path)})
     write_json(aside / "training_log.json", trainer.state.log_history)
     with replacing(aside / "README.md") as file:
         file.write(model_card(record, final_metrics(trainer.state.log_history)))

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pydantic import Field, StrictBool, ValidationError
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 from esr_train.errors import InputError, first_line
@@ -214,8 +215,10 @@ def check_settings(recipe: Recipe, directory: Path) -> SFTConfig:
         InputError: LoRA settings that name what the model does not have (PEFT ignores all but some), quantisation
             where it cannot work, or a launch with DeepSpeed that is not active.
     """
-    # Before the trainer's settings, which under ZeRO-3 change how models are made.
-    _check_lora(recipe, lora_config(recipe))
+    lora = lora_config(recipe)
+    # The trainer's settings make ZeRO-3 shard every model that is made in this process from then on.
+    if not is_deepspeed_zero3_enabled():
+        _check_lora(recipe, lora)
     args = sft_config(recipe, directory)
     plugin = args.deepspeed_plugin
     if plugin is None and wants_deepspeed():
