@@ -12,6 +12,8 @@ from tests.conftest import ROOT
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
     "make_rows": ("[steered towards ", "off_topic: ", "cue: ", "answer: "),
+    "show_mask": ("29 of 68 tokens trained", "[[ Wait, that's not right.", "<|eot_id|>]]"),
+    "train_with_injection": ("loss under each row's own steering: ",),
     "steer": ("jazz at 0.0 residual norms", "jazz at 1.0 residual norms", "generate() under "),
 }
 """Words that an example's output must hold."""
@@ -32,7 +34,7 @@ def test_an_example_runs_on_the_shipped_tiny_model(path, assets):
 
 
 def test_there_are_examples_of_one_screen():
-    assert {"make_rows", "steer"} <= {path.stem for path in EXAMPLES}
+    assert {"make_rows", "measure", "show_mask", "steer", "train_with_injection"} <= {path.stem for path in EXAMPLES}
     assert {path.name: n for path in EXAMPLES if (n := len(path.read_text().splitlines())) > SCREEN} == {}
 
 

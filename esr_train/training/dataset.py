@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from esr_train.errors import InputError
 from esr_train.files import write_jsonl
 from esr_train.interchange import read_training_file
-from esr_train.masking import Labelled, label
+from esr_train.masking import Labelled, Policy, label
 from esr_train.recipe import Recipe
 from esr_train.training.batches import best_fit
 from esr_train.transcript import SaeRef, Steering, Transcript, VectorRef
@@ -75,25 +75,24 @@ def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) ->
     repeated = [key for key, count in Counter(transcript.id for transcript in transcripts).items() if count > 1]
     if repeated:
         raise InputError(f"{len(repeated)} ids occur more than once, such as {repeated[0]!r}", str(data))
-    rows = [_row(recipe, tokenizer, transcript) for transcript in transcripts]
-    if recipe.train.live:
+    train = recipe.train
+    rows = [training_row(tokenizer, transcript, train.loss, train.max_length) for transcript in transcripts]
+    if train.live:
         _check_steering(rows, data)
     return rows
 
 
-def _row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> TrainingRow:
-    labelled = label(tokenizer, transcript, recipe.train.loss, recipe.train.max_length)
+def training_row(
+    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, policy: Policy = "masked", max_length: int | None = None
+) -> TrainingRow:
+    """Label a transcript (see `masking.label`) and note what steered it."""
+    labelled = label(tokenizer, transcript, policy, max_length)
     steering = transcript.steering
     if steering is None:
         return TrainingRow(labelled, transcript.source, None, 0.0, 0)
     threshold = transcript.meta.get("threshold")
-    return TrainingRow(
-        labelled,
-        transcript.source,
-        VectorSource.of(steering),
-        float(threshold["raw"]) if threshold else steering.strength.raw,
-        labelled.reply_start,
-    )
+    raw = float(threshold["raw"]) if threshold else steering.strength.raw
+    return TrainingRow(labelled, transcript.source, VectorSource.of(steering), raw, labelled.reply_start)
 
 
 def _check_steering(rows: Sequence[TrainingRow], data: Path) -> None:
