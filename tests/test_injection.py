@@ -1,15 +1,22 @@
 """A row's own steering is exact at the layer, survives gradient checkpointing, and is drawn reproducibly."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from training_world import LAYER, gradients, read_six, with_adapter
+from safetensors.torch import load_file, save_file
+from training_world import LAYER, gradients, read_six, recipe, transcripts, with_adapter, write_world
 
-from esr_train.errors import RunError
+from esr_train.errors import InputError, RunError
+from esr_train.provenance import sha256
 from esr_train.recipe import LiveSection
 from esr_train.training.batches import Collator
 from esr_train.training.checks import InjectionRecorder, check_flow
-from esr_train.training.dataset import singly, table, to_dataset
-from esr_train.training.injection import COLUMNS, LiveInjection, draw
+from esr_train.training.dataset import read_rows, singly, table, to_dataset
+from esr_train.training.injection import COLUMNS, LiveInjection, draw, live_injection, load_vectors
+from esr_train.training.trainer import train
+from esr_train.transcript import Steering, VectorRef, read_transcripts, write_transcripts
 
 
 @pytest.fixture
@@ -102,3 +109,81 @@ def test_the_check_before_training_fails_where_something_is_broken(world, monkey
         patch.setattr(steer, lambda self, hidden: hidden.detach() + 0.0)
         with pytest.raises(RunError, match=r"live injection"):
             check_flow(model, batch, live)
+
+
+@pytest.fixture
+def own(tmp_path, llama, monkeypatch):
+    """Rows steered by two vectors of one's own, in files of their own."""
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, llama)
+    torch.manual_seed(3)
+    rows = transcripts()
+    for number in range(2):
+        save_file({"mine": torch.randn(64)}, f"vector-{number}.safetensors")
+    for number, row in enumerate(rows):
+        if row.steering is not None:
+            file = f"vector-{number % 2}.safetensors"
+            steering = Steering(None, LAYER, None, None, row.steering.strength, VectorRef(file, sha256(file)))
+            rows[number] = replace(row, steering=steering)
+    write_transcripts("runs/t/data/tuned.jsonl", rows)
+    return read_rows(recipe(), tmp_path / "runs/t/data/tuned.jsonl", llama.tokenizer)
+
+
+def test_rows_steered_by_vectors_of_ones_own_train_under_them(own):
+    sources = table(own)
+    assert [source.origin.file for source in sources] == ["vector-0.safetensors", "vector-1.safetensors"]
+    vectors = load_vectors(sources)
+    for number in range(2):
+        torch.testing.assert_close(vectors[number], load_file(f"vector-{number}.safetensors")["mine"])
+    assert live_injection(recipe(), own).layer == LAYER
+    folder = train(recipe(args={"num_train_epochs": 1}), "tuned", Path("runs/t"))
+    assert (folder / "adapter_config.json").is_file()
+
+
+def changed() -> None:
+    save_file({"mine": torch.ones(64)}, "vector-1.safetensors")
+
+
+def another(table: torch.Tensor) -> None:
+    """Rows and file agree, and it is not one vector of the model's width."""
+    save_file({"mine": table}, "vector-1.safetensors")
+    rows = read_transcripts("runs/t/data/tuned.jsonl")
+    for number, row in enumerate(rows):
+        if row.steering and row.steering.vector and row.steering.vector.file == "vector-1.safetensors":
+            reference = VectorRef("vector-1.safetensors", sha256("vector-1.safetensors"))
+            rows[number] = replace(row, steering=replace(row.steering, vector=reference))
+    write_transcripts("runs/t/data/tuned.jsonl", rows)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (changed, r"vector-1\.safetensors: this is not the vector that the rows were steered with"),
+        (lambda: Path("vector-1.safetensors").unlink(), "vector-1.safetensors: the file .* does not exist"),
+        (lambda: another(torch.ones(2, 64)), "steered by one vector, and here are 2"),
+        (lambda: another(torch.ones(32)), r"vectors of different widths steer the rows \(\[32, 64\]\)"),
+    ],
+)
+def test_a_vector_that_is_not_the_one_of_the_rows_is_refused(own, spoil, message):
+    spoil()
+    with pytest.raises(InputError, match=message):
+        train(recipe(args={"num_train_epochs": 1}), "tuned", Path("runs/t"))
+
+
+def test_vectors_of_another_width_than_the_models_are_refused(own):
+    for number in range(2):
+        save_file({"mine": torch.ones(32)}, f"vector-{number}.safetensors")
+    another(torch.ones(32))
+    rows = read_transcripts("runs/t/data/tuned.jsonl")
+    steered = [row for row in rows if row.steering and row.steering.vector.file == "vector-1.safetensors"]
+    write_transcripts("runs/t/data/tuned.jsonl", steered)
+    with pytest.raises(InputError, match="32 wide, the model's residual stream 64"):
+        train(recipe(args={"num_train_epochs": 1}), "tuned", Path("runs/t"))
+
+
+def test_a_layer_that_is_not_the_saes_is_refused(tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [replace(row, steering=row.steering and replace(row.steering, layer=0)) for row in transcripts()]
+    write_world(tmp_path, llama, rows)
+    with pytest.raises(InputError, match="steered at layer 0 with latents of an SAE of layer 1"):
+        train(recipe(), "tuned", Path("runs/t"))
