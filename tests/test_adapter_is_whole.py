@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from esr_train.adapters import base_weights, check_adapter, load_adapter, merge
 from esr_train.errors import InputError
-from esr_train.models import load_model
+from esr_train.models import load_model, load_tokenizer
 from esr_train.recipe import ModelSection
+from esr_train.steering.vllm.vllm_engine import VllmEngine
 from tests.conftest import make_family
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -149,7 +151,13 @@ def entries(base: Path, folder: Path, out: Path):
         lambda: check_adapter(folder, section(base)),
         lambda: load_adapter(load_model(section(base)), folder),
         lambda: merge(section(base), folder, out),
+        lambda: served(base, folder),
     )
+
+
+def served(base: Path, folder: Path) -> None:
+    """An adapter handed to vLLM, which need not run for that."""
+    VllmEngine(SimpleNamespace(section=section(base), lora_rank=16), load_tokenizer(base), folder)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -229,6 +237,19 @@ GOOD = {
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
     "a layer saved whole": LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
 }
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "IA3", "LoRA on embeddings alone", "a layer saved whole"])
+def test_vllm_refuses_an_adapter_that_it_would_serve_as_another_model(folders, tmp_path, kind):
+    adapted(folders["llama"], GOOD[kind], tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"which vLLM is not set up to serve.*take the transformers engine"):
+        served(folders["llama"], tmp_path / "adapter")
+
+
+def test_vllm_refuses_scales_that_differ_between_layers(folders, tmp_path):
+    adapted(folders["llama"], LoraConfig(target_modules=["q_proj"], alpha_pattern={"q_proj": 4}), tmp_path / "adapter")
+    with pytest.raises(InputError, match="scales that differ between layers"):
+        served(folders["llama"], tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("kind", GOOD)

@@ -5,6 +5,7 @@ vLLM runs unmodified, in eager mode; `vllm_worker.SteeringExtension` steers insi
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -285,7 +286,11 @@ def _check_adapter(adapter: Path, server: VllmServer) -> None:
     rank = int(getattr(config, "r", 0))
     if rank > server.lora_rank:
         raise InputError(f"the adapter has rank {rank}; vLLM was started for at most {server.lora_rank}", str(adapter))
-    changed = {name.partition(".lora_")[0].rpartition(".")[2] for name in weights}
+    # vLLM reads one rank and one scale, and no weights but A and B; of others it would serve another model.
+    if getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None):
+        what = "the adapter has ranks or scales that differ between layers, which vLLM does not serve"
+        raise InputError(what, str(adapter), NOT_SERVED)
+    changed = {re.sub(r"(?:.*\.)?(\w+)\.lora_[AB]\.weight", r"\1", name) for name in weights}
     if not changed <= set(LORA_MODULES):
         others = ", ".join(sorted(changed - set(LORA_MODULES)))
         raise InputError(f"the adapter changes {others}, which vLLM is not set up to serve", str(adapter), NOT_SERVED)
