@@ -124,7 +124,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _mix(options: argparse.Namespace) -> None:
     from data_gen.description import read_file
-    from data_gen.mixture import Mixture, each_once, mix, mix_sized, one
+    from data_gen.mixture import each_once, mix, one
     from esr_train.masking import trained_tokens
     from esr_train.transcript import write_transcripts
 
@@ -137,12 +137,9 @@ def _mix(options: argparse.Namespace) -> None:
     tokenizer = _tokenizer(options.tokenizer)
     weigh = partial(trained_tokens, tokenizer, policy=options.loss) if tokenizer else one
 
-    def mixture(share: float | None) -> Mixture:
-        if options.rows is None or share is None:
-            return Mixture(mix(rows, share, options.seed, weigh))
-        return mix_sized(rows, share, options.rows, options.seed, options.repeat)
-
-    mixtures = {path: mixture(share) for path, share in targets.items()}
+    mixtures = {
+        path: mix(rows, share, options.seed, weigh, options.rows, options.repeat) for path, share in targets.items()
+    }
     for path, mixed in mixtures.items():
         write_transcripts(path, mixed.rows)
         print(f"{path}: {_counted(mixed)}")

@@ -39,9 +39,6 @@ def write_card(path: Path, holdings: Holdings, recipe: Recipe | None, made: Sequ
     title = f"Self-correction transcripts: {recipe.name if recipe else next(iter(holdings.rows)).stem}"
     steerings = [row.steering for row in rows if row.steering]
     asked_for = {name for name, section in recipe.data if getattr(section, "rows", 0)} if recipe else set()
-    made_by = [(commit, stage.get("dirty")) for stage in made if (commit := stage.get("commit"))]
-    commits = {f"`{commit}`" + (" with changes" if dirty else "") for commit, dirty in made_by}
-    versions = {f"{name} {number}" for stage in made for name, number in stage.get("versions", {}).items() if number}
     card = DatasetCard.from_template(
         _header(path, title, holdings, len(rows)),
         template_path=str(TEMPLATE),
@@ -53,14 +50,23 @@ def write_card(path: Path, holdings: Holdings, recipe: Recipe | None, made: Sequ
         files={file.name: text_of(parts) for file, parts in holdings.parts.items()},
         sources=sorted({str(row.source) for row in rows} | asked_for),
         recipe=recipe,
-        commits=sorted(commits),
-        versions=sorted(versions),
+        code=_code(made),
         funnels={part.name.removeprefix("funnel-"): part.counts for part in holdings.funnels},
         kept=KEPT,
         requests=holdings.requests,
     )
     with replacing(path) as file:
         file.write(str(card).rstrip() + "\n")
+
+
+def _code(made: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The commits and the versions of libraries that made rows."""
+    changed = {stage.get("commit"): " with changes" if stage.get("dirty") else "" for stage in made}
+    versions = {f"{name} {number}" for stage in made for name, number in stage.get("versions", {}).items() if number}
+    return {
+        "commit": [f"`{commit}`{change}" for commit, change in changed.items() if commit],
+        "versions": sorted(versions),
+    }
 
 
 def _header(path: Path, title: str, holdings: Holdings, rows: int) -> "DatasetCardData":

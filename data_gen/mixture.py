@@ -34,69 +34,57 @@ def one(row: Transcript) -> int:
 
 
 def mix(
-    transcripts: Sequence[Transcript], self_correction: float | None, seed: int, weigh: Weigh = one
-) -> list[Transcript]:
-    """Shuffle, and thin out whichever kind there is too much of.
+    transcripts: Sequence[Transcript],
+    self_correction: float | None,
+    seed: int,
+    weigh: Weigh = one,
+    size: int | None = None,
+    repeat: bool = False,
+) -> Mixture:
+    """Shuffle rows, and take of each kind what the share asks for: as many as there are, or at most `size`.
 
     Args:
         transcripts: rows of every source; a row with a cue counts as self-correction, any other as normal.
         self_correction: their share in the result; None keeps every row.
-        seed: of the choice and the order.
-        weigh: what a row counts towards the share.
+        seed: of the choice and the order, which do not depend on the files' order.
+        weigh: what a row counts towards the share, where no size is given.
+        size: most rows; each kind's number is rounded down, as in the paper, and normal rows may be fewer.
+        repeat: where self-correction rows are too few for a size, they come again, their ids ending in `#2`.
 
     Raises:
-        InputError: if one kind is missing while the share asks for it.
+        InputError: if one kind is missing while the share asks for it; if there are too few for the size.
     """
     rng = Random(seed)
-    rows, corrections, normals = _shuffled(transcripts, rng)
+    rows = sorted(transcripts, key=lambda row: row.id)
+    rng.shuffle(rows)
     if self_correction is None:
-        return rows
-    wanted, others = sizes([*map(weigh, corrections)], [*map(weigh, normals)], self_correction)
-    chosen = [*corrections[:wanted], *normals[:others]]
+        return Mixture(rows)
+    corrections, normals = [row for row in rows if row.corrects], [row for row in rows if not row.corrects]
+    if size is None:
+        wanted, others = sizes([*map(weigh, corrections)], [*map(weigh, normals)], self_correction)
+    else:
+        # What a decimal share loses in binary must not cost a row: 0.29 * 100 is below 29.
+        wanted, others = int(size * self_correction + 1e-6), int(size * (1 - self_correction) + 1e-6)
+    repeated = max(0, wanted - len(corrections))
+    if repeated and not (repeat and corrections):
+        raise _too_few(self_correction, size, wanted, len(corrections))
+    chosen = [_repeated(corrections, index) for index in range(wanted)] + normals[:others]
     rng.shuffle(chosen)
-    return chosen
+    return Mixture(chosen, repeated, max(0, others - len(normals)))
 
 
-def mix_sized(
-    transcripts: Sequence[Transcript], self_correction: float, size: int, seed: int, repeat: bool = False
-) -> Mixture:
-    """A mixture of at most `size` rows, counted as the paper counts: each kind's number is rounded down.
+def _too_few(share: float, size: int | None, wanted: int, there: int) -> InputError:
+    what = f"{share:.0%} of {size} rows are {wanted} self-correction rows"
+    return InputError(
+        f"{what}, and there are {there} ({wanted - there} too few)",
+        "--rows",
+        "Name files with more of them, ask for fewer rows, or add --repeat if rows may come more than once.",
+    )
 
-    Normal rows are taken as far as there are any; self-correction rows, whose number the share is about, must suffice.
 
-    Args:
-        transcripts: as in `mix`.
-        self_correction: the share asked for.
-        size: rows asked for.
-        seed: of the choice and the order.
-        repeat: where self-correction rows are too few, each may come as often as it takes (by one more or less);
-            the second one's id ends in `#2`.
-
-    Raises:
-        InputError: if they are too few and may not repeat.
-    """
-    rng = Random(seed)
-    _, corrections, normals = _shuffled(transcripts, rng)
-    # What a decimal share loses in binary must not cost a row: 0.29 * 100 is below 29.
-    wanted, others = int(size * self_correction + 1e-6), int(size * (1 - self_correction) + 1e-6)
-    short = max(0, wanted - len(corrections))
-    if short and not (repeat and corrections):
-        raise InputError(
-            f"{self_correction:.0%} of {size} rows are {wanted} self-correction rows, and there are "
-            f"{len(corrections)} ({short} too few)",
-            "--rows",
-            "Name files with more of them, ask for fewer rows, or add --repeat if rows may come more than once."
-            if corrections
-            else "Name files with some.",
-        )
-    turns = [divmod(index, len(corrections)) for index in range(wanted)]
-    chosen = [
-        replace(corrections[index], id=f"{corrections[index].id}#{turn + 1}") if turn else corrections[index]
-        for turn, index in turns
-    ]
-    chosen += normals[:others]
-    rng.shuffle(chosen)
-    return Mixture(chosen, short, max(0, others - len(normals)))
+def _repeated(rows: Sequence[Transcript], index: int) -> Transcript:
+    turn, index = divmod(index, len(rows))
+    return replace(rows[index], id=f"{rows[index].id}#{turn + 1}") if turn else rows[index]
 
 
 def sizes(corrections: Sequence[int], normals: Sequence[int], share: float) -> tuple[int, int]:
@@ -143,15 +131,6 @@ def each_once(files: Iterable[Sequence[Transcript]]) -> list[Transcript]:
             rows.append(row)
         earlier |= own
     return rows
-
-
-def _shuffled(
-    transcripts: Iterable[Transcript], rng: Random
-) -> tuple[list[Transcript], list[Transcript], list[Transcript]]:
-    """All rows, those that correct themselves, and the others; the order does not depend on the files'."""
-    rows = sorted(transcripts, key=lambda row: row.id)
-    rng.shuffle(rows)
-    return rows, [row for row in rows if row.corrects], [row for row in rows if not row.corrects]
 
 
 def _nearest(weights: Sequence[int], total: float) -> int:

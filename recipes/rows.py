@@ -163,7 +163,7 @@ def mix_rows(experiment: Experiment, arm: str, sources: Mapping[str, Rows], shar
         rows = [row for source in sources.values() for row in read_transcripts(source.path)]
         if not rows:
             raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
-        mixed = mix(rows, recipe.data.self_correction, experiment.recipe.seed)
+        mixed = mix(rows, recipe.data.self_correction, experiment.recipe.seed).rows
         check_held_out(mixed, evaluation)
         write_transcripts(path, mixed)
         write_recipe(experiment)

@@ -73,7 +73,7 @@ def test_a_reader_learns_what_made_the_rows(run: Path) -> None:
         "## tuned.jsonl\n\n- rows: 4 (normal 1, steered 3)\n",
         "- Model: `some/model`.",
         "- prompted: a detour",
-        "commit `abc123` with changes",
+        "Commit: `abc123` with changes",
         "Versions: torch 9.9.",
         "| steered-1 | 3 of 4 | detour on-topic 1 |",
         "10% of the topics to validation and 30% to test",

@@ -27,9 +27,9 @@ LAUNCHED = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accele
 KILLED = """
 import os, signal, sys
 from data_gen.__main__ import main
-from recipes import pipeline
+from recipes import rows
 
-collect = pipeline.collect
+collect = rows.collect
 
 
 def dying(name, wanted, make, *rest):
@@ -41,7 +41,7 @@ def dying(name, wanted, make, *rest):
     return collect(name, wanted, once, *rest)
 
 
-pipeline.collect = dying
+rows.collect = dying
 sys.exit(main(sys.argv[1:]))
 """
 """The second of two processes is killed in its second chunk."""

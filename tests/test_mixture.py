@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.mixture import each_once, mix, mix_sized, sizes
+from data_gen.mixture import each_once, mix, sizes
 from esr_train.errors import InputError
 from esr_train.transcript import Span, SpanKind, Transcript
 
@@ -23,7 +23,7 @@ def rows(corrections: int, normals: int) -> list[Transcript]:
 
 def test_without_a_share_every_row_is_kept():
     given_rows = rows(5, 3)
-    assert sorted(row.id for row in mix(given_rows, None, 0)) == sorted(row.id for row in given_rows)
+    assert sorted(row.id for row in mix(given_rows, None, 0).rows) == sorted(row.id for row in given_rows)
 
 
 @pytest.mark.parametrize(
@@ -65,30 +65,30 @@ def test_a_share_of_what_rows_weigh_is_right_to_half_a_row(corrections, normals,
 
 def test_rows_can_count_by_what_is_trained_of_them():
     made = rows(10, 10)
-    mixed = mix(made, 0.5, 0, lambda row: 3 if row.corrects else 1)
+    mixed = mix(made, 0.5, 0, lambda row: 3 if row.corrects else 1).rows
     assert Counter(row.corrects for row in mixed) == {True: 3, False: 10}
 
 
 def test_a_given_size_rounds_down_as_the_paper_does():
-    assert [len(mix_sized(rows(90, 90), share, 100, 0).rows) for share in (0.29, 0.5, 0.9)] == [100, 100, 100]
-    made = mix_sized(rows(10, 10), 0.25, 10, 0)
+    assert [len(mix(rows(90, 90), share, 0, size=100).rows) for share in (0.29, 0.5, 0.9)] == [100, 100, 100]
+    made = mix(rows(10, 10), 0.25, 0, size=10)
     assert Counter(row.corrects for row in made.rows) == {True: 2, False: 7}
 
 
 def test_too_few_self_correction_rows_are_refused_or_repeat_evenly():
     with pytest.raises(InputError, match=r"--rows: 90% of 10 rows are 9 self-correction rows, and there are 4 \(5 too"):
-        mix_sized(rows(4, 4), 0.9, 10, 0)
-    made = mix_sized(rows(4, 4), 0.9, 10, 0, repeat=True)
+        mix(rows(4, 4), 0.9, 0, size=10)
+    made = mix(rows(4, 4), 0.9, 0, size=10, repeat=True)
     assert (made.repeated, made.missing) == (5, 0)
     times = Counter(row.id.split("#")[0] for row in made.rows if row.corrects)
     assert sorted(times.values()) == [2, 2, 2, 3]
     assert len({row.id for row in made.rows}) == 10
-    with pytest.raises(InputError, match=r"there are 0 \(9 too few\)\. Name files with some"):
-        mix_sized(rows(0, 4), 0.9, 10, 0, repeat=True)
+    with pytest.raises(InputError, match=r"there are 0 \(9 too few\)\. Name files with more"):
+        mix(rows(0, 4), 0.9, 0, size=10, repeat=True)
 
 
 def test_normal_rows_never_repeat_and_what_is_missing_is_said():
-    made = mix_sized(rows(4, 4), 0.1, 10, 0, repeat=True)
+    made = mix(rows(4, 4), 0.1, 0, size=10, repeat=True)
     assert (len(made.rows), made.repeated, made.missing) == (5, 0, 5)
 
 
@@ -107,15 +107,15 @@ def test_one_id_for_two_rows_is_refused():
 
 def test_the_order_is_drawn_from_the_seed_and_not_from_the_files():
     made = rows(20, 20)
-    first = [row.id for row in mix(made, 0.5, 1)]
-    assert [row.id for row in mix(made[::-1], 0.5, 1)] == first
-    assert [row.id for row in mix(made, 0.5, 2)] != first
+    first = [row.id for row in mix(made, 0.5, 1).rows]
+    assert [row.id for row in mix(made[::-1], 0.5, 1).rows] == first
+    assert [row.id for row in mix(made, 0.5, 2).rows] != first
     assert first != sorted(first)
 
 
-def test_contrast_rows_count_as_normal():
+def test_rows_without_a_cue_count_as_normal():
     steered_answer = Transcript("x", "p", (Span(SpanKind.ANSWER, "c"),), "steered")
-    assert len(mix([steered_answer, *rows(3, 0)], 0.5, 0)) == 2
+    assert len(mix([steered_answer, *rows(3, 0)], 0.5, 0).rows) == 2
 
 
 def test_a_share_of_what_is_not_there_is_refused():
