@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from data_gen.sources import register_source
+from esr_train.recipe import JudgeSection, SourceSection
 from esr_train.transcript import SpanKind, read_transcripts
+from eval.conditions import CONDITIONS, register_condition
+from eval.judging.judge import register_judge
+from eval.metrics import metric
+from eval.report.figures import figure
 from eval.store import read_trials
 from tests.conftest import ROOT
 from tests.small_run import command, new_run
@@ -73,3 +79,19 @@ def test_a_metric_and_a_figure_from_outside_stand_in_the_report(run):
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == {"base", "asked"}
     assert "How long responses are" in (run / "trials" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda: register_source("steered", SourceSection),
+        lambda: register_condition(CONDITIONS["steered"]),
+        lambda: register_judge("lexical", JudgeSection),
+        lambda: metric("esr_rate", "ESR")(lambda trial: 0.0),
+        lambda: figure("rates", "Rates")(lambda material: None),
+    ],
+    ids=["source", "condition", "judge", "metric", "figure"],
+)
+def test_a_name_that_is_taken_is_refused(register):
+    with pytest.raises(ValueError, match=r"taken|already"):
+        register()

@@ -108,7 +108,12 @@ def register_judge(
     Args:
         kind: its name in a recipe.
         section: its keys there; a class of its own, with `kind: Literal[KIND] = KIND`.
+
+    Raises:
+        ValueError: if the kind is taken.
     """
+    if kind in _FACTORIES:
+        raise ValueError(f"there is a kind of judge {kind!r} already")
 
     def register(factory: Callable[[AnySection, JudgeContext], Judge]) -> Callable[[AnySection, JudgeContext], Judge]:
         JUDGE_SECTIONS[kind] = section
