@@ -92,10 +92,9 @@ def _check_arm(recipe: Recipe, arm: str) -> None:
 def _check_training(recipe: Recipe, arm: str) -> None:
     """Settings of the trainer and the files that rows are made from."""
     from esr_train.training.saving import repository
-    from esr_train.training.settings import lora_config, sft_config
+    from esr_train.training.settings import check_settings
 
-    sft_config(recipe, recipe.directory / "adapter" / arm / "checkpoints")
-    lora_config(recipe)
+    check_settings(recipe, recipe.directory / "adapter" / arm / "checkpoints")
     repository(recipe)
     if recipe.train.data and not located(recipe.train.data).is_file():
         raise InputError("the training file does not exist", f"train.data={recipe.train.data}", "Check the path.")

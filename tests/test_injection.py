@@ -12,7 +12,7 @@ from esr_train.errors import InputError, RunError
 from esr_train.provenance import sha256
 from esr_train.recipe import LiveSection
 from esr_train.training.batches import Collator
-from esr_train.training.checks import InjectionRecorder, check_flow
+from esr_train.training.checks import check_flow, recorded
 from esr_train.training.dataset import read_rows, singly, table, to_dataset
 from esr_train.training.injection import COLUMNS, LiveInjection, draw, live_injection, load_vectors
 from esr_train.training.trainer import train
@@ -31,24 +31,24 @@ def world(tmp_path, family):
 def test_every_steered_token_gets_exactly_its_own_vector_and_no_other_token_anything(world):
     model, batch, live = world
     inputs = dict(batch)
-    with live.steering(model, inputs, epoch=3), InjectionRecorder(model, LAYER) as recorder, torch.no_grad():
+    with live.steering(model, inputs, epoch=3), recorded(model, LAYER) as recording, torch.no_grad():
         model(**inputs)
     for row in range(6):
         strength = live.strength(int(batch["key"][row]), float(batch["threshold_raw"][row]), epoch=3)
         assert (strength > 0) == (row < 4)
         vector = live.vectors[batch["vector"][row]] * strength
         real = batch["attention_mask"][row].bool()
-        assert torch.equal(recorder.after[row, real], recorder.before[row, real] + vector)
-        assert torch.equal(recorder.after[row, ~real], recorder.before[row, ~real])
+        assert torch.equal(recording.after[row, real], recording.before[row, real] + vector)
+        assert torch.equal(recording.after[row, ~real], recording.before[row, ~real])
 
 
 def test_generated_positions_begin_at_the_first_reply_token(world):
     model, batch, live = world
     generated = LiveInjection(live.settings, live.vectors, LAYER, 5, "generated")
     added, inputs = generated.interventions(batch, epoch=0), dict(batch)
-    with generated.steering(model, inputs, 0), InjectionRecorder(model, LAYER) as recorder, torch.no_grad():
+    with generated.steering(model, inputs, 0), recorded(model, LAYER) as recording, torch.no_grad():
         model(**inputs)
-    steered = (recorder.after != recorder.before).any(-1)
+    steered = (recording.after != recording.before).any(-1)
     assert torch.equal(steered, (generated.delta(added, batch) != 0).any(-1))
     for row in range(4):
         start, length = int(batch["reply"][row].nonzero()[0]), int(batch["attention_mask"][row].sum())

@@ -2,7 +2,6 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -82,55 +81,31 @@ class Collator:
     """
 
     def __init__(self, pad_token_id: int, packed: bool = False, flat: bool = False) -> None:
-        self._pad, self._packed, self._flat = pad_token_id, packed, flat
+        self._packed, self._flat = packed, flat
+        self._fillings = {"input_ids": pad_token_id, "labels": IGNORED, "row": -1, "position_ids": 0, "reply": False}
 
     def __call__(self, sequences: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pieces = [_Piece.of(sequence, number) for number, sequence in _numbered(sequences)]
+        pieces: list[dict[str, torch.Tensor]] = []
+        rows = 0
+        for sequence in sequences:
+            lengths = torch.tensor(sequence["lengths"])
+            row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+            position = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+            reply = position >= torch.tensor(sequence["reply_start"])[row]
+            tokens = {name: torch.tensor(sequence[name]) for name in ("input_ids", "labels")}
+            pieces.append({**tokens, "row": row + rows, "position_ids": position, "reply": reply})
+            rows += len(lengths)
         if self._flat:
-            pieces = [_Piece(*(torch.cat(parts) for parts in zip(*map(astuple, pieces), strict=True)))]
-        labels = _padded([piece.labels for piece in pieces], IGNORED)
-        if not (labels[:, 1:] != IGNORED).any():
-            raise RunError("a batch has no trained token: its loss would be 0 whatever the model says.")
-        row = _padded([piece.row for piece in pieces], -1)
-        batch = {"input_ids": _padded([piece.input_ids for piece in pieces], self._pad), "labels": labels}
-        if self._packed:
-            batch["position_ids"] = _padded([piece.position for piece in pieces], 0)
-        else:
-            batch["attention_mask"] = (row >= 0).long()
-        columns = {
-            name: torch.tensor([value for sequence in sequences for value in sequence[name]])
-            for name in ("vector", "threshold_raw", "key")
+            pieces = [{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}]
+        batch = {
+            name: pad_sequence([piece[name] for piece in pieces], batch_first=True, padding_value=filling)
+            for name, filling in self._fillings.items()
         }
-        return {**batch, **columns, "row": row, "reply": _padded([piece.reply for piece in pieces], False)}
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One sequence, everything [positions]: tokens, labels, the token's row, its position in it, if in a reply."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    row: torch.Tensor
-    position: torch.Tensor
-    reply: torch.Tensor
-
-    @staticmethod
-    def of(sequence: dict[str, Any], first: int) -> "_Piece":
-        lengths = torch.tensor(sequence["lengths"])
-        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        position = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
-        reply = position >= torch.tensor(sequence["reply_start"])[row]
-        ids, labels = torch.tensor(sequence["input_ids"]), torch.tensor(sequence["labels"])
-        return _Piece(ids, labels, row + first, position, reply)
-
-
-def _numbered(sequences: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Sequences with the number of the first row of each."""
-    first = 0
-    for sequence in sequences:
-        yield first, sequence
-        first += len(sequence["lengths"])
-
-
-def _padded(rows: Sequence[torch.Tensor], filling: int | bool) -> torch.Tensor:
-    return pad_sequence(list(rows), batch_first=True, padding_value=filling)
+        if not (batch["labels"][:, 1:] != IGNORED).any():
+            raise RunError("a batch has no trained token: its loss would be 0 whatever the model says.")
+        if not self._packed:
+            del batch["position_ids"]
+            batch["attention_mask"] = (batch["row"] >= 0).long()
+        for name in ("vector", "threshold_raw", "key"):
+            batch[name] = torch.tensor([value for sequence in sequences for value in sequence[name]])
+        return batch

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from esr_train.errors import RunError
 from esr_train.models import bare_model, decoder_layers
@@ -20,50 +19,20 @@ LEAK = 1e-3
 """Relative change of a logit that bfloat16 kernels may show without any leak."""
 
 
-class InjectionRecorder:
-    """Records a layer's output before and after the injection, and which adapter weights got gradient.
-
-    Enter it inside the steering, so that its second hook runs after the steering's.
+@dataclass
+class Recording:
+    """What a forward and backward pass did at the steered layer.
 
     Args:
-        model: with LoRA, in any wrapper.
-        layer: the steered decoder layer.
+        before, after: the layer's output without and with the injection, [rows, positions, d_model].
+        adapters: matrices up to that layer.
+        with_gradient: how many of them received some.
     """
 
-    def __init__(self, model: Any, layer: int) -> None:
-        self._module = decoder_layers(model)[layer]
-        adapters = [(name, weight) for name, weight in model.named_parameters() if "lora_B" in name]
-        self._adapters = [weight for name, weight in adapters if _layer_of(name) <= layer]
-        self._handles: list[RemovableHandle] = []
-        self._with_gradient = 0
-        self.before: torch.Tensor | None = None
-        self.after: torch.Tensor | None = None
-
-    def __enter__(self) -> "InjectionRecorder":
-        self._handles = [
-            self._module.register_forward_hook(self._keep_before, prepend=True),
-            self._module.register_forward_hook(self._keep_after),
-            *(parameter.register_hook(self._count) for parameter in self._adapters),
-        ]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep_before(self, _: nn.Module, __: Any, output: Any) -> None:
-        # Only the first pass: under gradient checkpointing there is a second in the backward pass.
-        if self.before is None:
-            self.before = _hidden(output).detach().clone()
-
-    def _keep_after(self, _: nn.Module, __: Any, output: Any) -> None:
-        if self.after is None:
-            self.after = _hidden(output).detach().clone()
-
-    def _count(self, gradient: torch.Tensor) -> None:
-        self._with_gradient += bool(gradient.ne(0).any())
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    adapters: int = 0
+    with_gradient: int = 0
 
     def verify(self, delta: torch.Tensor) -> None:
         """Compare with what was asked for.
@@ -80,19 +49,53 @@ class InjectionRecorder:
         wrong = (wanted != self.after).any(dim=-1).sum().item()
         if wrong:
             raise RunError(f"live injection: {wrong} tokens did not get the steering they were to get.")
-        if self._with_gradient < len(self._adapters):
+        if self.with_gradient < self.adapters:
             raise RunError(
-                f"live injection: {self._with_gradient} of {len(self._adapters)} adapter matrices up to the steered "
-                "layer received gradient, so the model cannot learn from what it is given there."
+                f"live injection: {self.with_gradient} of {self.adapters} adapter matrices up to the steered layer "
+                "received gradient, so the model cannot learn from what it is given there."
             )
 
 
 @contextmanager
-def verified(recorder: InjectionRecorder, delta: torch.Tensor) -> Iterator[None]:
-    """Record a forward and backward pass and compare with `delta` (see `verify`) when the block ends."""
-    with recorder:
+def recorded(model: Any, layer: int) -> Iterator[Recording]:
+    """Record the passes of a block; enter it inside the steering, so that the last hook runs after the steering's.
+
+    Args:
+        model: with LoRA, in any wrapper.
+        layer: the steered decoder layer.
+    """
+    recording = Recording()
+    module = decoder_layers(model)[layer]
+
+    def keep_before(_: nn.Module, __: Any, output: Any) -> None:
+        # Only the first pass: under gradient checkpointing there is a second in the backward pass.
+        if recording.before is None:
+            recording.before = _hidden(output).detach().clone()
+
+    def keep_after(_: nn.Module, __: Any, output: Any) -> None:
+        if recording.after is None:
+            recording.after = _hidden(output).detach().clone()
+
+    def count(gradient: torch.Tensor) -> None:
+        recording.with_gradient += bool(gradient.ne(0).any())
+
+    adapters = [weight for name, weight in model.named_parameters() if "lora_B" in name and _layer_of(name) <= layer]
+    recording.adapters = len(adapters)
+    handles = [module.register_forward_hook(keep_before, prepend=True), module.register_forward_hook(keep_after)]
+    handles += [weight.register_hook(count) for weight in adapters]
+    try:
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def verified(model: Any, layer: int, delta: torch.Tensor) -> Iterator[None]:
+    """Record the passes of a block and compare them with `delta` (see `Recording.verify`) when it ends."""
+    with recorded(model, layer) as recording:
         yield
-    recorder.verify(delta)
+    recording.verify(delta)
 
 
 def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) -> None:
@@ -112,10 +115,7 @@ def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) 
     added = live.interventions(columns, epoch=0)
     try:
         with _without_dropout(model):
-            with (
-                SteeringHook(model, added) as hook,
-                verified(InjectionRecorder(model, live.layer), live.delta(added, columns)),
-            ):
+            with SteeringHook(model, added) as hook, verified(model, live.layer, live.delta(added, columns)):
                 hook.set_rows(columns["row"], columns["reply"])
                 _loss(model, inputs).backward()
             zero = [tuple(Add(add.layer, add.vector * 0.0) for add in adds) for adds in added]

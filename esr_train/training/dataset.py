@@ -185,14 +185,7 @@ def statistics(rows: Sequence[TrainingRow]) -> dict[str, Any]:
 
 def dump_tokens(rows: Sequence[TrainingRow], path: Path) -> int:
     """Write what the trainer gets, one object a row: `id`, `input_ids`, `labels`; returns their number."""
+    labelled = (row.labelled for row in rows)
     return write_jsonl(
-        path,
-        (
-            {
-                "id": row.labelled.id,
-                "input_ids": list(row.labelled.input_ids),
-                "labels": list(row.labelled.labels),
-            }
-            for row in rows
-        ),
+        path, ({"id": row.id, "input_ids": list(row.input_ids), "labels": list(row.labels)} for row in labelled)
     )

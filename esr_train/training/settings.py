@@ -146,11 +146,8 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
     """
     given = _checked(recipe.train.args, TrainerArguments, SFTConfig, "train.args")
     if given.pop("packing") and given["packing_strategy"] != "bfd":
-        raise InputError(
-            f"the packing strategy {given['packing_strategy']!r} cuts rows, and with them detours from corrections",
-            "train.args.packing_strategy",
-            "Leave it out: bfd packs whole rows.",
-        )
+        what = f"the packing strategy {given['packing_strategy']!r} cuts rows, and with them detours from corrections"
+        raise InputError(what, "train.args.packing_strategy", "Leave it out: bfd packs whole rows.")
     # The trainer would upload checkpoints and a card of its own; see `training.saving`.
     del given["push_to_hub"], given["packing_strategy"]
     on_cpu = trains_on_cpu(recipe)
@@ -174,11 +171,15 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
     # Each library refuses a value in its own way.
     except Exception as error:
         raise InputError(f"the trainer refuses these settings ({first_line(error)})", "train.args") from error
+    _check_loggers(args)
+    return args
+
+
+def _check_loggers(args: SFTConfig) -> None:
     for name, packages in LOGGERS.items():
         if name in (args.report_to or []) and not any(find_spec(package) for package in packages):
             fix = f"`pip install {name}`, or take another."
             raise InputError(f"{name} is not installed", "train.args.report_to", fix)
-    return args
 
 
 def _try_optimiser(args: SFTConfig) -> None:
@@ -269,6 +270,11 @@ def wants_deepspeed() -> bool:
 def packs(recipe: Recipe) -> bool:
     """Whether several rows share a sequence (`train.args.packing`)."""
     return bool(recipe.train.args.get("packing"))
+
+
+def is_flash(recipe: Recipe) -> bool:
+    """Whether attention wants all rows of a batch in one sequence."""
+    return recipe.model.attn_implementation == "flash_attention_2"
 
 
 def trains_on_cpu(recipe: Recipe) -> bool:

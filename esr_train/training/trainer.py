@@ -25,11 +25,11 @@ from esr_train.recipe import Recipe
 from esr_train.training import callbacks, saving
 from esr_train.training.batches import Collator, LengthGrouped
 from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress, flops_per_token
-from esr_train.training.checks import InjectionRecorder, check_flow, check_packing, verified
+from esr_train.training.checks import check_flow, check_packing, verified
 from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows, row_key, singly, table, to_dataset
 from esr_train.training.injection import COLUMNS, LiveInjection, live_injection
 from esr_train.training.saving import check_checkpoint, last_checkpoint, save_adapter
-from esr_train.training.settings import check_settings, lora_config, packs, trains_on_cpu, wants_deepspeed
+from esr_train.training.settings import check_settings, is_flash, lora_config, packs, trains_on_cpu, wants_deepspeed
 
 ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
 """Given the model in training and its tokenizer, makes the behavioural probe."""
@@ -130,7 +130,7 @@ class EsrTrainer(SFTTrainer):
         if not any(added):
             return nullcontext()
         self._unchecked = False
-        return verified(InjectionRecorder(model, self._live.layer), self._live.delta(added, columns))
+        return verified(model, self._live.layer, self._live.delta(added, columns))
 
     def _steering(self, model: Any, inputs: dict[str, Any], epoch: int) -> AbstractContextManager[None]:
         self._batch = [self._names[key] for key in inputs["key"].tolist()]
@@ -204,16 +204,28 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
     if not is_complete(folder):
         live = live_injection(section, rows)
         model = load_model(section.model, quantization=section.train.quantization, for_training=True)
+        if live:
+            live.check_fits(model)
         trainer = build_trainer(section, args, model, tokenizer, rows, live, probe)
-        checkpoint = last_checkpoint(folder / "checkpoints", args.world_size)
-        if checkpoint:
-            check_checkpoint(checkpoint, trainer.model)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        save_adapter(trainer, folder, record)
-        _close(trainer, folder, keep="save_total_limit" in section.train.args)
+        _run(trainer, folder, record, keeps_checkpoints="save_total_limit" in section.train.args)
     if hub and is_main_process:
         saving.upload(folder, hub)
     return folder
+
+
+def _run(trainer: EsrTrainer, folder: Path, record: dict[str, Any], keeps_checkpoints: bool) -> None:
+    """Train from the last checkpoint on, save the adapter and leave the process group."""
+    checkpoint = last_checkpoint(folder / "checkpoints", trainer.args.world_size)
+    if checkpoint:
+        check_checkpoint(checkpoint, trainer.model)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    save_adapter(trainer, folder, record)
+    callbacks.end_runs(trainer.args)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero() and not keeps_checkpoints:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if trainer.args.world_size > 1 or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        trainer.accelerator.end_training()
 
 
 def _begin(folder: Path, record: dict[str, Any], args: SFTConfig) -> None:
@@ -236,23 +248,17 @@ def build_trainer(
     live: LiveInjection | None = None,
     probe: ProbeFactory | None = None,
 ) -> EsrTrainer:
-    """Wire up the trainer and check the injection on one steered and one other row.
+    """Wire up rows, adapter, injection and callbacks, and check packing and injection on two of the rows.
 
     Args:
         recipe: as the arm sees it.
-        args: from `sft_config`.
+        args: from `check_settings`.
         model: as loaded; the adapter is added here.
-        tokenizer: the model's.
-        rows: from `read_rows`.
-        live: from `live_injection`.
-        probe: makes the behavioural probe.
+        tokenizer, rows, live, probe: the model's, and what `read_rows`, `live_injection` and a `ProbeFactory` give.
     """
     training, held_out = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
     sources, is_packed = table(rows), packs(recipe)
     sequences = packed(training, recipe.train.max_length) if is_packed else singly(training)
-    if live:
-        live.check_fits(model)
-    is_flat = is_packed and recipe.model.attn_implementation == "flash_attention_2"
     try:
         trainer = EsrTrainer(
             live=live,
@@ -260,7 +266,7 @@ def build_trainer(
             names={row_key(row.labelled.id): row.labelled.id for row in rows},
             model=model,
             args=args,
-            data_collator=Collator(tokenizer.pad_token_id, is_packed, is_flat),
+            data_collator=Collator(tokenizer.pad_token_id, is_packed, is_packed and is_flash(recipe)),
             train_dataset=to_dataset(sequences, sources),
             eval_dataset=to_dataset(singly(held_out), sources) if held_out else None,
             processing_class=tokenizer,
@@ -270,11 +276,7 @@ def build_trainer(
     except ValueError as error:
         raise InputError(f"the trainer refuses these settings ({first_line(error)})", "train") from error
     _add_callbacks(trainer, recipe, tokenizer, probe)
-    if wants_deepspeed() and trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
-        # ACCELERATE_USE_CPU makes accelerate leave DeepSpeed out without a word.
-        raise RunError(f"DeepSpeed was asked for, but accelerate runs {trainer.accelerator.distributed_type}.")
-    if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
-        _check_before_training(trainer, training, live, is_packed)
+    _check_before_training(trainer, training, live, is_packed)
     return trainer
 
 
@@ -297,7 +299,13 @@ def _add_callbacks(
 def _check_before_training(
     trainer: EsrTrainer, rows: Sequence[TrainingRow], live: LiveInjection | None, is_packed: bool
 ) -> None:
-    """Check packing and injection on two short rows, the first of them steered if any is."""
+    """Check packing and injection on two short rows, the first of them steered if any is; under DeepSpeed, later."""
+    distributed = trainer.accelerator.distributed_type
+    if wants_deepspeed() and distributed != DistributedType.DEEPSPEED:
+        # ACCELERATE_USE_CPU makes accelerate leave DeepSpeed out without a word.
+        raise RunError(f"DeepSpeed was asked for, but accelerate runs {distributed}.")
+    if distributed == DistributedType.DEEPSPEED:
+        return
     by_length = sorted(rows, key=lambda row: len(row.labelled.input_ids))
     steered = (row for row in by_length if live and row.vector and live.is_injected(row_key(row.labelled.id), epoch=0))
     first = next(steered, by_length[0])
@@ -309,12 +317,3 @@ def _check_before_training(
         check_packing(trainer.model, placed)
     if live:
         check_flow(trainer.model, placed, live)
-
-
-def _close(trainer: EsrTrainer, folder: Path, keep: bool) -> None:
-    callbacks.end_runs(trainer.args)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero() and not keep:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    if trainer.args.world_size > 1 or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        trainer.accelerator.end_training()
