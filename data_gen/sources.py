@@ -182,12 +182,14 @@ class Source:
         section: what a recipe can say about it.
         make: from the context and the recipe's section to what makes candidates.
         needs_latents: whether it steers: it is then given latents with their thresholds.
+        uses_cues: whether its rows hold a cue.
     """
 
     name: str
     section: type[SourceSection]
     make: Callable[[Context, Any], Make]
     needs_latents: bool = False
+    uses_cues: bool = True
 
 
 SOURCES: dict[str, Source] = {}
@@ -195,7 +197,7 @@ SOURCES: dict[str, Source] = {}
 
 
 def register_source(
-    name: str, section: type[AnySection], needs_latents: bool = False
+    name: str, section: type[AnySection], needs_latents: bool = False, uses_cues: bool = True
 ) -> Callable[[Callable[[Context, AnySection], Make]], Callable[[Context, AnySection], Make]]:
     """Decorate a function `(context, section) -> Make` as a source of rows, which recipes then ask for under `data`.
 
@@ -204,6 +206,7 @@ def register_source(
         section: its settings, a pydantic class on `SourceSection`. A key `writer` in it names a language model: such
             rows are made a few at once, by one process, and what they cost is counted.
         needs_latents: whether it steers.
+        uses_cues: whether its rows hold a cue: they are then made anew when the file of cues changes.
 
     Raises:
         ValueError: if the name is taken.
@@ -213,7 +216,7 @@ def register_source(
         raise ValueError(f"the name {name!r} is taken")
 
     def register(make: Callable[[Context, AnySection], Make]) -> Callable[[Context, AnySection], Make]:
-        SOURCES[name] = Source(name, section, make, needs_latents)
+        SOURCES[name] = Source(name, section, make, needs_latents, uses_cues)
         if built_in is None:
             SOURCE_SECTIONS[name] = section
         return make
@@ -221,7 +224,7 @@ def register_source(
     return register
 
 
-@register_source("normal", NormalSection)
+@register_source("normal", NormalSection, uses_cues=False)
 def normal(context: Context, section: NormalSection) -> Make:
     """Makes unsteered answers by the model itself, so that the adapter learns no other style; prompts in turn."""
     prompts = context.prompts.normal

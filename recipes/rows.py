@@ -63,7 +63,7 @@ def _generate(
         "source": source.name,
         "section": section.model_dump(mode="json"),
         "limits": [data.min_answer_score, data.max_detour_score],
-        "files": _files(data, section),
+        "files": _files(data, source, section),
         "base": base_inputs(experiment),
         "judge": judge_inputs(experiment),
         "calibration": shared.calibrated.fingerprint if source.needs_latents else None,
@@ -136,12 +136,13 @@ def _held_out_labels(latents: Latents) -> list[str]:
     return sorted({direction.label for group in others for direction in group if direction.label})
 
 
-def _files(data: DataSection, section: SourceSection) -> dict[str, str]:
+def _files(data: DataSection, source: Source, section: SourceSection) -> dict[str, str]:
     """Hashes of the files that decide what a source's rows say: its cues, and every file that its settings name."""
     files = {key: located(value) for key, value in section if isinstance(value, str)}
     if getattr(section, "writer", None):
         files.setdefault("subjects", SUBJECTS)
-    files["cues"] = located(data.cues) if data.cues else CUES
+    if source.uses_cues:
+        files["cues"] = located(data.cues) if data.cues else CUES
     return {name: sha256(path) for name, path in files.items() if path.is_file()}
 
 

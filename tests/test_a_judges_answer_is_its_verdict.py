@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_gen.latent_naming import name_latents
+from data_gen.latent_naming import LatentLabel, name_latents
 from data_gen.prompted import Task
 from esr_train.errors import InputError
 from eval.cells import Prompt
@@ -241,7 +241,7 @@ OTHER = {**PARTS, "detour": "Kites fly."}
 def test_a_writer_s_reply_is_read_by_the_same_rules(reply: str, why: str | None):
     task = Task(Prompt("How do I bake?", "bread"), "owls", 1, "Wait,", False)
     if why is None:
-        assert task.read(reply)["answer"] == "Knead it."
+        assert task.read(reply)[2] == "Knead it."
     else:
         with pytest.raises(ValueError, match=why):
             task.read(reply)
@@ -259,9 +259,9 @@ def test_a_writer_s_reply_is_read_by_the_same_rules(reply: str, why: str | None)
 )
 def test_a_namer_s_reply_is_read_by_the_same_rules(reply: str, label: str | None):
     asker = Asker(Stubborn(reply, parts=reply), Ledger("stubborn"))
-    rows = [{"index": "1", "examples": ["<<bread>>"]}]
+    rows = [LatentLabel(1, "", 0.1, ("<<bread>>",))]
     if label:
-        assert name_latents(rows, asker)[0]["description"] == label
+        assert name_latents(rows, asker)[0].description == label
     else:
         with pytest.raises(InputError, match="no label is left: 1 of 1 questions got no usable answer"):
             name_latents(rows, asker)

@@ -1,13 +1,22 @@
 """What a run was made from, and that it is not continued with something else."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 from training_world import recipe
 
 from esr_train.errors import InputError
-from esr_train.provenance import RESULT, differences, provenance, refuse_changes
+from esr_train.provenance import RESULT, differences, provenance, refuse_changes, sha256, source_hashes
+
+
+@pytest.fixture(autouse=True)
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's folder that the recipe names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
 
 
 def record(tmp_path: Path, text: str = "rows", world_size: int = 1, zero_stage: int | None = None, **options):
@@ -56,3 +65,32 @@ def test_the_same_experiment_may_go_on(tmp_path):
 def test_differences_name_every_leaf():
     found = list(differences({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": [2], "e": 0}))
     assert found == ["a.c: 2 -> 3", "d: [1] -> [2]", "e: None -> 0"]
+
+
+def test_a_run_is_not_continued_on_other_weights(tmp_path):
+    before = record(tmp_path)
+    (tmp_path / "model" / "config.json").write_text('{"rope_theta": 1}')
+    with pytest.raises(InputError, match="begun with something else: model: "):
+        refuse_changes(before, record(tmp_path), tmp_path)
+
+
+def test_a_large_file_is_hashed_once_until_its_time_of_change_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr("esr_train.provenance.LARGE", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"first")
+    first = sha256(file)
+    monkeypatch.setattr("hashlib.file_digest", None)
+    assert sha256(file) == first
+    monkeypatch.undo()
+    monkeypatch.setattr("esr_train.provenance.LARGE", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file.write_bytes(b"other")
+    os.utime(file, ns=(1, 1))
+    assert sha256(file) == hashlib.sha256(b"other").hexdigest() != first
+
+
+def test_the_modules_that_made_a_stage_are_those_it_imports_directly_or_not():
+    modules = source_hashes(["data_gen.steered"])
+    assert {"data_gen.steered", "data_gen.sources", "eval.cells", "esr_train.errors"} <= set(modules)
+    assert not any(name.startswith("recipes") for name in modules)
