@@ -14,7 +14,7 @@ from eval.calibration import load_thresholds, save_thresholds
 from eval.cells import Cell, make_cells
 from eval.conditions import Measured, Setting, measured_conditions
 from eval.judging.restart_likelihood import BEFORE, read_phrases, restart_reader
-from eval.progress import finished_line, progress_bar
+from eval.report.story import finished_line, progress_bar
 from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, run_trials, trial_key
 from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe

@@ -16,9 +16,9 @@ from eval.conditions import measured_conditions
 from eval.judging.agreement import Agreement, agreement, judge_again, judgement_store
 from eval.judging.judge import Judge
 from eval.judging.model_judge import ModelJudge
-from eval.progress import Bar, progress_bar
 from eval.report.figures import Material
 from eval.report.page import Notes, write_report
+from eval.report.story import Bar, progress_bar
 from eval.store import Trial, read_trials
 from eval.summary import summarise
 from recipes.experiment import Experiment, write_recipe

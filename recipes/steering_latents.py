@@ -27,7 +27,7 @@ from eval.calibration import (
     score_store,
 )
 from eval.cells import SPLITS, Side, Split
-from eval.progress import progress_bar
+from eval.report.story import progress_bar
 from eval.trials import Steerer
 from recipes.experiment import Experiment, base_inputs, judge_inputs, sae_inputs
 from recipes.resources import Resources

@@ -14,7 +14,7 @@ from eval.cells import Cell, Prompt, make_cells, unsteered
 from eval.judging.judge import JudgeItem, Judgement
 from eval.judging.lexical import LexicalJudge
 from eval.metrics import pair_key
-from eval.progress import brief, finished_line, progress_bar
+from eval.report.story import brief, finished_line, progress_bar
 from eval.store import Trial, TrialCell, TrialStore, UsedStrength, read_trials, trial_to_json
 from eval.trials import Observer, Plan, Steerer, run_trials
 from tests.threads import as_ranks

@@ -1,12 +1,19 @@
-"""Numbers as text: an estimate in a table, the report's opening sentences, and the tables for a terminal."""
+"""Numbers as text: in tables, in the report's opening sentences, and on a terminal while trials run and afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from eval.conditions import order, title
-from eval.metrics import METRICS, headline
+from eval.metrics import METRICS, Metric, headline
 from eval.statistics import Estimate
-from eval.summary import STEERED, Summary
+from eval.store import Trial
+from eval.summary import STEERED, Summary, estimate
+from eval.trials import Observer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 THIN = "\u202f"  # a narrow space at which no line breaks
 
@@ -26,9 +33,9 @@ def percent(share: float) -> str:
     return f"{points:.0f}" if points in (0, 100) or points >= 9.95 else f"{points:.1f}"
 
 
-def shown(estimate: Estimate | None, is_rate: bool, signed: bool = False) -> Shown | None:
+def shown(measured: Estimate | None, is_rate: bool, signed: bool = False) -> Shown | None:
     """An estimate as text, None if it rests on nothing; `signed` for a difference, of rates in percentage points."""
-    if estimate is None or estimate.value is None:
+    if measured is None or measured.value is None:
         return None
 
     def number(value: float) -> str:
@@ -37,9 +44,9 @@ def shown(estimate: Estimate | None, is_rate: bool, signed: bool = False) -> Sho
         sign = "−" if value < 0 and text.strip("0.") else "+" if signed and text.strip("0.") else ""
         return sign + text
 
-    low, high, unscored = estimate.low, estimate.high, estimate.unscored / (estimate.n + estimate.unscored)
+    low, high, unscored = measured.low, measured.high, measured.unscored / (measured.n + measured.unscored)
     return Shown(
-        number(estimate.value) + (f"{THIN}%" if is_rate and not signed else ""),
+        number(measured.value) + (f"{THIN}%" if is_rate and not signed else ""),
         "" if low is None or high is None else f"{number(low)} to {number(high)}",
         f"{percent(unscored)}{THIN}% unscored" if unscored else "",
     )
@@ -108,10 +115,68 @@ def _padded(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _cell(estimate: Estimate | None, name: str, signed: bool) -> str:
-    text = shown(estimate, METRICS[name].is_rate, signed)
-    if not estimate or not text:
+def _cell(measured: Estimate | None, name: str, signed: bool) -> str:
+    text = shown(measured, METRICS[name].is_rate, signed)
+    if not measured or not text:
         return "–"
     interval = f" [{text.interval}]" if text.interval else ""
     unscored = f", {text.unscored}" if text.unscored else ""
-    return f"{text.value}{interval} (n {estimate.n}{unscored})"
+    return f"{text.value}{interval} (n {measured.n}{unscored})"
+
+
+class Bar(Observer):
+    """A bar on standard error: responses/s, tokens/s, the time left, and what the trials so far have given."""
+
+    def __init__(self, bar: "tqdm[Any]") -> None:
+        self._bar, self._tokens, self._numbers = bar, 0, ""
+
+    def __call__(self, rows: int, tokens: int) -> None:
+        """Count finished responses and their tokens."""
+        self._tokens += tokens
+        self._bar.update(rows)
+        self._show()
+
+    def on_trials_finished(self, trials: Sequence[Trial]) -> None:
+        """Show the numbers of the trials so far."""
+        self._numbers = brief(trials)
+        self._show()
+
+    def _show(self) -> None:
+        elapsed = self._bar.format_dict["elapsed"]
+        speed = [f"{self._tokens / elapsed:,.0f} tok/s"] if elapsed and self._tokens else []
+        self._bar.set_postfix_str(", ".join([*speed, *([self._numbers] if self._numbers else [])]), refresh=False)
+
+
+@contextmanager
+def progress_bar(total: int, label: str, visible: bool = True) -> Iterator[Bar]:
+    """A bar for `total` responses; of several processes only one should be `visible`."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="resp", dynamic_ncols=True, disable=not visible) as bar:
+        yield Bar(bar)
+
+
+def brief(trials: Sequence[Trial]) -> str:
+    """The mean of every live metric so far, without intervals; nothing if no trial is scored."""
+    parts = []
+    for metric in (metric for metric in METRICS.values() if metric.live):
+        if values := metric.values(trials):
+            mean = sum(values) / len(values)
+            parts.append(f"{_inline(metric)} {mean:.0%}" if metric.is_rate else f"{_inline(metric)} {mean:.0f}")
+    return ", ".join(parts)
+
+
+def finished_line(arm: str, condition: str, trials: Sequence[Trial]) -> str:
+    """An arm's numbers under a condition with their intervals, on one line."""
+    parts = [f"{len(trials)} trials"]
+    for name, metric in METRICS.items():
+        if metric.live and (text := shown(estimate(trials, name), metric.is_rate)):
+            parts.append(f"{_inline(metric)} {text.value} ({text.interval or 'no interval'})")
+    if unscored := estimate(trials, "multi_attempt_rate").unscored:
+        parts.append(f"{unscored} unscored")
+    return f"{arm}, {condition}: {', '.join(parts)}"
+
+
+def _inline(metric: Metric) -> str:
+    """A metric's title within a sentence; abbreviations stay in capitals."""
+    return metric.title if metric.title.isupper() else metric.title.lower()
