@@ -62,7 +62,7 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], list[float], s
     from data_gen.collect import collect
     from data_gen.sources import Context, SteerableLatent, read_cues
     from data_gen.steered import steered
-    from recipes.loading import read_recipe
+    from recipes.experiment import read_recipe
     from recipes.resources import Resources
 
     recipe = read_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml")

@@ -100,7 +100,7 @@ def twins(names: list[str]) -> set[str]:
 def recipe_keys(root: Path) -> int | str:
     """As the tree's own code counts them; a tree that cannot says nothing."""
     program = (
-        "import recipes.loading\nfrom esr_train.recipe import explained_keys\n"
+        "import recipes.experiment\nfrom esr_train.recipe import explained_keys\n"
         "print(len({key.name for key in explained_keys()}))"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)

@@ -53,7 +53,7 @@ def of_splits(options: argparse.Namespace) -> list[Check]:
     from esr_train.files import read_json
     from esr_train.transcript import read_transcripts
     from eval.cells import fingerprint
-    from recipes.loading import read_recipe
+    from recipes.experiment import read_recipe
     from recipes.resources import Resources
 
     test = Resources(read_recipe(options.run / "recipe.yaml")).prompts().test

@@ -105,7 +105,7 @@ def _add_mask(parser: argparse.ArgumentParser, effect: str) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from recipes.loading import read_recipe
+    from recipes.experiment import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
     if options.arm not in (None, *recipe.trained_arms):
@@ -216,7 +216,7 @@ def _labels(options: argparse.Namespace) -> None:
     from esr_train.files import read_rows
     from esr_train.steering.direction_files import check_fits
     from eval.llm import LEDGER
-    from recipes.loading import read_recipe
+    from recipes.experiment import read_recipe
     from recipes.resources import located, open_resources
     from recipes.rows import open_writer
 
@@ -274,8 +274,8 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
-    from data_gen.card import write_card
     from data_gen.description import describe_files
+    from data_gen.pages import write_card
 
     holdings = describe_files(options.path, _tokenizer(options.tokenizer), options.loss)
     first = next(iter(holdings.rows))
@@ -287,7 +287,7 @@ def _card(options: argparse.Namespace) -> None:
 def _run_of(file: Path) -> "tuple[Recipe | None, list[dict[str, Any]]]":
     """The recipe of the run directory in which a file, or its folder, lies; what made each stage of its rows."""
     from esr_train.files import read_json
-    from recipes.loading import read_recipe
+    from recipes.experiment import read_recipe
 
     folder = next((parent for parent in file.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
     if folder is None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from data_gen.collect import KEPT
 from esr_train.errors import InputError
 from esr_train.files import read_json
-from esr_train.mask_preview import END, counted, marked, visible
-from esr_train.masking import Labelled, Policy, label
+from esr_train.masking import END, Labelled, Policy, counted, label, marked, visible
 from esr_train.transcript import SpanKind, Transcript, read_transcripts
 from eval.llm import Spent
 
@@ -163,7 +162,7 @@ def shown(
 
     Args:
         row: to show.
-        tokenizer: if given, the row is shown a second time as the model reads it (see `mask_preview.marked`).
+        tokenizer: if given, the row is shown a second time as the model reads it (see `masking.marked`).
         policy: of the mask.
         colour: whether to write terminal colours.
 

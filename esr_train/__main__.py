@@ -34,7 +34,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _recipe_and_arm(options: argparse.Namespace) -> tuple[Recipe, str]:
-    from recipes.loading import read_recipe
+    from recipes.experiment import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
     arm = options.arm or next(iter(recipe.trained_arms), None)
@@ -101,7 +101,7 @@ def _probe(section: Recipe) -> "ProbeFactory | None":
 
 
 def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
-    from esr_train.mask_preview import counted, marked
+    from esr_train.masking import counted, marked
     from esr_train.models import load_tokenizer
     from esr_train.training.dataset import dump_tokens, packed, read_rows, statistics
     from esr_train.training.settings import check_settings, packs

@@ -153,7 +153,7 @@ def _power(options: argparse.Namespace) -> None:
 
 
 def _recipe(path: Path | str, overrides: Sequence[str]) -> "Recipe":
-    from recipes.loading import read_recipe
+    from recipes.experiment import read_recipe
 
     return read_recipe(path, list(overrides))
 

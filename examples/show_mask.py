@@ -5,7 +5,7 @@ not. `esr train RECIPE --dry-run` shows the same of a recipe's rows, `--dump-tok
 """
 
 from esr_train import Span, SpanKind, Transcript, label, load_tokenizer
-from esr_train.mask_preview import counted, marked
+from esr_train.masking import counted, marked
 
 tokenizer = load_tokenizer("recipes/tiny/assets/llama")
 transcript = Transcript(

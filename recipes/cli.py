@@ -60,7 +60,7 @@ def _run(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
-        from recipes.loading import read_recipe
+        from recipes.experiment import read_recipe
 
         recipe = read_recipe(options.recipe, options.overrides)
         from recipes.pipeline import run
@@ -134,7 +134,7 @@ def _copy(name: str, target: Path) -> None:
 
 
 def _validate(files: Sequence[Path]) -> None:
-    from recipes.loading import read_recipe
+    from recipes.experiment import read_recipe
 
     for path in files or shipped():
         read_recipe(path)

@@ -6,16 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import data_gen.prompted
+import data_gen.steered  # noqa: F401 - each registers what a recipe may name
+import eval.conditions
+import eval.judging.lexical
+import eval.judging.model_judge  # noqa: F401
 from esr_train.files import hold, replacing
 from esr_train.provenance import digest, model_hashes, sae_hashes, sha256
 from esr_train.ranks import ALONE, Ranks
-from esr_train.recipe import JudgeSection, ModelSection, Recipe, dump_recipe
+from esr_train.recipe import JudgeSection, ModelSection, Recipe, dump_recipe, load_recipe
 from esr_train.template import DATE
 from recipes.resources import Resources, located, open_resources
 from recipes.stage_cache import StageCache
 
 LOCK = ".lock"
 """In a run directory: held by the process that writes there."""
+
+
+def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, import the plug-ins that it names, and apply `key.sub=value` overrides.
+
+    Raises:
+        InputError: naming every mistake at once, each with its key.
+    """
+    return load_recipe(path, list(overrides))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from inspect_ai import Task, task
 from esr_train.errors import InputError
 from esr_train.models import ROOT
 from eval.inspect_cells import cells_task
-from recipes.experiment import open_experiment
-from recipes.loading import read_recipe
+from recipes.experiment import open_experiment, read_recipe
 from recipes.pipeline import opened_arm
 
 

@@ -9,7 +9,7 @@ from esr_train.recipe import Recipe
 from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request
 from eval.arms import PLAIN, PROMPTS, Variant, prompt_text
-from recipes.loading import read_recipe
+from recipes.experiment import read_recipe
 from recipes.weights import form
 
 ADD, EDIT = Add(1, None), Add(2, None)  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ def small(tmp_path):
 
 
 def test_the_built_in_sources_are_registered_with_the_sections_that_recipes_have():
-    import recipes.loading  # noqa: F401 - as a command does
+    import recipes.experiment  # noqa: F401 - as a command does
 
     assert {name: source.needs_latents for name, source in SOURCES.items()} == {
         "normal": False,

@@ -7,8 +7,7 @@ import pytest
 from training_world import LAYER, recipe, transcripts
 
 from esr_train.errors import InputError, RunError
-from esr_train.mask_preview import marked
-from esr_train.masking import label
+from esr_train.masking import label, marked
 from esr_train.training.batches import Collator, LengthGrouped
 from esr_train.training.dataset import dump_tokens, hold_out, read_rows, singly, statistics, table, to_dataset
 from esr_train.transcript import Span, SpanKind, Transcript, write_transcripts
