@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from esr_train.errors import InputError, RunError, first_line
 from esr_train.files import read_json
-from esr_train.models import load_config, load_model, load_tokenizer, local_path, model_source
+from esr_train.models import load_config, load_model, load_tokenizer, local_path, model_source, without_dropout
 from esr_train.provenance import sha256
 from esr_train.recipe import ModelSection
 
@@ -225,10 +225,12 @@ def check_saved(model: Any, folder: Path, dtype: str) -> None:
     changed = next((name for name, weight in trained.items() if not torch.equal(weight.cpu(), weights[name])), None)
     if changed:
         raise RunError(f"{folder}: the weight {changed} was not saved as it was trained.")
-    live = _small_logits(model.eval())
     model.load_adapter(str(folder), "saved")
-    model.set_adapter("saved")
-    if not (_small_logits(model) - live).abs().max() <= ROUNDING[dtype] * live.abs().max():
+    with without_dropout(model):
+        live = _small_logits(model)
+        model.set_adapter("saved")
+        saved = _small_logits(model)
+    if not (saved - live).abs().max() <= ROUNDING[dtype] * live.abs().max():
         raise RunError(f"{folder}: read back, the adapter does not say what the trained model says.")
 
 

@@ -153,6 +153,20 @@ def align_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         generation.bos_token_id = bos_id(tokenizer)
 
 
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Training mode but for dropout; not evaluation mode, in which bitsandbytes repacks 4-bit weights on the CPU."""
+    training = model.training
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def bare_model(model: Any) -> Any:
     """The model inside DDP, DeepSpeed and PEFT wrappers."""
     while isinstance(getattr(model, "module", None), nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from esr_train.errors import RunError
-from esr_train.models import bare_model, decoder_layers
+from esr_train.models import bare_model, decoder_layers, without_dropout
 from esr_train.steering.directions import Add
 from esr_train.steering.hook import SteeringHook
 from esr_train.training.injection import COLUMNS, LiveInjection
@@ -114,7 +114,7 @@ def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) 
     inputs = {name: value for name, value in batch.items() if name not in COLUMNS}
     added = live.interventions(columns, epoch=0)
     try:
-        with _without_dropout(model):
+        with without_dropout(model):
             with SteeringHook(model, added) as hook, verified(model, live.layer, live.delta(added, columns)):
                 hook.set_rows(columns["row"], columns["reply"])
                 _loss(model, inputs).backward()
@@ -148,7 +148,7 @@ def check_packing(model: Any, batch: dict[str, torch.Tensor]) -> None:
     positions = batch["position_ids"][:1]
     length = int((row[0] >= 0).sum())
     other = torch.where(row == row[0, 0], (ids + 1) % bare_model(model).config.vocab_size, ids)
-    with _without_dropout(model):
+    with without_dropout(model):
         logits, changed = (
             model(input_ids=tokens[:, :length], position_ids=positions[:, :length], use_cache=False).logits[0, -1]
             for tokens in (ids, other)
@@ -158,20 +158,6 @@ def check_packing(model: Any, batch: dict[str, torch.Tensor]) -> None:
             "packing: a row sees the rows that are packed before it. Leave out train.args.packing, or take another "
             "model.attn_implementation."
         )
-
-
-@contextmanager
-def _without_dropout(model: Any) -> Iterator[None]:
-    """Training mode but for dropout; not evaluation mode, in which bitsandbytes repacks 4-bit weights on the CPU."""
-    training = model.training
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
