@@ -1,5 +1,6 @@
 """Load a model and its tokenizer; where in a model its layers lie."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,9 +27,15 @@ from esr_train.template import bos_id, padding_token, stop_ids
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def models_folder() -> Path:
+    """Where `esr models fetch` puts models; they are found there by name."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "endogenous-steering" / "models"
+
+
 def local_path(path: str) -> Path | None:
-    """What `path` names, from the current directory or else the repository's root; None if it is nothing."""
-    candidates = (folder / Path(path).expanduser() for folder in (Path.cwd(), ROOT))
+    """What `path` names, from the current directory or the repository's root, or a fetched model's name; else None."""
+    candidates = (folder / Path(path).expanduser() for folder in (Path.cwd(), ROOT, models_folder()))
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 

