@@ -29,13 +29,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = add_command(commands, "run", _run, "run trials, after whatever they need and is not there yet")
     _add_recipe(run)
-    run.add_argument(
-        "--arm", help="base, or one of the recipe's arms; unless given all of them, and a report at the end"
-    )
-
-    run.add_argument(
-        "--redo", action="append", default=[], metavar="STAGE", help="make a stage anew, such as trials/tuned"
-    )
+    run.add_argument("--arm", help="base, or one of the recipe's arms; unless given all of them, and a report")
+    run.add_argument("--redo", action="append", default=[], metavar="STAGE", help="stage to do anew, as trials/tuned")
 
     compare = add_command(commands, "compare", _compare, "print the arms of one run, or of several, beside each other")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")

@@ -42,9 +42,9 @@ def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) 
     figures, summary = draw_figures(material), material.summary
     save_figures(run_dir / "figures", figures)
     arms, conditions = list(summary.arms), sorted(summary.conditions, key=order)
-    first = [name for name in conditions if name in FIRST]
     # Where there is no headline, the controls take its place.
-    halves = (first, [name for name in conditions if name not in FIRST]) if first else (conditions, [])
+    first = [name for name in conditions if name in FIRST] or conditions
+    halves = (first, [name for name in conditions if name not in first])
     trials = embedded(material.rows_by_arm)
     page = render(
         TEMPLATES,
