@@ -446,7 +446,7 @@ class Recipe(Section):
     seed: int = Field(0, description="of everything that is drawn")
     seeds: tuple[int, ...] | None = Field(None, description="several runs with one combined metrics.json")
     workers: AtLeastOne = Field(1, description="seeds run at once, each in a process of its own with one thread")
-    plugins: tuple[str, ...] = Field((), description="Python files that register sources, conditions or judges")
+    plugins: tuple[str, ...] = Field((), description="Python files of sources, conditions, judges, metrics and figures")
     model: ModelSection
     sae: SaeSection | None = None
     latents: LatentsSection = LatentsSection()
@@ -540,7 +540,8 @@ def parse_recipe(values: dict[str, Any], where: str = "the recipe") -> Recipe:
     Raises:
         InputError: naming every mistake at once, each with its key, and `where`.
     """
-    for plugin in values.get("plugins") or ():
+    plugins = values.get("plugins")
+    for plugin in plugins if isinstance(plugins, list | tuple) else ():
         import_plugin(str(plugin))
     try:
         return Recipe.model_validate(values)
@@ -693,4 +694,6 @@ def _message(item: Any) -> str:
         return f"unknown key (did you mean {like[0]}?)" if like else "unknown key"
     if item["type"] == "missing":
         return "required"
+    if item["type"] == "value_error" and isinstance(item["input"], dict):
+        return str(item["ctx"]["error"])  # It names the key itself; the section around it says nothing more.
     return f"{item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"[:300]

@@ -1,5 +1,7 @@
 """Directions, both units of strength, and residual norms."""
 
+import math
+
 import pytest
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -7,6 +9,7 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from esr_train.errors import InputError
 from esr_train.steering.direction_files import load_sae
+from esr_train.steering.directions import SteeringVector
 from esr_train.steering.readout import measure_residual_norm
 from esr_train.transcript import SaeRef
 
@@ -86,3 +89,10 @@ def test_measuring_without_text_or_on_a_missing_layer_is_bad_input(family):
         measure_residual_norm(family.model, family.tokenizer, 1, [""])
     with pytest.raises(InputError, match="no layer 4"):
         measure_residual_norm(family.model, family.tokenizer, 4, ["a"])
+
+
+@pytest.mark.parametrize("strength", [{"raw": math.nan}, {"raw": math.inf}, {"norm": -math.inf}])
+def test_a_strength_that_is_not_finite_is_refused(strength):
+    direction = SteeringVector(0, "v", torch.ones(4) / 2, 2.0, 1.0)
+    with pytest.raises(InputError, match="cannot be added"):
+        direction.add(**strength)

@@ -130,3 +130,18 @@ def test_an_unknown_arm_is_a_key_error() -> None:
 def test_several_workers_cannot_each_start_a_vllm(small: Path) -> None:
     with pytest.raises(InputError, match="set workers to 1"):
         load_recipe(small, ["workers=2", "engine.kind=vllm"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("plugins=my/source.py", "plugins: input should be a valid tuple"),
+        ("arms={x: {of: nobody}}", "recipe: arms.x.of: 'nobody' is no arm with weights of its own"),
+    ],
+)
+def test_a_mistake_is_told_without_the_section_around_it(small: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(small, [override])
+    assert f"1 mistake in the recipe: {message}" in str(caught.value)
+    assert "value error" not in str(caught.value).lower()
+    assert "{'name'" not in str(caught.value)

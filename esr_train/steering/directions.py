@@ -1,5 +1,6 @@
 """Directions to steer along: vectors of one's own and SAE latents, with both units of strength."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,7 +67,8 @@ class SteeringVector:
                 instead; needs no residual norm.
 
         Raises:
-            InputError: unless one of the two strengths is given; for `norm`, if the layer's residual norm is unknown.
+            InputError: unless one of the two strengths is given, and finite; for `norm`, if the layer's residual norm
+                is unknown.
         """
         if norm is not None and raw is None:
             length = norm * self._known_norm()
@@ -74,6 +76,8 @@ class SteeringVector:
             length = raw * self.length
         else:
             raise InputError("one strength is needed", "add", "Such as add(0.9), in residual norms, or add(raw=210.0).")
+        if not math.isfinite(length):
+            raise InputError(f"a strength of {length} cannot be added", "add", "Give a finite number.")
         return Add(self.layer, self.unit * length, positions)
 
     def _known_norm(self) -> float:
