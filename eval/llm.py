@@ -284,6 +284,10 @@ def _parsed(index: int, reply: Reply, parse: Callable[[int, str], Value]) -> Ans
         return Answer(None, reply.text, str(error).rstrip("."))
 
 
+RUNS_HERE = ("hf/", "vllm/", "sglang/", "transformer_lens/", "nnterp/")
+"""Providers of inspect_ai that load the model on this machine when they are opened."""
+
+
 class InspectLlm:
     """Asks through inspect_ai's model API; keys and addresses come from the environment, as it documents.
 
@@ -351,6 +355,15 @@ class InspectLlm:
     def _lost_since(self) -> int:
         lost, self._lost = self._lost, 0
         return lost
+
+    def check(self) -> None:
+        """Refuse a missing key, package or provider before anything is asked; models that run here are not loaded.
+
+        Raises:
+            InputError: saying what is missing.
+        """
+        if not self.name.startswith(RUNS_HERE):
+            self._open()
 
     def _open(self) -> "Model":
         try:

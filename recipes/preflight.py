@@ -7,9 +7,10 @@ from typing import Any
 from data_gen.sources import read_cues
 from esr_train.errors import InputError
 from esr_train.models import choose_device, load_config, model_source
-from esr_train.recipe import Recipe
+from esr_train.recipe import ModelJudgeSection, Recipe
 from eval.arms import prompt_text
 from eval.judging.restart_likelihood import read_phrases
+from eval.llm import InspectLlm
 from recipes.resources import Resources, located
 from recipes.rows import wanted_sources
 from recipes.weights import adapter_folder
@@ -53,6 +54,9 @@ def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
         yield resources.labels
     yield resources.judge
     yield resources.further_judges
+    for section in (recipe.judge, *recipe.judges):
+        if isinstance(section, ModelJudgeSection):
+            yield InspectLlm(section.model).check
     if recipe.eval.restart_phrases:
         yield lambda: read_phrases(located(str(recipe.eval.restart_phrases)))
     for arm in recipe.arms:
@@ -102,3 +106,6 @@ def _check_training(recipe: Recipe, arm: str) -> None:
         if not wanted_sources(recipe.data):
             raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
         read_cues(recipe.data.cues)
+        for section in wanted_sources(recipe.data).values():
+            if writer := getattr(section, "writer", None):
+                InspectLlm(writer).check()

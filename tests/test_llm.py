@@ -16,6 +16,8 @@ from esr_train.recipe import LlmSection
 from esr_train.steering.engine import Completion, Sampling
 from eval import llm
 from eval.llm import LEDGER, Answer, Answered, Asker, EngineLlm, InspectLlm, Ledger, Reply, Spent, without_secrets
+from recipes.cli import main
+from tests.conftest import ROOT
 from tests.llm_stub import KEY, TEXT_FAULTS, TRANSPORT_FAULTS, Faults, LlmStub, Messages
 
 
@@ -235,6 +237,22 @@ def test_a_missing_key_and_an_unknown_name_are_told_apart(monkeypatch: pytest.Mo
         asker(InspectLlm("openai-api/stub/x")).ask(["a"], upper)
     with pytest.raises(InputError, match="nobody/knows"):
         asker(InspectLlm("nobody/knows")).ask(["a"], upper)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "judge={kind: model, model: openai-api/stub/x}",
+        "judges=[{kind: model, model: openai-api/stub/x}]",
+        "data.prompted={rows: 5, writer: openai-api/stub/x}",
+    ],
+)
+def test_a_run_without_the_key_is_refused_before_a_model_is_loaded(word, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("STUB_API_KEY", raising=False)
+    monkeypatch.delenv("STUB_BASE_URL", raising=False)
+    monkeypatch.setattr("recipes.resources.load_model", None)
+    assert main(["run", str(ROOT / "recipes/tiny/quickstart.yaml"), f"runs={tmp_path}", word]) == 2
+    assert "STUB_API_KEY" in capsys.readouterr().err
 
 
 def test_a_model_out_of_reach_ends_the_run_instead_of_leaving_everything_unscored(reach, monkeypatch):
