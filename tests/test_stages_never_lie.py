@@ -50,6 +50,8 @@ class Finished:
                 assert main([*self.words, *more, "--debug"]) == 0
             except DueError as due:
                 return str(due)
+            finally:
+                provenance._read_module.cache_clear()
         return None
 
 
