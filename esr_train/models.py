@@ -241,7 +241,7 @@ def model_source(section: ModelSection) -> str:
         raise InputError(
             f"the folder {section.path!r} does not exist",
             "model.path",
-            f"Relative paths are looked up in {Path.cwd()} and {ROOT}.",
+            f"Relative paths are looked up in {' and '.join(dict.fromkeys((str(Path.cwd()), str(ROOT))))}.",
         )
     return section.path
 

@@ -13,7 +13,7 @@ import torch
 from esr_train.adapters import load_adapter
 from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
-from esr_train.recipe import JudgeSection, LocalJudgeSection, ModelSection, PromptsSection, Recipe, SaeSection, Section
+from esr_train.recipe import JudgeSection, LocalJudgeSection, ModelSection, PromptsSection, Recipe
 from esr_train.steering.direction_files import check_fits, load_sae
 from esr_train.steering.directions import LoadedSae
 from esr_train.steering.engine import Engine, Sampling
@@ -33,6 +33,7 @@ NORM_TEXTS = 64
 MEMORY = 0.9
 """Share of an accelerator's memory that several servers divide among them."""
 Opened = TypeVar("Opened")
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -216,17 +217,16 @@ class Resources:
 
     def prompt_section(self) -> PromptsSection:
         """The recipe's prompts section, which every stage but training needs."""
-        section: PromptsSection = present(self.recipe.prompts, "prompts")
-        return section
+        return required(self.recipe.prompts, "prompts")
 
     def sae(self) -> LoadedSae:
         """The recipe's SAE."""
-        section: SaeSection = present(self.recipe.sae, "sae")
+        section = required(self.recipe.sae, "sae")
         return self.once("sae", lambda: load_sae(SaeRef(section.release, section.id)))
 
     def labels(self) -> dict[int, str]:
         """What the SAE's latents stand for, by index."""
-        section: SaeSection = present(self.recipe.sae, "sae")
+        section = required(self.recipe.sae, "sae")
         return self.once("labels", lambda: read_labels(located(required(section.labels, "sae.labels"))))
 
     def residual_norm(self) -> float:
@@ -271,22 +271,11 @@ def located(path: str) -> Path:
     return local_path(path) or Path(path)
 
 
-def present(section: Section | None, key: str) -> Any:
-    """The section.
+def required(value: Value | None, key: str) -> Value:
+    """A section or key of the recipe.
 
     Raises:
-        InputError: naming its key, if the recipe has none.
-    """
-    if section is None:
-        raise InputError("this section is missing from the recipe", key, "Add it; see `esr recipes show`.")
-    return section
-
-
-def required(value: str | None, key: str) -> str:
-    """The value.
-
-    Raises:
-        InputError: naming its key, if the recipe has none.
+        InputError: naming the key, if the recipe has none.
     """
     if value is None:
         raise InputError("this key is missing from the recipe", key, "Add it; see `esr recipes show`.")

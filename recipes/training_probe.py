@@ -13,7 +13,7 @@ from eval.calibration import load_thresholds
 from eval.cells import Cell, make_cells, unsteered
 from eval.judging.judge import Judge, JudgeItem
 from eval.trials import Steerer
-from recipes.resources import Resources, present
+from recipes.resources import Resources, required
 from recipes.steering_latents import THRESHOLDS, read_latents, steerable, threshold_key
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def calibrated_probe(recipe: Recipe, directory: Path) -> MakeProbe:
     Raises:
         InputError: if the run has not been calibrated, or a judge would have to be loaded beside sharded weights.
     """
-    section = present(recipe.train.probe, "train.probe")
+    section = required(recipe.train.probe, "train.probe")
     if recipe.judge.kind == "local" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "the probe's judge cannot be loaded into one of several training processes",
