@@ -22,7 +22,7 @@ from eval.store import RowStore
 
 BUILT_IN = (steered, prompted, normal)
 """Sources that were registered when they were imported here."""
-KEPT = "kept"
+KEPT, TRIMMED = "kept", "kept, answer trimmed"
 CANDIDATES_PER_ROW = 20
 """Give up when so many candidates per wanted row were not enough."""
 
@@ -140,19 +140,19 @@ class _Sieve:
         if len(self.kept) == self.wanted:
             self.surplus[outcome.reason or KEPT] += 1
             return
-        reason = outcome.reason
+        reason, kept = outcome.reason, TRIMMED if outcome.trimmed else KEPT
         if outcome.transcript is not None:
             reason = self.seen.again(outcome.transcript)
             if reason is None:
                 self.kept.append(outcome.transcript)
-        self.funnel[reason or KEPT] += 1
+        self.funnel[reason or kept] += 1
 
     def pace(self, tokens: float) -> str:
         share = f"kept={len(self.kept) / sum(self.funnel.values()):.0%}"
         return f"{share}, {tokens:,.0f} tok/s" if tokens else share
 
     def too_few(self, source: str) -> str:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.funnel.items()) if reason != KEPT)
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.funnel.items()) if KEPT not in reason)
         return (
             f"data.{source}: only {len(self.kept)} of the {self.wanted} rows wanted passed the filters ({reasons}). "
             f"Ask for fewer rows, or change data.{source}, data.min_answer_score or data.max_detour_score."
@@ -160,9 +160,11 @@ class _Sieve:
 
 
 def _written(outcome: Outcome) -> dict[str, Any]:
-    return {"transcript": to_json(outcome.transcript) if outcome.transcript else None, "reason": outcome.reason}
+    written = {"transcript": to_json(outcome.transcript) if outcome.transcript else None, "reason": outcome.reason}
+    return written | ({"trimmed": True} if outcome.trimmed else {})
 
 
 def _read(row: dict[str, Any]) -> Outcome:
     transcript = row.get("transcript")
-    return Outcome(from_json(transcript) if transcript is not None else None, row.get("reason"))
+    trimmed = row.get("trimmed", False) is True
+    return Outcome(from_json(transcript) if transcript is not None else None, row.get("reason"), trimmed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
-from data_gen.collect import KEPT
+from data_gen.collect import KEPT, TRIMMED
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.masking import END, Labelled, Policy, counted, label, marked, visible
@@ -287,17 +287,18 @@ def _cues(openings: Mapping[str, int]) -> Part:
 
 def _funnel(source: str, funnel: Mapping[str, int]) -> Part:
     """What was kept, then the reasons against the others, commonest first."""
-    rejected = Counter({name: count for name, count in funnel.items() if name != KEPT}).most_common()
-    kept, total = funnel.get(KEPT, 0), sum(funnel.values())
+    rejected = Counter({name: n for name, n in funnel.items() if name not in (KEPT, TRIMMED)}).most_common()
+    counts = {name: funnel[name] for name in (KEPT, TRIMMED) if name in funnel} or {KEPT: 0}
+    kept, total = sum(counts.values()), sum(funnel.values())
     share = f"{kept / total:.1%}" if total else "none"
     passed = f"{source}: {kept} of {total} candidates passed" + (f" ({share})" if total else "")
     name, _, digest = source.rpartition("-")
     return Part(
         f"funnel-{source}",
         f"What became of {name or source} rows",
-        (passed, *(f"  {reason}: {count}" for reason, count in rejected)),
+        (passed, *(f"  {reason}: {n}" for reason, n in [*counts.items(), *rejected] if reason != KEPT)),
         f"{total:,} candidates; {share} were kept." + (f" Source {digest}." if name else ""),
-        counts={KEPT: kept, **dict(rejected)} if total else {},
+        counts={**counts, **dict(rejected)} if total else {},
         minor=[reason for reason, _ in rejected],
     )
 

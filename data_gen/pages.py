@@ -2,30 +2,25 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from data_gen.collect import KEPT, TRIMMED
 from data_gen.description import Holdings, Part, heading, text_of
+from esr_train.errors import InputError
+from esr_train.files import replacing
 from esr_train.masking import Policy, counted, label, token_texts
+from esr_train.recipe import Recipe
 from esr_train.transcript import SpanKind, Transcript
 from eval.report.drawing import ARM_COLOURS, BASE_COLOUR, INK, Figure, arm_colours, inline_svg, render, svg_of
 
 if TYPE_CHECKING:
+    from huggingface_hub import DatasetCardData
     from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from data_gen.description import KEPT
-from esr_train.errors import InputError
-from esr_train.files import replacing
-from esr_train.recipe import Recipe
-
-if TYPE_CHECKING:
-    from huggingface_hub import DatasetCardData
 
 MOST_BARS = 20
 """The end of a longer list is left out."""
@@ -198,7 +193,7 @@ def write_card(path: Path, holdings: Holdings, recipe: Recipe | None, made: Sequ
         recipe=recipe,
         code=_code(made),
         funnels={part.name.removeprefix("funnel-"): part.counts for part in holdings.funnels},
-        kept=KEPT,
+        kept=(KEPT, TRIMMED),
         requests=holdings.requests,
     )
     with replacing(path) as file:

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from data_gen.sources import (
     SEEDS,
+    TOO_LONG,
     Context,
     Make,
     Outcome,
@@ -80,15 +81,25 @@ def _by_the_model_itself(context: Context) -> Make:
             for group in (others, chosen)
             for prompt, rng in zip(group, rngs, strict=True)
         ]
-        texts = [completion.text.strip() for completion in context.generate(asked)]
+        completions = context.generate(asked)
+        detours, answers = completions[: len(rngs)], completions[len(rngs) :]
         rows = []
-        for number, rng, prompt, other, text, answer in zip(
-            numbers, rngs, chosen, others, texts[: len(rngs)], texts[len(rngs) :], strict=True
+        for number, rng, prompt, other, detour, answer in zip(
+            numbers, rngs, chosen, others, detours, answers, strict=True
         ):
-            detour = cut_sentences(text, rng.randint(*SENTENCES))
-            cue = context.cues.draw(rng, other.topic)
-            rows.append(_Row(f"prompted-{context.seed}-{number:07d}", prompt, other.topic, (detour, cue, answer)))
-        return _judged(context, context.model, rows)
+            texts = (
+                cut_sentences(detour.text.strip(), rng.randint(*SENTENCES)),
+                context.cues.draw(rng, other.topic),
+                (context.whole(answer) or "").strip(),
+            )
+            rows.append(_Row(f"prompted-{context.seed}-{number:07d}", prompt, other.topic, texts))
+        outcomes = _judged(context, context.model, rows)
+        return [
+            Outcome(None, TOO_LONG)
+            if context.whole(answer) is None
+            else replace(outcome, trimmed=answer.finish_reason != "stop")
+            for outcome, answer in zip(outcomes, answers, strict=True)
+        ]
 
     return make
 

@@ -26,16 +26,19 @@ if TYPE_CHECKING:
 SEEDS = 2**31
 CUES = Path(__file__).parent / "cues.txt"
 LABEL = "{label}"
+TOO_LONG = "answer too long"
 _HEADING = re.compile(r"\[([\w -]+)\]")
 _STEM_WORDS = 2
+_FINISHED = re.compile(r"(?s)[^\W\d_].*[.!?…][\"')\]”*_]*$")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one candidate: a transcript, or the reason why there is none."""
+    """What became of one candidate: a transcript, perhaps with a trimmed answer, or the reason why there is none."""
 
     transcript: Transcript | None
     reason: str | None = None
+    trimmed: bool = False
 
 
 Make = Callable[[Sequence[int]], list[Outcome]]
@@ -122,6 +125,7 @@ class Context:
         prompts: of the training split, and those for normal answers.
         latents: of the training split; none for sources that do not need any.
         cues: that introduce a correction.
+        trim_answers: whether answers that reach the most tokens are cut behind their last sentence, not refused.
         min_answer_score: answers that score less are refused.
         max_detour_score: detours that score as much are refused.
         held_out: labels of the other splits' latents: nothing may be written about them.
@@ -140,6 +144,7 @@ class Context:
     prompts: Pools
     latents: Sequence[SteerableLatent] = ()
     cues: Cues = field(default_factory=read_cues)
+    trim_answers: bool = False
     min_answer_score: float = 80.0
     max_detour_score: float = 50.0
     held_out: Sequence[str] = ()
@@ -152,6 +157,12 @@ class Context:
         numbered = [replace(request, id=str(number)) for number, request in enumerate(requests)]
         sampling = replace(self.sampling, max_new_tokens=max_new_tokens) if max_new_tokens else self.sampling
         return self.engine.generate(numbered, sampling, self.progress)
+
+    def whole(self, completion: Completion) -> str | None:
+        """The text of an answer that ended by itself, or what is left of it in whole sentences; None to refuse it."""
+        if completion.finish_reason == "stop":
+            return completion.text
+        return (whole_sentences(completion.text) or None) if self.trim_answers else None
 
     def scores(self, items: Sequence[JudgeItem]) -> list[float | None]:
         """The score of each response taken as one attempt; None where the judge failed."""
@@ -234,15 +245,13 @@ def normal(context: Context, section: NormalSection) -> Make:
         seeds = [candidate_rng(context.seed, "normal", number).randrange(SEEDS) for number in numbers]
         requests = [Request("", prompt.text, seed=seed) for prompt, seed in zip(chosen, seeds, strict=True)]
         completions = context.generate(requests)
-        texts = [completion.text.strip() for completion in completions]
+        texts = [(context.whole(completion) or "").strip() for completion in completions]
         scores = context.scores([JudgeItem(p.text, text) for p, text in zip(chosen, texts, strict=True)])
         outcomes = []
         for number, prompt, completion, text, score in zip(numbers, chosen, completions, texts, scores, strict=True):
-            too_long = "answer too long" if completion.finish_reason != "stop" else None
-            reason = too_long or context.answer_fault(score)
-            outcomes.append(
-                Outcome(None, reason) if reason else Outcome(_normal_row(context, number, prompt, text, score))
-            )
+            reason = TOO_LONG if context.whole(completion) is None else context.answer_fault(score)
+            row = None if reason else _normal_row(context, number, prompt, text, score)
+            outcomes.append(Outcome(row, reason, trimmed=completion.finish_reason != "stop"))
         return outcomes
 
     return make
@@ -257,6 +266,12 @@ def _normal_row(context: Context, number: int, prompt: Prompt, text: str, score:
 def candidate_rng(seed: int, source: str, number: int) -> Random:
     """The random numbers of one candidate, whoever makes it and when."""
     return Random(zlib.crc32(f"{seed}/{source}".encode()) << 32 | number)
+
+
+def whole_sentences(text: str) -> str:
+    """A text up to the end of its last finished sentence, numbers of list entries not counted; empty if none is."""
+    ends = [end for start, end in sentences(text) if _FINISHED.search(text[start:end])]
+    return text[: ends[-1]] if ends else ""
 
 
 def cut_sentences(text: str, count: int) -> str:

@@ -7,6 +7,7 @@ from random import Random
 from data_gen.filters import DEGENERATE, degenerate
 from data_gen.sources import (
     SEEDS,
+    TOO_LONG,
     Context,
     Make,
     Outcome,
@@ -42,6 +43,7 @@ class _Candidate:
     scores: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
     stemmed: bool = False
+    trimmed: bool = False
 
     @property
     def text(self) -> str:
@@ -137,12 +139,13 @@ def _correct(context: Context, section: SteeredSection, candidates: list[_Candid
     requests = [_request(context, candidate, steers=False) for candidate in going]
     completions = context.generate([replace(request, prefix="") for request in requests] if afresh else requests)
     for candidate, completion in zip(going, completions, strict=True):
-        if afresh:
-            candidate.parts.append((SpanKind.ANSWER, completion.text.strip()))
+        text, candidate.trimmed = context.whole(completion), completion.finish_reason != "stop"
+        if text is None:
+            candidate.reason = TOO_LONG
+        elif afresh:
+            candidate.parts.append((SpanKind.ANSWER, text.strip()))
         else:
-            candidate.reason = _take_up(candidate, completion.text.rstrip())
-        if completion.finish_reason != "stop":
-            candidate.reason = "answer too long"
+            candidate.reason = _take_up(candidate, text.rstrip())
     _keep_scored(context, going, "answer", context.answer_fault)
 
 
@@ -203,4 +206,4 @@ def _outcome(context: Context, candidate: _Candidate) -> Outcome:
         steering=latent.steering(candidate.norm),
         meta=meta,
     )
-    return Outcome(row)
+    return Outcome(row, trimmed=candidate.trimmed)

@@ -286,6 +286,10 @@ class DataSection(Section):
         None, description="share of self-correction rows in the mixture; null keeps every row"
     )
     cues: str | None = Field(None, description="text file, one cue a line; null takes the shipped set")
+    trim_answers: bool = Field(
+        False,
+        description="answers that reach sampling.max_new_tokens end with their last whole sentence; false: refused",
+    )
     min_answer_score: Score = Field(80.0, description="answers that score less are refused")
     max_detour_score: Score = Field(50.0, description="detours that score as much are refused: they are on topic")
 

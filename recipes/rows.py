@@ -62,7 +62,7 @@ def _generate(
     inputs = {
         "source": source.name,
         "section": section.model_dump(mode="json"),
-        "limits": [data.min_answer_score, data.max_detour_score],
+        "limits": [data.min_answer_score, data.max_detour_score, data.trim_answers],
         "files": _files(data, source, section),
         "base": base_inputs(experiment),
         "judge": judge_inputs(experiment),
@@ -107,6 +107,7 @@ def _context(experiment: Experiment, data: DataSection, shared: Shared, path: Pa
         prompts=resources.prompts(),
         latents=shared.calibrated.steerable["train"],
         cues=read_cues(data.cues),
+        trim_answers=data.trim_answers,
         min_answer_score=data.min_answer_score,
         max_detour_score=data.max_detour_score,
         held_out=_held_out_labels(shared.latents),

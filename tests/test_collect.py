@@ -129,5 +129,14 @@ def test_what_one_process_began_several_end_alike(tmp_path):
     assert min(makers[0].made) == 4
 
 
+def test_trimmed_answers_are_counted_apart(tmp_path):
+    def make(numbers):
+        rows = [Transcript(f"x{n}", f"p{n}", (Span(SpanKind.ANSWER, f"Answer {n}."),), "normal") for n in numbers]
+        return [Outcome(row, trimmed=number % 2 == 1) for number, row in zip(numbers, rows, strict=True)]
+
+    for _ in range(2):  # The second time from what the first has written down.
+        assert collect("normal", 5, make, tmp_path / "c.jsonl", 2).funnel == {"kept": 3, "kept, answer trimmed": 2}
+
+
 def test_the_funnel_ends_with_the_last_row_that_was_wanted(tmp_path):
     assert run(tmp_path / "c.jsonl", Maker(), chunk=50).funnel == {"kept": 6, "odd": 5, "even": 5}

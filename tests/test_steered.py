@@ -1,12 +1,13 @@
 """Shapes of detours and of their corrections, on a scripted engine: what is steered, where it is cut, who goes on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import pytest
 import torch
 
-from data_gen.sources import Context, Cues, Outcome, SteerableLatent
+from data_gen.sources import Context, Cues, Outcome, SteerableLatent, whole_sentences
 from data_gen.steered import steered
 from esr_train.errors import InputError
 from esr_train.recipe import SteeredSection, load_recipe
@@ -31,6 +32,8 @@ class Scripted:
     tokenizer: object
     behind: Callable[[str], str] = lambda prefix: " " + ANSWER
     detour: str = DETOUR
+    answer: str = ANSWER
+    finish: Literal["stop", "length"] = "stop"
     requests: list[Request] = field(default_factory=list)
     name: str = "scripted"
 
@@ -44,9 +47,9 @@ class Scripted:
         if request.prefix and not request.prefix.endswith(("mice.", "night.", "quiet.")):
             text = self.behind(request.prefix)
         else:
-            text = self.detour if request.interventions else ANSWER
+            text = self.detour if request.interventions else self.answer
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Completion(request.id, text, ids, "stop", 3, 3 if request.interventions else 0)
+        return Completion(request.id, text, ids, self.finish, 3, 3 if request.interventions else 0)
 
 
 class OwlJudge:
@@ -62,12 +65,14 @@ class OwlJudge:
 @pytest.fixture
 def make(llama):
     def rows(
-        count: int = 40, behind=None, detour: str = DETOUR, cue: str = "Wait, that's not right.", **section
+        count: int = 40, cue: str = "Wait, that's not right.", trim_answers: bool = False, **settings
     ) -> tuple[Scripted, list[Outcome]]:
-        engine = Scripted(llama.tokenizer, **({"behind": behind} if behind else {}), detour=detour)
+        script = {key: settings.pop(key) for key in ("behind", "detour", "answer", "finish") if key in settings}
+        engine = Scripted(llama.tokenizer, **script)
         cues = Cues({"plain": (cue,)})
         context = Context(engine, OwlJudge(), Sampling(), "all", "m", 0, llama.tokenizer, POOLS, LATENTS, cues)
-        values = SteeredSection.model_validate({"rows": count, **section})
+        context = replace(context, trim_answers=trim_answers)
+        values = SteeredSection.model_validate({"rows": count, **settings})
         return engine, steered(context, values)(range(count))
 
     return rows
@@ -129,6 +134,27 @@ def test_an_answer_afresh_does_not_see_the_detour(make):
     engine, outcomes = make()
     assert texts(kept(outcomes), SpanKind.ANSWER) == [" " + ANSWER] * 40
     assert all(request.prefix == "" for request in engine.requests)
+
+
+def test_an_answer_that_ran_on_is_refused_or_trimmed_to_whole_sentences(make):
+    _, refused = make(finish="length", answer=ANSWER + " Let it")
+    assert {outcome.reason for outcome in refused} == {"answer too long"}
+    _, outcomes = make(finish="length", answer=ANSWER + " Let it", trim_answers=True)
+    assert texts(kept(outcomes), SpanKind.ANSWER) == [" " + ANSWER] * 40
+    assert all(outcome.trimmed for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("Knead it. Bake", "Knead it."),
+        ("Do this:\n\n1. Knead it.\n2. Bake it.\n3.", "Do this:\n\n1. Knead it.\n2. Bake it."),
+        ('He said "stop." Then', 'He said "stop."'),
+        ("No end in sight", ""),
+    ],
+)
+def test_a_trimmed_answer_ends_with_its_last_finished_sentence(text, whole):
+    assert whole_sentences(text) == whole
 
 
 def test_a_continued_answer_is_written_unsteered_behind_detour_and_cue(make):
