@@ -17,10 +17,10 @@ class FakeScorer:
 
     asked: list[tuple[Request, str]] = field(default_factory=list)
 
-    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
+    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:
         self.asked += zip(requests, continuations, strict=True)
         return [
-            math.log(0.1 if text != " Wait." else 0.2 if request.prefix.endswith("dough.") else 0.01)
+            (math.log(0.5), math.log(0.2 if text != " Wait." else 0.4 if request.prefix.endswith("dough.") else 0.02))
             for request, text in zip(requests, continuations, strict=True)
         ]
 

@@ -239,8 +239,22 @@ def test_log_probabilities_are_those_of_the_naive_forward_pass_under_each_rows_s
         assert whole[: len(ids)] == ids
         logits = forward(family, request, whole, start)
         tail = torch.tensor(whole[len(ids) :])
-        wanted = logits[len(ids) - 1 : -1].log_softmax(-1).gather(1, tail[:, None]).sum()
-        assert value == pytest.approx(float(wanted), abs=1e-3)
+        wanted = logits[len(ids) - 1 : -1].log_softmax(-1).gather(1, tail[:, None])[:, 0]
+        assert value == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
+def test_a_beginning_that_texts_share_is_read_once(family):
+    fed: list[tuple[int, int]] = []
+    engine = TransformersEngine(family.model, family.tokenizer, batch_rows=4)
+    requests = [request for request in steered_requests()[:3] for _ in range(3)]
+    texts = [" Knead", " Wait, the mast. Raise the jib.", " Then dust it."] * 3
+    with family.model.get_input_embeddings().register_forward_hook(lambda _, __, out: fed.append(tuple(out.shape[:2]))):
+        together = engine.log_probabilities(requests, texts)
+    assert fed[0][0] == 3, "three beginnings, each once"
+    assert sum(rows for rows, _ in fed[1:]) == 9
+    alone = [engine.log_probabilities([r], [t])[0] for r, t in zip(requests, texts, strict=True)]
+    for values, wanted in zip(together, alone, strict=True):
+        assert values == pytest.approx(wanted, abs=1e-4)
 
 
 def test_the_first_tokens_log_probability_is_that_of_sampling_it(family):
@@ -250,7 +264,7 @@ def test_the_first_tokens_log_probability_is_that_of_sampling_it(family):
     (made,) = engine.generate([request], GREEDY)
     first = family.tokenizer.decode(made.token_ids[:1])
     others = ["Wait", " the", " mast"]
-    values = engine.log_probabilities([request] * 4, [first, *others])
+    values = [sum(each) for each in engine.log_probabilities([request] * 4, [first, *others])]
     assert values[0] >= max(values[1:])
     assert all(value <= 0 for value in values)
 

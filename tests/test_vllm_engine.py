@@ -315,9 +315,11 @@ def test_log_probabilities_are_the_transformers_engines(side):
     requests = side.requests(24)
     texts = [(" Wait, that was wrong.", " choose the archer", "g", ".\n\nAt last")[n % 4] for n in range(24)]
     found = side.vllm.log_probabilities(requests, texts)
-    assert found == pytest.approx(side.transformers.log_probabilities(requests, texts), abs=1e-3)
+    for values, wanted in zip(found, side.transformers.log_probabilities(requests, texts), strict=True):
+        assert values == pytest.approx(wanted, abs=1e-3)
     plain = side.vllm.log_probabilities([Request(r.id, r.prompt, None, r.prefix) for r in requests], texts)
-    assert sum(abs(a - b) > 0.01 for a, b in zip(found, plain, strict=True)) > 8, "the interventions must be at work"
+    changed = sum(abs(sum(a) - sum(b)) > 0.01 for a, b in zip(found, plain, strict=True))
+    assert changed > 8, "the interventions must be at work"
     assert side.vllm.generate(requests, GREEDY) == side.transformers.generate(requests, GREEDY)
 
 

@@ -77,8 +77,8 @@ Progress = Callable[[int, int], None]
 class Scorer(Protocol):
     """An engine that also says how likely a text is."""
 
-    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
-        """Log-probability (nats, temperature 1) of each continuation right after its request's prefix.
+    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:
+        """Log-probability (nats, temperature 1) of each token of each continuation, right after its request's prefix.
 
         The request's interventions are at work, as in generation; its seed plays no part.
         """
@@ -130,6 +130,35 @@ def encoded_with(tokenizer: Any, request: Request, continuation: str) -> tuple[E
     return whole, len(whole.ids) - min(shared, len(whole.ids) - 1)
 
 
+def check_steered(request: Request, prompt: Encoding, fed: int, counts: Mapping[int, int]) -> int:
+    """How many of a request's tokens were steered, if every layer steered exactly those it was asked to.
+
+    All positions contain the reply's, so over several layers the most steered one has every steered position.
+
+    Args:
+        request: as it was given.
+        prompt: its rendered prompt.
+        fed: tokens that the model was fed: the prompt's, and those behind it.
+        counts: layer -> tokens that were steered there.
+
+    Raises:
+        RunError: naming the request and the layer.
+    """
+    expected: dict[int, int] = {}
+    for intervention in request.interventions:
+        first = 0 if intervention.positions == "all" else prompt.reply_start
+        layer = layer_of(intervention)
+        expected[layer] = max(expected.get(layer, 0), fed - first)
+    for layer in {**expected, **counts}:
+        asked, got = expected.get(layer, 0), counts.get(layer, 0)
+        if asked != got:
+            raise RunError(
+                f"request {request.id!r}: layer {layer} steered {got} tokens where {asked} were "
+                "asked for. The completion is not a valid trial."
+            )
+    return max(expected.values(), default=0)
+
+
 def checked_completion(
     tokenizer: Any,
     request: Request,
@@ -140,8 +169,7 @@ def checked_completion(
 ) -> Completion:
     """What an engine returns, if every layer steered exactly the tokens it was asked to.
 
-    The last token is never fed, so it is never steered. All positions contain the generated ones, so over
-    several layers the most steered one has every steered position.
+    The last token is never fed, so it is never steered.
 
     Args:
         tokenizer: the model's.
@@ -154,24 +182,12 @@ def checked_completion(
     Raises:
         RunError: naming the request and the layer.
     """
-    expected: dict[int, int] = {}
-    for intervention in request.interventions:
-        first = 0 if intervention.positions == "all" else prompt.reply_start
-        tokens, layer = len(prompt.ids) - first + len(generated) - 1, layer_of(intervention)
-        expected[layer] = max(expected.get(layer, 0), tokens)
-    for layer in {**expected, **counts}:
-        asked, got = expected.get(layer, 0), counts.get(layer, 0)
-        if asked != got:
-            raise RunError(
-                f"request {request.id!r}: layer {layer} steered {got} tokens where {asked} were "
-                "asked for. The completion is not a valid trial."
-            )
+    steered = check_steered(request, prompt, len(prompt.ids) + len(generated) - 1, counts)
     kept = generated[:-1] if finish == "stop" else generated
     text = tokenizer.decode(list(kept), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if not request.prefix:
         # White space that the template writes before a reply would be there twice in a transcript.
         text = str(text).removeprefix(chat_template(tokenizer).reply_space)
-    steered = max(expected.values(), default=0)
     return Completion(request.id, str(text), tuple(generated), finish, len(prompt.ids), steered)
 
 

@@ -1,6 +1,7 @@
 """The transformers hook: every token of a batch under its own row's interventions, and a count of what it steered."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -78,3 +79,15 @@ class SteeringHook:
     def counts(self) -> dict[int, list[int]]:
         """For each steered layer, how many tokens of each row it has steered so far."""
         return {number: layer.counts() for number, layer in sorted(self._layers.items())}
+
+
+@contextmanager
+def steering(model: Any, row_interventions: Sequence[Sequence[Intervention]]) -> Iterator[SteeringHook]:
+    """The rows' interventions at work in evaluation mode: no dropout, no gradient checkpointing."""
+    training = model.training
+    model.eval()
+    try:
+        with SteeringHook(model, row_interventions) as hook:
+            yield hook
+    finally:
+        model.train(training)

@@ -5,9 +5,7 @@ instead of being computed to the end of the longest reply, and every token that 
 steered tokens can be held against what was asked.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -26,24 +24,21 @@ from esr_train.steering.engine import (
     encoded_with,
     not_finite,
 )
-from esr_train.steering.hook import SteeringHook
+from esr_train.steering.hook import SteeringHook, steering
 from esr_train.steering.sampling import processors, row_seeds
+from esr_train.steering.scoring import Text, score_texts
 from esr_train.template import stop_ids
 
 
 @dataclass
 class _Row:
-    """A request on its way: its index in the caller's list, its rendered prompt, what it has generated.
-
-    To score a text, `tail` is how many of the prompt's last tokens are that text's.
-    """
+    """A request on its way: its index in the caller's list, its rendered prompt, what it has generated."""
 
     index: int
     request: Request
     prompt: Encoding
     generated: list[int] = field(default_factory=list)
     finish: Literal["stop", "length"] = "length"
-    tail: int = 0
 
 
 class TransformersEngine:
@@ -79,7 +74,7 @@ class TransformersEngine:
         rows = [_Row(index, r, encoded(self.tokenizer, r)) for index, r in enumerate(requests)]
         completions: dict[int, Completion] = {}
         for batch in self._batches(rows):
-            with _steering(self.model, batch) as hook:
+            with steering(self.model, [row.request.interventions for row in batch]) as hook:
                 _decode(_Batch(self.model, batch, sampling), hook, self._stop_ids)
             completions |= self._checked(batch, hook)
             if progress:
@@ -87,24 +82,19 @@ class TransformersEngine:
         return [completions[index] for index in range(len(rows))]
 
     @torch.no_grad()
-    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
-        """Log-probability (nats, temperature 1) of each continuation right after its request's prefix.
+    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:
+        """Log-probability (nats, temperature 1) of each token of each continuation, right after its request's prefix.
+
+        What several requests have in front of their continuations is read once.
 
         Raises:
             InputError: an intervention that does not fit the model.
             RunError: a row that was not steered at exactly the tokens it asked for, or whose logits are not finite.
         """
-        rows = []
-        for index, (request, text) in enumerate(zip(requests, continuations, strict=True)):
-            whole, tail = encoded_with(self.tokenizer, request, text)
-            # As if one token had been generated behind it and not fed: every token of the row is steered as asked.
-            rows.append(_Row(index, request, whole, whole.ids[-1:], tail=tail))
-        values: dict[int, float] = {}
-        for batch in self._batches(rows):
-            with _steering(self.model, batch) as hook:
-                values |= _scored(_Batch(self.model, batch, Sampling()), hook)
-            self._checked(batch, hook)
-        return [values[index] for index in range(len(rows))]
+        pairs = enumerate(zip(requests, continuations, strict=True))
+        texts = [Text(index, each, *encoded_with(self.tokenizer, each, text)) for index, (each, text) in pairs]
+        values = score_texts(self.model, texts, self.batch_rows)
+        return [values[index] for index in range(len(texts))]
 
     def _batches(self, rows: list[_Row]) -> list[list[_Row]]:
         # Longest first: the batch that needs most memory fails at once, not at the end.
@@ -222,29 +212,3 @@ def _take(rows: Sequence[_Row], tokens: Sequence[int], stops: frozenset[int]) ->
         else:
             going.append(number)
     return going
-
-
-def _scored(batch: _Batch, hook: SteeringHook) -> dict[int, float]:
-    """Index -> summed log-probability of each row's tail."""
-    batch.set_prompt_rows(hook)
-    logits = batch.logits(batch.ids, max(row.tail for row in batch.rows) + 1)
-    values = {}
-    for row, ids, row_logits in zip(batch.rows, batch.ids, logits, strict=True):
-        tokens = ids[-row.tail :, None]
-        value = float(row_logits[-row.tail - 1 : -1].float().log_softmax(-1).gather(1, tokens).sum())
-        if not math.isfinite(value):
-            raise not_finite(row.request)
-        values[row.index] = value
-    return values
-
-
-@contextmanager
-def _steering(model: Any, rows: Sequence[_Row]) -> Iterator[SteeringHook]:
-    """The rows' interventions at work in evaluation mode: no dropout, no gradient checkpointing."""
-    training = model.training
-    model.eval()
-    try:
-        with SteeringHook(model, [row.request.interventions for row in rows]) as hook:
-            yield hook
-    finally:
-        model.train(training)

@@ -51,7 +51,7 @@ def restart_reader(
         scores: list[float] = []
         for start in range(0, len(asked), CHUNK):
             part = asked[start : start + CHUNK]
-            scores += scorer.log_probabilities([request for request, _ in part], [text for _, text in part])
+            scores += map(sum, scorer.log_probabilities([request for request, _ in part], [text for _, text in part]))
         width = len(continuations)
         groups = iter([scores[start : start + width] for start in range(0, len(scores), width)])
         return [[[end, round(_log_sum(next(groups)), 4)] for end in places] for places in ends]

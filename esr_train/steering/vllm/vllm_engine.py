@@ -97,8 +97,8 @@ class VllmEngine:
         rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
         return [answer.completion for answer in self._answers(rows, sampling, progress)]
 
-    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
-        """Log-probability (nats, temperature 1) of each continuation right after its request's prefix.
+    def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:
+        """Log-probability (nats, temperature 1) of each token of each continuation, right after its request's prefix.
 
         Raises:
             InputError: an intervention or a prompt that does not fit the model.
@@ -268,13 +268,13 @@ def _read(answer: _Answer) -> tuple[Completion, torch.Tensor]:
     return completion, torch.tensor(activations)
 
 
-def _scored(answer: _Answer, tokens: Sequence[int]) -> float:
-    """The summed log-probability of a prompt's last tokens."""
+def _scored(answer: _Answer, tokens: Sequence[int]) -> tuple[float, ...]:
+    """The log-probabilities of a prompt's last tokens."""
     if answer.prompt is None or len(answer.prompt) != answer.completion.prompt_tokens:
         raise RunError(f"request {answer.completion.id!r}: vLLM returned no log-probabilities of its tokens")
     # The first token has no entry; a continuation never begins there.
     entries = zip(answer.prompt[-len(tokens) :], tokens, strict=True)
-    return float(sum(entry[token].logprob for entry, token in entries))
+    return tuple(float(entry[token].logprob) for entry, token in entries)
 
 
 def _counts(report: Report) -> dict[int, int]:
