@@ -1,26 +1,19 @@
 """What is thrown away after it was judged: detours that are no text, answers that repeat them, rows seen before."""
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 
 from data_gen.sources import Make, Outcome
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import fingerprint
+from eval.judging.prose import TRIPLE, degenerate, grams, words
 
 DEGENERATE = "detour degenerate"
-REPETITION = 0.5
-"""Most of a detour's word triples that it may have said before."""
 PARROTING = 0.5
 """Most of a detour's word quadruples that its answer may say again."""
 ALIKE = 0.9
 """Jaccard similarity of their sets of word triples from which two replies count as the same."""
-TRIPLE, QUADRUPLE = 3, 4
-"""Words in a row: those that a text says again, and those that an answer shares with a detour."""
-LEAST_TEXT = 0.5
-"""Share of letters and digits among the visible characters below which a detour is no text."""
-LOOP = re.compile(r"([^\W_]{1,4}?)\1{9,}")
-"""One to four letters ten times in a row."""
+QUADRUPLE = 4
+"""Words in a row that an answer shares with a detour."""
 Triple = tuple[str, ...]
 
 
@@ -45,24 +38,10 @@ def fault(row: Transcript) -> str | None:
     return None
 
 
-def degenerate(text: str) -> bool:
-    """Whether a text goes round in circles or is no text at all."""
-    visible = [character for character in text if not character.isspace()]
-    if sum(map(str.isalnum, visible)) < LEAST_TEXT * len(visible) or LOOP.search(text):
-        return True
-    return repetition(text) > REPETITION
-
-
-def repetition(text: str) -> float:
-    """Share of a text's word triples that it has said before, 0 to 1."""
-    triples = _grams(_words(text), TRIPLE)
-    return 1 - len(set(triples)) / len(triples) if triples else 0.0
-
-
 def repeated(detour: str, answer: str) -> float:
     """Share of a detour's distinct word quadruples that its answer says, too, 0 to 1; a shorter detour has none."""
-    said = set(_grams(_words(detour), QUADRUPLE))
-    return len(said & set(_grams(_words(answer), QUADRUPLE))) / len(said) if said else 0.0
+    said = set(grams(words(detour), QUADRUPLE))
+    return len(said & set(grams(words(answer), QUADRUPLE))) / len(said) if said else 0.0
 
 
 class Seen:
@@ -81,8 +60,8 @@ class Seen:
         exact = f"{fingerprint(row.prompt)} {fingerprint(row.content)}"
         if exact in self._exact:
             return "duplicate"
-        words = _words(" ".join(span.text for span in row.spans if span.kind is not SpanKind.CUE))
-        triples = frozenset(_grams(words, TRIPLE) or [tuple(words)])
+        said = words(" ".join(span.text for span in row.spans if span.kind is not SpanKind.CUE))
+        triples = frozenset(grams(said, TRIPLE) or [tuple(said)])
         shared = Counter(index for triple in triples for index in self._holders.get(triple, ()))
         if any(both >= ALIKE * (len(triples) + self._sizes[index] - both) for index, both in shared.items()):
             return "near duplicate"
@@ -91,11 +70,3 @@ class Seen:
             self._holders[triple].append(len(self._sizes))
         self._sizes.append(len(triples))
         return None
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
-
-
-def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]

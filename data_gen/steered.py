@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from data_gen.filters import DEGENERATE, degenerate
+from data_gen.filters import DEGENERATE
 from data_gen.sources import (
     SEEDS,
     TOO_LONG,
@@ -25,6 +25,7 @@ from esr_train.steering.engine import Completion, Request
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
 from eval.judging.judge import JudgeItem
+from eval.judging.prose import degenerate
 
 START_TOKENS = 4
 """Tokens that are sampled for a word of a reply's start; rare words need several."""

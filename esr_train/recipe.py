@@ -145,10 +145,22 @@ class LocalJudgeSection(AskingJudgeSection):
         return self
 
 
+class LikelihoodJudgeSection(JudgeSection):
+    """How much likelier the question makes a text, under a model on this machine that nobody steers."""
+
+    kind: Literal["likelihood"] = Field("likelihood", description="who scores; each kind has keys of its own")
+    model: str | None = Field(
+        None,
+        description="model: a name of inspect_ai's model API, its key stands in the environment; local, likelihood: "
+        "a folder or hub id, run by our own engine (likelihood alone: null is the recipe's own model, as it was given)",
+    )
+
+
 JUDGE_SECTIONS: dict[str, type[JudgeSection]] = {
     "lexical": LexicalJudgeSection,
     "model": ModelJudgeSection,
     "local": LocalJudgeSection,
+    "likelihood": LikelihoodJudgeSection,
 }
 """Kind of judge -> its section; further kinds are added by `eval.judging.judge.register_judge`."""
 
@@ -522,6 +534,15 @@ class Recipe(Section):
         values["data"] = _merged(values["data"], section.data)
         values["train"] = _merged(values["train"], section.train)
         return Recipe.model_validate({**values, "arms": {}})
+
+
+def judging_model(recipe: Recipe, section: JudgeSection) -> ModelSection | None:
+    """The model on this machine that a judge of this recipe runs; None if it runs none."""
+    if not isinstance(section, LocalJudgeSection | LikelihoodJudgeSection):
+        return None
+    if section.model in (None, recipe.model.path):
+        return recipe.model
+    return ModelSection(path=str(section.model), dtype=recipe.model.dtype, device=recipe.model.device)
 
 
 def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -10,11 +10,12 @@ import data_gen.prompted
 import data_gen.steered  # noqa: F401 - each registers what a recipe may name
 import eval.conditions
 import eval.judging.lexical
+import eval.judging.likelihood
 import eval.judging.model_judge  # noqa: F401
 from esr_train.files import hold, replacing
 from esr_train.provenance import digest, model_hashes, sae_hashes, sha256
 from esr_train.ranks import ALONE, Ranks
-from esr_train.recipe import JudgeSection, ModelSection, Recipe, dump_recipe, load_recipe
+from esr_train.recipe import JudgeSection, ModelSection, Recipe, dump_recipe, judging_model, load_recipe
 from esr_train.template import DATE
 from recipes.resources import Resources, located, open_resources
 from recipes.stage_cache import StageCache
@@ -141,6 +142,6 @@ def judge_inputs(experiment: Experiment) -> dict[str, Any]:
     found: dict[str, Any] = {"name": experiment.resources.judge().name, "settings": values}
     if values.get("vocabulary"):
         found["vocabulary"] = sha256(located(values["vocabulary"]))
-    if section.kind == "local" and values.get("model"):
-        found["model"] = hashed(experiment.resources, ModelSection(path=values["model"]))
+    if model := judging_model(experiment.recipe, section):
+        found["model"] = hashed(experiment.resources, model)
     return found

@@ -13,7 +13,7 @@ import torch
 from esr_train.adapters import load_adapter
 from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
-from esr_train.recipe import JudgeSection, LocalJudgeSection, ModelSection, PromptsSection, Recipe
+from esr_train.recipe import JudgeSection, ModelSection, PromptsSection, Recipe, judging_model
 from esr_train.steering.direction_files import check_fits, load_sae
 from esr_train.steering.directions import LoadedSae
 from esr_train.steering.engine import Engine, Sampling
@@ -85,7 +85,8 @@ class Servers:
         A judge on the base model shares that one's server, unless an arm's whole model takes its place meanwhile.
         """
         recipe = self.recipe
-        named = {each.model for each in (recipe.judge, *recipe.judges) if isinstance(each, LocalJudgeSection)}
+        models = [judging_model(recipe, section) for section in (recipe.judge, *recipe.judges)]
+        named = {model.path for model in models if model}
         replaced = any(arm.model or arm.merged for arm in recipe.arms.values())
         return named if replaced else named - {recipe.model.path}
 
@@ -193,21 +194,27 @@ class Resources:
 
     def _judge(self, section: JudgeSection, key: str) -> Judge:
         recipe, cache = self.recipe, Path(self.recipe.runs) / "judge-cache"
-        context = JudgeContext(key, recipe.llm, cache, recipe.directory, self._judging_engine, located)
+        context = JudgeContext(
+            key, recipe.llm, cache, recipe.directory, self._judging_engine, located, recipe.model.path
+        )
         return open_judge(section, context)
 
     def _judging_engine(self, path: str) -> Engine:
-        """An engine on a judge's own model, beside the one under test; on that one itself if the judge is the same."""
+        """An engine on a judge's own model, opened once; the base model's own if the judge is the same.
+
+        A tuned arm is loaded apart from the base model, so no adapter and no steering reaches a judge.
+        """
         beside, rows = self.recipe.model, self.recipe.llm.concurrency
         vllm = self.recipe.engine.kind == "vllm"
         if path == beside.path and not (vllm and path in self._servers.own):
             return self.base()
         model = ModelSection(path=path, dtype=beside.dtype, device=beside.device)
+        tokenizer = self.once(f"tokenizer of {path}", lambda: load_tokenizer(model))
         if vllm:
             from esr_train.steering.vllm.vllm_engine import VllmEngine
 
-            return VllmEngine(self._servers.judging(model, rows), load_tokenizer(model))
-        return TransformersEngine(load_model(model), load_tokenizer(model), batch_rows=rows)
+            return VllmEngine(self._servers.judging(model, rows), tokenizer)
+        return self.once(f"judge on {path}", lambda: TransformersEngine(load_model(model), tokenizer, batch_rows=rows))
 
     def prompts(self) -> Pools:
         """The prompts of every split."""

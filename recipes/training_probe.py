@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esr_train.errors import InputError
-from esr_train.recipe import Recipe
+from esr_train.recipe import Recipe, judging_model
 from esr_train.restarts import find_cues
 from esr_train.steering.engine import Engine, Sampling
 from eval.calibration import load_thresholds
@@ -37,7 +37,7 @@ def calibrated_probe(recipe: Recipe, directory: Path) -> MakeProbe:
         InputError: if the run has not been calibrated, or a judge would have to be loaded beside sharded weights.
     """
     section = required(recipe.train.probe, "train.probe")
-    if recipe.judge.kind == "local" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if judging_model(recipe, recipe.judge) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "the probe's judge cannot be loaded into one of several training processes",
             "train.probe",

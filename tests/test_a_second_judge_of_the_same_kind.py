@@ -64,7 +64,7 @@ def test_judges_that_can_differ_are_judges_of_their_own(tmp_path, monkeypatch, j
         (LOCAL, [{**LOCAL, "repeat": 1}], r"judges\.0: .*at temperature 0 says the same again: remove repeat, or set"),
         (LOCAL, [{**LOCAL, "repeat": 1, "temperature": None}], r"judges\.0: .*says the same again"),
         ({**WORDS, "temperature": 1}, [], r"judge: .*kind 'lexical' has no key 'temperature'"),
-        ({**WORDS, "model": "openai/x"}, [], r"judge: .*no key 'model'; one of kind model or local has"),
+        ({**WORDS, "model": "openai/x"}, [], r"judge: .*no key 'model'; one of kind model or local or likelihood has"),
         ({**MODEL, **WORDS}, [], r"judge: .*kind 'model' has no key 'vocabulary'; one of kind lexical has"),
         ({"kind": "model"}, [], r"judge\.model: required"),
         (WORDS, [{"kind": "local"}], r"judges\.0\.model: required"),

@@ -125,7 +125,7 @@ def test_every_recipe_key_is_explained_in_words_of_yaml():
     assert len(keys) >= 60
     assert [key.name for key in keys if not key.meaning or re.search(r"None|Field|Annotated|typing", str(key))] == []
     by_name = {key.name: (key.kind, key.default) for key in keys}
-    assert by_name["judge.kind"] == ("lexical | model | local", "lexical")
+    assert by_name["judge.kind"] == ("lexical | model | local | likelihood", "lexical")
     assert by_name["data.steered.strength"] == ("[float, float]", "[0.9, 1.3]")
     assert by_name["calibration.stop_width"] == ("float | null", "null")
 

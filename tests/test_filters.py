@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from data_gen.collect import collect
-from data_gen.filters import ALIKE, Seen, degenerate, fault, repeated, repetition, screened
+from data_gen.filters import ALIKE, Seen, fault, repeated, screened
 from data_gen.sources import Outcome
 from esr_train.transcript import Span, SpanKind, Transcript
+from eval.judging.prose import degenerate, repetition
 
 OFF, CUE, ANSWER = SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER
 OWLS = "Owls fly by night and hunt mice. Their wings are quiet, so that no mouse hears them come."

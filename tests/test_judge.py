@@ -80,7 +80,7 @@ def test_a_kind_from_outside_is_registered_with_its_own_keys_and_a_recipe_names_
 
 
 def test_without_registration_the_kind_is_unknown():
-    with pytest.raises(ValueError, match=r"'length' is no kind of judge \(lexical, model, local\)"):
+    with pytest.raises(ValueError, match=r"'length' is no kind of judge \(lexical, model, local, likelihood\)"):
         Recipe.model_validate(values(kind="length"))
 
 

@@ -27,7 +27,8 @@ class JudgeItem:
         prompt: the user's message.
         response: the model's reply.
         label: what the steering latent stands for; None: unsteered, or unknown.
-        recovery: whether `silent_recovery` is wanted, which may cost a question of its own.
+        recovery: whether findings beside the scores are wanted that may cost a question of their own
+            (`silent_recovery`, `hijacked`).
     """
 
     prompt: str
@@ -86,6 +87,7 @@ class JudgeContext:
         run: folder of the run, in which requests and costs are counted; None counts in memory.
         open_engine: hub id or folder of a model -> an engine on it.
         locate: a path in the recipe -> the file it names.
+        model: hub id or folder of the model under test, for a judge that names none.
     """
 
     key: str = "judge"
@@ -94,6 +96,7 @@ class JudgeContext:
     run: Path | None = None
     open_engine: Callable[[str], Engine] = _no_engine
     locate: Callable[[str], Path] = Path
+    model: str | None = None
 
 
 AnySection = TypeVar("AnySection", bound=JudgeSection)

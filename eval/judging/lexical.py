@@ -11,8 +11,9 @@ from pathlib import Path
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.recipe import LexicalJudgeSection
-from esr_train.restarts import attempts, find_cues, sentences
+from esr_train.restarts import sentences
 from eval.judging.judge import Attempt, JudgeContext, JudgeItem, Judgement, register_judge
+from eval.judging.prose import bodies, grams, recovers
 
 EVERY_WORD = "_words"
 """Key of the vocabulary file under which every word of the language may stand."""
@@ -21,7 +22,6 @@ _FINISHED = re.compile(r"[.!?…][\"')\]”’*_]*$")
 _UNKNOWN_SHARE = 0.2
 _GRAM = 4
 _LONG_SENTENCE = 6
-_ON_TOPIC, _OFF_TOPIC = 80.0, 50.0
 
 
 class LexicalJudge:
@@ -85,20 +85,20 @@ class LexicalJudge:
         topic = self.topic_of(item.prompt)
         if topic is None:
             return Judgement((), self.name, error="the prompt names no topic of the vocabulary")
-        cue_ends = dict(find_cues(item.response))
-        ranges = attempts(item.response)
-        read = [self._read(item.response, start, end, cue_ends, topic) for start, end in ranges]
-        flags = {"degenerate": any(each.degenerate for each in read), "silent_recovery": _recovers(read)}
+        parts = bodies(item.response)
+        read = [self._read(part.text, topic) for part in parts]
+        flags = {
+            "degenerate": any(each.degenerate for each in read),
+            "silent_recovery": recovers([each.shares for each in read]),
+        }
         if item.label in self._topics:
             flags["hijacked"] = read[-1].named[item.label] > read[-1].named.total() / 2
-        scored = tuple(Attempt(*at, each.score) for at, each in zip(ranges, read, strict=True))
+        scored = tuple(Attempt(*part.range, each.score) for part, each in zip(parts, read, strict=True))
         raw = json.dumps({"topic": topic, "sentences": [each.shares for each in read]})
         return Judgement(scored, self.name, raw, flags)
 
-    def _read(self, response: str, start: int, end: int, cue_ends: dict[int, int], topic: str) -> "_Reading":
-        """Read the attempt [start, end) without the cue that it begins with."""
-        begin = next((stop for cue, stop in cue_ends.items() if start <= cue and stop <= end), start)
-        body = response[begin:end]
+    def _read(self, body: str, topic: str) -> "_Reading":
+        """Read an attempt without the cue that it begins with."""
         found = [body[first:last] for first, last in sentences(body)]
         if len(found) > 1 and not _FINISHED.search(found[-1]):
             found.pop()
@@ -115,26 +115,26 @@ class LexicalJudge:
         stream = [word for sentence in words for word in sentence]
         if not stream:
             return False, 1.0
-        repeated = {gram for gram, count in Counter(_grams(stream, _GRAM)).items() if count >= 3}
+        repeated = {gram for gram, count in Counter(grams(stream, _GRAM)).items() if count >= 3}
         seen = Counter(tuple(sentence) for sentence in words)
         degenerate = (
             bool(repeated)
-            or any(len(set(gram)) == 1 for gram in _grams(stream, 3))
+            or any(len(set(gram)) == 1 for gram in grams(stream, 3))
             or any(count > 1 and len(sentence) >= _LONG_SENTENCE for sentence, count in seen.items())
             or self._unknown(stream) > _UNKNOWN_SHARE
         )
         sound, used = 0, set[tuple[str, ...]]()
         for number, sentence in enumerate(words):
-            grams = _grams(sentence, _GRAM)
+            runs = grams(sentence, _GRAM)
             sound += (
                 found[number].lstrip("*_\"'([“-# ")[:1].isupper()
                 and sentence not in words[:number]
                 and self._unknown(sentence) <= _UNKNOWN_SHARE
-                and all(first != second for first, second in _grams(sentence, 2))
-                and used.isdisjoint(grams)
-                and len(set(grams)) == len(grams)
+                and all(first != second for first, second in grams(sentence, 2))
+                and used.isdisjoint(runs)
+                and len(set(runs)) == len(runs)
             )
-            used |= repeated & set(grams)
+            used |= repeated & set(runs)
         return degenerate, sound / len(words)
 
     def _unknown(self, words: Sequence[str]) -> float:
@@ -176,15 +176,6 @@ class _Reading:
     degenerate: bool
 
 
-def _recovers(read: Sequence[_Reading]) -> bool:
-    """One attempt whose first third of sentences is off-topic and whose last third is on-topic."""
-    shares = read[0].shares
-    if len(read) != 1 or len(shares) < 3:
-        return False
-    third = len(shares) // 3
-    return sum(shares[:third]) / third < _OFF_TOPIC and sum(shares[-third:]) / third >= _ON_TOPIC
-
-
 def _terms(topics: Mapping[str, Sequence[str]]) -> dict[tuple[str, ...], str]:
     terms: dict[tuple[str, ...], str] = {}
     for topic, words in topics.items():
@@ -216,10 +207,6 @@ def _plural(word: str) -> str:
     if word.endswith(("s", "x", "z", "ch", "sh")):
         return word + "es"
     return word[:-1] + "ies" if re.search("[^aeiou]y$", word) else word + "s"
-
-
-def _grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
-    return list(zip(*(words[offset:] for offset in range(length)), strict=False))
 
 
 def _is_words(value: object) -> bool:
