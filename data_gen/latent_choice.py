@@ -31,7 +31,7 @@ def choose(
     latents: Sequence["Direction"],
     active: Collection[int],
     topics: Mapping[str, Split],
-    splits: SplitSection,
+    splits: SplitSection | None,
     limit: int | None,
 ) -> Choice:
     """Choose which of the candidates may steer, and deal them to splits by their labels.
@@ -48,7 +48,7 @@ def choose(
         latents: candidates, in order of preference.
         active: latents that are active on a prompt of the set.
         topics: of the prompts, with their splits.
-        splits: shares and seed of the splits.
+        splits: shares and seed of the splits; None: all are for the test.
         limit: most latents in all; None takes every one.
 
     Raises:
@@ -56,7 +56,9 @@ def choose(
     """
     inactive = [latent for latent in latents if latent.latent not in active]
     single = without_twins(inactive)
-    drawn = limited(split_latents(single, topics, splits), limit, splits.seed)
+    everything: dict[Split, list[Direction]] = {"train": [], "validation": [], "test": single}
+    dealt = split_latents(single, topics, splits) if splits else everything
+    drawn = limited(dealt, limit, splits.seed if splits else 0)
     counts = [len(latents), len(inactive), len(single), sum(map(len, drawn.values()))]
     lost = [before - after for before, after in pairwise(counts)]
     left_out = {reason: count for reason, count in zip((ACTIVE, TWIN, SURPLUS), lost, strict=True) if count}

@@ -188,6 +188,7 @@ def write_card(path: Path, holdings: Holdings, recipe: Recipe | None, made: Sequ
         corrections=sum(row.corrects for row in rows),
         models=_listed(f"`{model}`" for row in rows if (model := row.meta.get("model"))),
         saes=_listed(f"`{each.sae.release}`, `{each.sae.id}`, layer {each.layer}" for each in steerings if each.sae),
+        vectors=_listed(f"`{each.vector.file}`, layer {each.layer}" for each in steerings if each.vector),
         files={file.name: text_of(parts) for file, parts in holdings.parts.items()},
         sources=sorted({str(row.source) for row in rows} | asked_for),
         recipe=recipe,

@@ -15,7 +15,7 @@ from esr_train.recipe import SOURCE_SECTIONS, DataSection, NormalSection, Source
 from esr_train.restarts import sentences
 from esr_train.steering.directions import Direction, Positions
 from esr_train.steering.engine import Completion, Engine, Progress, Request, Sampling
-from esr_train.transcript import Span, SpanKind, Steering, Transcript
+from esr_train.transcript import Span, SpanKind, Steering, Transcript, VectorRef
 from eval.cells import Pools, Prompt
 from eval.judging.judge import Judge, JudgeItem, first_scores
 from eval.llm import Asker
@@ -47,15 +47,17 @@ Make = Callable[[Sequence[int]], list[Outcome]]
 
 @dataclass(frozen=True)
 class SteerableLatent:
-    """A latent that may steer, its label, and its calibrated threshold in `norm` units."""
+    """A latent, or a vector of one's own, that may steer, its label, and its calibrated threshold in `norm` units."""
 
     direction: Direction
     threshold: float
 
     def steering(self, norm: float) -> Steering:
         """This latent at a strength, as a transcript records it."""
-        direction = self.direction
-        return Steering(direction.sae, direction.layer, direction.latent, direction.label, direction.strength(norm))
+        direction, strength = self.direction, self.direction.strength(norm)
+        if isinstance(direction.source, VectorRef):
+            return Steering(None, direction.layer, None, direction.label, strength, direction.source)
+        return Steering(direction.source, direction.layer, direction.latent, direction.label, strength)
 
 
 @dataclass(frozen=True)
@@ -292,3 +294,14 @@ def joined(*parts: tuple[SpanKind, str]) -> tuple[Span, ...]:
         Span(kind, text if number == 0 or text.startswith("\n") else f" {text}")
         for number, (kind, text) in enumerate(parts)
     )
+
+
+def wanted_sources(data: DataSection) -> dict[Source, SourceSection]:
+    """The sources of which a recipe's `data` asks for rows, in their order."""
+    sections = {source: data.source(name) for name, source in SOURCES.items()}
+    return {source: section for source, section in sections.items() if section and section.rows}
+
+
+def sources_steer(data: DataSection) -> bool:
+    """Whether any source that is asked for steers, and so needs thresholds."""
+    return any(source.needs_latents for source in wanted_sources(data))

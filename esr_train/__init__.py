@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from esr_train.masking import label
     from esr_train.models import load_model, load_tokenizer
     from esr_train.recipe import load_recipe
-    from esr_train.steering.direction_files import load_sae, load_vectors
+    from esr_train.steering.direction_files import load_sae
     from esr_train.steering.engine import Sampling
     from esr_train.steering.interventions import Ablate, Clamp
     from esr_train.steering.latent_labels import read_labels
     from esr_train.steering.readout import measure_residual_norm
     from esr_train.steering.steer import generate, steer
+    from esr_train.steering.vector_files import load_vectors, save_vectors
     from esr_train.transcript import Span, SpanKind, Transcript, read_transcripts, write_transcripts
 
 _MODULES = {
@@ -45,10 +46,11 @@ _MODULES = {
     "load_recipe": "recipe",
     "load_sae": "steering.direction_files",
     "load_tokenizer": "models",
-    "load_vectors": "steering.direction_files",
+    "load_vectors": "steering.vector_files",
     "measure_residual_norm": "steering.readout",
     "read_labels": "steering.latent_labels",
     "read_transcripts": "transcript",
+    "save_vectors": "steering.vector_files",
     "steer": "steering.steer",
     "write_transcripts": "transcript",
 }
@@ -73,6 +75,7 @@ __all__ = [
     "measure_residual_norm",
     "read_labels",
     "read_transcripts",
+    "save_vectors",
     "steer",
     "write_transcripts",
 ]

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import yaml
 
@@ -63,7 +63,7 @@ def hold(path: Path | str) -> None:
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[IO[str]]:
+def replacing(path: Path | str) -> Iterator[TextIO]:
     """Open a text file for writing that takes `path`'s place only when the block ends without an error.
 
     Raises:

@@ -224,7 +224,7 @@ def check_layer_number(layer: int, count: int, where: str) -> None:
         raise InputError(
             f"there is no layer {layer}: the model has {count}, counted from 0",
             where,
-            "Name an SAE that was trained on this model.",
+            "Name a layer of this model, or an SAE that was trained on it.",
         )
 
 

@@ -94,8 +94,15 @@ class SaeSection(Section):
     )
 
 
+class VectorsSection(Section):
+    """Vectors that steer in place of an SAE's latents; their names in the file are their labels."""
+
+    file: str = Field(description="safetensors, pt, npy, or a gguf control vector")
+    layer: Count | None = Field(None, description="whose output they steer, from 0; null: as the file says")
+
+
 class LatentsSection(Section):
-    """Which of the labelled latents may steer. What is left out is counted."""
+    """Which of the labelled latents, or of the vectors, may steer. What is left out is counted."""
 
     limit: AtLeastOne | None = Field(
         256, description="at most so many, each split's share drawn by the seed, before anything is calibrated"
@@ -465,6 +472,7 @@ class Recipe(Section):
     plugins: tuple[str, ...] = Field((), description="Python files of sources, conditions, judges, metrics and figures")
     model: ModelSection
     sae: SaeSection | None = None
+    vectors: VectorsSection | None = None
     latents: LatentsSection = LatentsSection()
     judge: Judge = LexicalJudgeSection()
     judges: tuple[Judge, ...] = Field((), description="further judges of the same trials: how far do they agree?")
@@ -493,6 +501,17 @@ class Recipe(Section):
                     raise ValueError(
                         f"arms.{name}.conditions: {condition!r} goes on from the arm's 'steered' responses"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_steers(self) -> "Recipe":
+        if self.vectors and self.sae and self.sae.labels:
+            raise ValueError(
+                "vectors: the latents of sae.labels would steer, too, and only one source can: remove vectors, or "
+                "remove sae.labels (the SAE is then there for arms that edit its latents)"
+            )
+        if not self.sae and (edited := [name for name, arm in self.arms.items() if arm.edit]):
+            raise ValueError(f"arms.{edited[0]}.edit: latents of an SAE are edited, and the recipe names none: add sae")
         return self
 
     @model_validator(mode="after")

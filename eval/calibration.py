@@ -15,7 +15,7 @@ from esr_train.files import read_json, write_json
 from esr_train.recipe import CalibrationSection
 from esr_train.steering.directions import Positions
 from esr_train.steering.engine import Progress, Request, Sampling
-from esr_train.transcript import SaeRef
+from esr_train.transcript import SaeRef, VectorRef
 from esr_train.values import typed
 from eval.arms import Arm
 from eval.cells import Prompt, derived_seed, fingerprint
@@ -307,13 +307,13 @@ class _Lockstep:
 
     def _key(self, name: str, latent: "Direction", norm: float, prompts: Sequence[Prompt], count: int) -> str:
         made = self.arm.engine.name, self.arm.judge.name, asdict(self.arm.sampling), self.positions, self.seed
-        asked = self.section.model_dump(), prompts_digest(prompts), str(latent.sae), norm, count
+        asked = self.section.model_dump(), prompts_digest(prompts), str(latent.source), norm, count
         return f"{name} / latent {latent.latent} / {hashlib.sha256(repr((made, asked)).encode()).hexdigest()[:16]}"
 
 
 def calibration_key(
     model: str,
-    sae: SaeRef,
+    source: SaeRef | VectorRef,
     judge: str,
     prompts: Sequence[Prompt],
     sampling: Sampling,
@@ -323,7 +323,8 @@ def calibration_key(
     """What thresholds depend on; frozen thresholds are valid for this key alone."""
     return {
         "model": model,
-        "sae": asdict(sae),
+        # A file of vectors is what is in it, wherever it lies.
+        **({"sae": asdict(source)} if isinstance(source, SaeRef) else {"vectors": source.sha256}),
         "judge": judge,
         "prompts": prompts_digest(prompts),
         "sampler": {**asdict(sampling), "positions": positions},

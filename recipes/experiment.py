@@ -123,7 +123,7 @@ def _prompts_digest(resources: Resources) -> str:
 
 
 def sae_inputs(experiment: Experiment) -> dict[str, Any]:
-    """What decides the directions: the SAE's config and parameters, and what its latents are said to stand for."""
+    """What decides an SAE's directions: its config and parameters, and what its latents are said to stand for."""
     section = experiment.recipe.sae
     if section is None:
         return {}
@@ -133,6 +133,15 @@ def sae_inputs(experiment: Experiment) -> dict[str, Any]:
         "files": experiment.resources.once("SAE hashes", lambda: sae_hashes(section.release, section.id)),
         "labels": digest({str(latent): label for latent, label in labels.items()}),
     }
+
+
+def source_inputs(experiment: Experiment) -> dict[str, Any]:
+    """What decides the directions: of vectors the layer and all that is in their file, of latents the SAE's inputs."""
+    section, inputs = experiment.recipe.vectors, {"sae": sae_inputs(experiment)}
+    if section is None:
+        return inputs
+    file = located(section.file)
+    return {**inputs, "vectors": {"layer": experiment.resources.source().layer, "file": sha256(file)}}
 
 
 def judge_inputs(experiment: Experiment) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data_gen.sources import sources_steer
 from esr_train.ranks import ALONE, Ranks, at_once
 from esr_train.recipe import Recipe
 from eval.conditions import measured_conditions
@@ -16,7 +17,7 @@ from recipes.measure import ArmRun, measure
 from recipes.preflight import check
 from recipes.resources import open_resources
 from recipes.results import spent, write_reports
-from recipes.rows import Rows, generate_sources, mix_rows, sources_steer
+from recipes.rows import Rows, generate_sources, mix_rows
 from recipes.stage_cache import StageCache
 from recipes.steering_latents import (
     FUNNELS,

@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from data_gen.sources import read_cues
+from data_gen.sources import read_cues, wanted_sources
 from esr_train.errors import InputError
 from esr_train.models import choose_device, load_config, model_source
 from esr_train.recipe import ModelJudgeSection, Recipe
+from esr_train.steering.direction_files import check_sizes
 from eval.arms import prompt_text
+from eval.conditions import CONDITIONS
 from eval.judging.restart_likelihood import read_phrases
 from eval.llm import InspectLlm
 from recipes.resources import Resources, located
-from recipes.rows import wanted_sources
 from recipes.weights import adapter_folder
 
 KINDS = ("latents", "calibrate", "frequency", "data", "train", "merge", "trials", "report")
@@ -52,6 +53,8 @@ def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
         yield resources.prompts
     if recipe.sae and recipe.sae.labels:
         yield resources.labels
+    if recipe.vectors:
+        yield lambda: _check_vectors(resources)
     yield resources.judge
     yield resources.further_judges
     for section in (recipe.judge, *recipe.judges):
@@ -75,6 +78,19 @@ def _check_redo(recipe: Recipe, redo: Sequence[str]) -> None:
                 f"there is no stage {name!r}",
                 "--redo",
                 f"Take one of {', '.join(KINDS)}, or of an arm, such as {arms}.",
+            )
+
+
+def _check_vectors(resources: Resources) -> None:
+    recipe = resources.recipe
+    config = load_config(recipe.model).get_text_config()
+    check_sizes(resources.vectors(), config.hidden_size, config.num_hidden_layers)
+    for name in recipe.eval.conditions:
+        if name in CONDITIONS and CONDITIONS[name].needs_frequency:
+            raise InputError(
+                f"the condition {name!r} takes latents of an SAE that are like those that steer, and vectors steer",
+                "eval.conditions",
+                "Take `random_direction` in its place.",
             )
 
 

@@ -15,11 +15,12 @@ from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.recipe import JudgeSection, ModelSection, PromptsSection, Recipe, judging_model
 from esr_train.steering.direction_files import check_fits, load_sae
-from esr_train.steering.directions import LoadedSae
+from esr_train.steering.directions import DirectionSource, LoadedSae, VectorSet
 from esr_train.steering.engine import Engine, Sampling
 from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.readout import measure_residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine
+from esr_train.steering.vector_files import open_vectors
 from esr_train.template import prompt_text
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
@@ -231,22 +232,33 @@ class Resources:
         section = required(self.recipe.sae, "sae")
         return self.once("sae", lambda: load_sae(SaeRef(section.release, section.id)))
 
+    def source(self) -> DirectionSource:
+        """What steers: the recipe's vectors, or else its SAE."""
+        return self.vectors() if self.recipe.vectors else self.sae()
+
+    def vectors(self) -> VectorSet:
+        """The recipe's vectors."""
+        section = required(self.recipe.vectors, "vectors")
+        return self.once("vectors", lambda: open_vectors(section.file, section.layer))
+
     def labels(self) -> dict[int, str]:
-        """What the SAE's latents stand for, by index."""
+        """What the directions stand for, by index: the names of the vectors, or the labels of the SAE's latents."""
+        if self.recipe.vectors:
+            return self.vectors().labels
         section = required(self.recipe.sae, "sae")
         return self.once("labels", lambda: read_labels(located(required(section.labels, "sae.labels"))))
 
     def residual_norm(self) -> float:
-        """The median residual norm of the SAE's layer on training prompts.
+        """The median residual norm of the steered layer on training prompts.
 
         Raises:
-            InputError: if the SAE does not fit the model.
+            InputError: if the SAE, or the vectors, do not fit the model.
         """
-        model = self.base_model()
-        check_fits(self.sae(), model)
+        model, source = self.base_model(), self.source()
+        check_fits(source, model)
         train = self.prompts().train
         chosen = train[:: max(len(train) // NORM_TEXTS, 1)][:NORM_TEXTS]
-        return measure_residual_norm(model, self.tokenizer(), self.sae().layer, self.rendered(chosen))
+        return measure_residual_norm(model, self.tokenizer(), source.layer, self.rendered(chosen))
 
     def rendered(self, prompts: Sequence[Prompt]) -> list[str]:
         """The prompts as the model reads them, up to where its reply begins."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,12 @@ from eval.store import Trial, read_trials
 from eval.summary import summarise
 from recipes.experiment import Experiment, write_recipe
 from recipes.stage_cache import Stage
-from recipes.steering_latents import THRESHOLDS, latent_facts
+from recipes.steering_latents import THRESHOLDS, direction_noun, latent_facts
 from recipes.weights import form
 
 AGREEMENT = "agreement.json"
+MOST_LABELS = 24
+"""Labels of held-out directions that the report names."""
 _NUMBER = re.compile(r"[-_]?\d+(\.\d+)?$")
 """What numbers an arm of a sweep."""
 
@@ -83,7 +85,8 @@ def report(experiment: Experiment, parts: Sequence[Experiment]) -> None:
     frozen = experiment.directory / THRESHOLDS
     thresholds = read_thresholds(frozen).thresholds if frozen.is_file() else ()
     agreed = write_agreement(experiment, parts, rows)
-    material = Material(summary, rows, thresholds, agreed, mixtures(experiment.recipe))
+    noun = direction_noun(experiment.recipe)
+    material = Material(summary, rows, thresholds, agreed, mixtures(experiment.recipe), noun)
     write_report(experiment.directory, experiment.recipe.name, material, _notes(experiment, parts, rows))
 
 
@@ -174,13 +177,16 @@ def _notes(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[st
     commits = {
         f"{(each.get('commit') or 'unknown')[:12]}{' with changes' if each.get('dirty') else ''}" for each in records
     }
+    noun = direction_noun(experiment.recipe)
+    labels = {cell.label for cell in cells}
+    stand_for = "that stand for these topics" if labels <= {*held_out} else f"that stand for {_some(labels)}"
     return {
         "held_out": {
             "topics": f"{len(held_out)} of {len(topics)}: {', '.join(held_out)}",
-            "latents": f"{len({cell.latent for cell in cells})} latents that stand for these topics",
+            f"{noun}s": f"{len({cell.latent for cell in cells})} {noun}s {stand_for}",
             "prompts": f"{len({cell.prompt for cell in cells})} prompts on these topics",
         },
-        "latents": latent_facts(experiment.directory),
+        f"{noun}s": latent_facts(experiment.directory, noun),
         "form": [f"{arm}: {form(experiment.recipe, arm)}" for arm in rows],
         "judge": experiment.resources.judge().name,
         "model": experiment.recipe.model.path,
@@ -188,6 +194,12 @@ def _notes(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[st
         "made by": ", ".join(sorted(commits)),
         **({"outdated": lines} if (lines := outdated_lines((experiment, *parts))) else {}),
     }
+
+
+def _some(labels: Collection[str | None]) -> str:
+    names = sorted(filter(None, labels))
+    more = len(names) - MOST_LABELS
+    return ", ".join(names[:MOST_LABELS]) + (f" and {more} other subjects" if more > 0 else "") or "nothing known"
 
 
 def mixtures(recipe: Recipe) -> dict[str, dict[str, float]]:

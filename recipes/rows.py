@@ -8,7 +8,7 @@ from pathlib import Path
 from data_gen.collect import Meter, collect
 from data_gen.mixture import mix
 from data_gen.prompted import SUBJECTS
-from data_gen.sources import CUES, SOURCES, Context, Source, read_cues
+from data_gen.sources import CUES, Context, Source, read_cues, wanted_sources
 from esr_train.errors import InputError
 from esr_train.files import write_json
 from esr_train.interchange import read_training_file
@@ -30,17 +30,6 @@ class Rows:
 
     path: Path
     fingerprint: str
-
-
-def wanted_sources(data: DataSection) -> dict[Source, SourceSection]:
-    """The sources of which a recipe's `data` asks for rows, in their order."""
-    sections = {source: data.source(name) for name, source in SOURCES.items()}
-    return {source: section for source, section in sections.items() if section and section.rows}
-
-
-def sources_steer(data: DataSection) -> bool:
-    """Whether any source that is asked for steers, and so needs thresholds."""
-    return any(source.needs_latents for source in wanted_sources(data))
 
 
 def generate_sources(experiment: Experiment, arm: str, shared: Shared) -> dict[str, Rows]:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from data_gen.collect import KEPT
 from data_gen.latent_choice import choose
-from data_gen.sources import SteerableLatent
+from data_gen.sources import SteerableLatent, sources_steer
+from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
-from esr_train.steering.directions import Direction, LoadedSae, Positions
+from esr_train.recipe import Recipe
+from esr_train.steering.directions import Direction, DirectionSource, Positions, VectorSet
 from esr_train.steering.readout import active_latents
 from eval.arms import Arm
 from eval.calibration import (
@@ -29,7 +31,7 @@ from eval.calibration import (
 from eval.cells import SPLITS, Side, Split
 from eval.report.story import progress_bar
 from eval.trials import Steerer
-from recipes.experiment import Experiment, base_inputs, judge_inputs, sae_inputs
+from recipes.experiment import Experiment, base_inputs, judge_inputs, source_inputs
 from recipes.resources import Resources
 from recipes.stage_cache import Stage, digest
 
@@ -39,6 +41,7 @@ FUNNELS = {"latents": "data/latents.funnel.json", "thresholds": "data/thresholds
 """Where `esr data stats` finds how many latents were left out, and why."""
 WIDER = 2.0
 """Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
+ALL_MEASURED = "nothing is trained here on the vectors, so all of them are measured"
 NO_TOPIC, LATER, ZEROS = "label is no topic of the prompts", "beyond latents.per_label", "decoder row of zeros"
 
 
@@ -102,17 +105,17 @@ class Shared:
 
 
 def choose_latents(experiment: Experiment) -> Latents:
-    """Choose among all labelled latents; none where the recipe has no SAE, or no labels for it.
+    """Choose among all labelled latents or all vectors; none where the recipe has no SAE, or no labels for it.
 
     Raises:
         InputError: if none is left, or a label is of a latent that the SAE does not have.
     """
     recipe, resources = experiment.recipe, experiment.resources
-    if recipe.sae is None or recipe.sae.labels is None:
+    if not recipe.vectors and (recipe.sae is None or recipe.sae.labels is None):
         return NO_LATENTS
     inputs = {
         "base": base_inputs(experiment),
-        "sae": sae_inputs(experiment),
+        **source_inputs(experiment),
         "latents": recipe.latents.model_dump(),
         "splits": resources.prompt_section().splits.model_dump(),
     }
@@ -124,33 +127,99 @@ def choose_latents(experiment: Experiment) -> Latents:
         write_json(experiment.directory / LATENTS, chosen)
 
     fingerprint = experiment.cache.do(stage, work)
-    return Latents(fingerprint, read_latents(experiment.directory, resources.sae(), resources.labels()))
+    return Latents(fingerprint, read_latents(experiment.directory, resources.source(), resources.labels()))
 
 
 def _chosen(experiment: Experiment) -> dict[str, Any]:
     """JSON values of `latents.json`: indices by split, the residual norm, and what became of the other latents."""
     recipe, resources = experiment.recipe, experiment.resources
-    sae, labels, pools = resources.sae(), resources.labels(), resources.prompts()
-    topics = set(pools.topics)
+    source, labels, pools = resources.source(), resources.labels(), resources.prompts()
+    topics: set[str] = set() if recipe.vectors else set(pools.topics)
     first, left_out = first_of_each(labels, topics, recipe.latents.per_label)
     norm = resources.residual_norm()
-    directions = [sae.direction(latent, norm, labels[latent]) for latent in first if sae.row(latent).any()]
-    if zeros := len(first) - len(directions):
+    steering = [latent for latent in first if isinstance(source, VectorSet) or source.row(latent).any()]
+    if zeros := len(first) - len(steering):
         left_out[ZEROS] = zeros
-    active: frozenset[int] = frozenset()
-    # A latent whose label is a topic never steers a prompt of it; of others nobody knows where they are relevant.
-    if topics.isdisjoint(labels.values()):
-        texts = resources.rendered(pools.all_prompts)
-        mask = active_latents(resources.base_model(), resources.tokenizer(), sae, texts, recipe.engine.batch_rows)
-        active = frozenset(mask.nonzero().flatten().tolist())
+    directions = [source.direction(latent, norm, labels[latent]) for latent in steering]
+    active, notes = _active_on_prompts(experiment)
+    if recipe.vectors:
+        notes.append(f"vectors of {recipe.vectors.file} are added to the output of layer {source.layer}")
     splits = resources.prompt_section().splits
-    choice = choose(directions, active, pools.topics, splits, recipe.latents.limit)
+    all_measured = _all_are_measured(recipe, len(directions))
+    choice = choose(directions, active, pools.topics, None if all_measured else splits, recipe.latents.limit)
+    _check_dealt(recipe, choice.splits)
     kept = sum(map(len, choice.splits.values()))
+    notes += [ALL_MEASURED] if all_measured else []
+    for note in notes:
+        experiment.say(note)
     return {
         "funnel": {KEPT: kept, **left_out, **choice.left_out},
+        "notes": notes,
         "residual_norm": norm,
         "splits": {split: [direction.latent for direction in group] for split, group in choice.splits.items()},
     }
+
+
+def _active_on_prompts(experiment: Experiment) -> tuple[frozenset[int], list[str]]:
+    """The latents that are active on a prompt, and a sentence where that cannot be asked.
+
+    A latent whose label is a topic never steers a prompt of it; of others nobody knows where they are relevant.
+    """
+    recipe, resources = experiment.recipe, experiment.resources
+    pools = resources.prompts()
+    if recipe.vectors or not set(pools.topics).isdisjoint(resources.labels().values()):
+        return frozenset(), []
+    sae = resources.sae()
+    if sae.not_encoded:
+        return frozenset(), [f"latents that are active on a prompt are not left out: {sae.not_encoded}"]
+    texts = resources.rendered(pools.all_prompts)
+    mask = active_latents(resources.base_model(), resources.tokenizer(), sae, texts, recipe.engine.batch_rows)
+    return frozenset(mask.nonzero().flatten().tolist()), []
+
+
+def _all_are_measured(recipe: Recipe, count: int) -> bool:
+    """Whether all of a recipe's vectors are measured, as none can have been trained on, or there are too few to deal.
+
+    Raises:
+        InputError: if they are too few to be divided between training and measurement.
+    """
+    if not recipe.vectors:
+        return False
+    needed = 2 + bool(recipe.prompts and recipe.prompts.splits.validation)
+    if not _trains_on_directions(recipe):
+        given = any(arm.adapter or arm.model for arm in recipe.arms.values())
+        return count < needed or not given
+    if count < needed:
+        raise InputError(
+            f"{count} vector{'s' * (count != 1)} cannot be divided between training and measurement, and what was "
+            f"trained on must not be measured: {needed} are needed",
+            "vectors.file",
+            "Name a file with more vectors (`esr vectors make`), or train nothing here: without rows that are steered "
+            "or a trained arm, one vector is enough.",
+        )
+    return False
+
+
+def _trains_on_directions(recipe: Recipe) -> bool:
+    seen = [recipe.for_arm(arm) for arm in recipe.trained_arms]
+    return any(arm.train.data or arm.train.probe or sources_steer(arm.data) for arm in seen)
+
+
+def _check_dealt(recipe: Recipe, splits: Mapping[Split, Sequence[Direction]]) -> None:
+    """Refuse vectors of which none is left to train on, or to measure."""
+    if not recipe.vectors:
+        return
+    wanted: dict[Split, str] = {"test": "to measure"}
+    if any(sources_steer(recipe.for_arm(arm).data) for arm in recipe.trained_arms):
+        wanted["train"] = "to steer training rows with"
+    for split, purpose in wanted.items():
+        if not splits[split]:
+            raise InputError(
+                f"none of the {sum(map(len, splits.values()))} vectors is left {purpose}: they are dealt to splits by "
+                "their labels",
+                "prompts.splits",
+                "Name a file with more vectors, or change the shares or the seed.",
+            )
 
 
 def first_of_each(labels: Mapping[int, str], topics: set[str], count: int) -> tuple[list[int], dict[str, int]]:
@@ -174,12 +243,13 @@ def first_of_each(labels: Mapping[int, str], topics: set[str], count: int) -> tu
     return chosen, dict(left_out)
 
 
-def read_latents(directory: Path, sae: LoadedSae, labels: Mapping[int, str]) -> dict[Split, list[Direction]]:
+def read_latents(directory: Path, source: DirectionSource, labels: Mapping[int, str]) -> dict[Split, list[Direction]]:
     """The chosen latents of a run, by split."""
     chosen = read_json(directory / LATENTS)
     norm = chosen["residual_norm"]
     return {
-        split: [sae.direction(latent, norm, labels[latent]) for latent in chosen["splits"][split]] for split in SPLITS
+        split: [source.direction(latent, norm, labels[latent]) for latent in chosen["splits"][split]]
+        for split in SPLITS
     }
 
 
@@ -188,7 +258,7 @@ def calibrate_base(experiment: Experiment, latents: Latents) -> Calibrated:
     recipe = experiment.recipe
     inputs = {
         "base": base_inputs(experiment),
-        "sae": sae_inputs(experiment),
+        **source_inputs(experiment),
         "judge": judge_inputs(experiment),
         "calibration": recipe.calibration.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -214,7 +284,7 @@ def calibrate_base(experiment: Experiment, latents: Latents) -> Calibrated:
     at_bound = sum(threshold.bound is not None for threshold in thresholds)
     median = sorted(threshold.norm for threshold in thresholds)[len(thresholds) // 2]
     experiment.say(
-        f"calibrated {len(thresholds)} latents: median threshold {median:.2f} residual norms; "
+        f"calibrated {len(thresholds)} {direction_noun(recipe)}s: median threshold {median:.2f} residual norms; "
         f"{at_bound} left out at a bound"
     )
     return Calibrated(fingerprint, thresholds, steerable(latents.splits, thresholds))
@@ -251,7 +321,7 @@ def threshold_key(resources: Resources) -> Mapping[str, Any]:
     pools = resources.prompts()
     return calibration_key(
         recipe.model.path,
-        resources.sae().ref,
+        resources.source().ref,
         resources.judge().name,
         pools.validation or pools.train,
         resources.sampling(),
@@ -288,10 +358,17 @@ def held_out(resources: Resources, latents: Latents) -> Side:
     )
 
 
-def latent_facts(directory: Path) -> list[str]:
-    """What the report says about a run's latents: how many are in play, and why the others are not."""
-    said = []
-    for name, what in (("latents", "labelled latents are in play"), ("thresholds", "of those can be steered with")):
+def direction_noun(recipe: Recipe) -> str:
+    """What texts call one of a recipe's directions: `latent` or `vector`."""
+    return "vector" if recipe.vectors else "latent"
+
+
+def latent_facts(directory: Path, noun: str = "latent") -> list[str]:
+    """What the report says about a run's latents or vectors: how many are in play, and why the others are not."""
+    chosen = directory / LATENTS
+    said = list(read_json(chosen).get("notes", ())) if chosen.is_file() else []
+    in_play = f"{noun}s are in play" if noun == "vector" else f"labelled {noun}s are in play"
+    for name, what in (("latents", in_play), ("thresholds", "of those can be steered with")):
         path = directory / FUNNELS[name]
         if path.is_file():
             funnel = read_json(path)

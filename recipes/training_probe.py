@@ -51,7 +51,7 @@ def calibrated_probe(recipe: Recipe, directory: Path) -> MakeProbe:
         )
     resources = Resources(recipe)
     thresholds = load_thresholds(directory / THRESHOLDS, threshold_key(resources))
-    latents = steerable(read_latents(directory, resources.sae(), resources.labels()), thresholds)["validation"]
+    latents = steerable(read_latents(directory, resources.source(), resources.labels()), thresholds)["validation"]
     directions = {latent.direction.latent: latent.direction for latent in latents}
     cells = make_cells(resources.prompts().validation, list(directions.values()), section.trials, recipe.seed)
     norms = {latent.direction.latent: latent.threshold for latent in latents}

@@ -17,9 +17,10 @@ from esr_train.recipe import ModelSection, Recipe
 from esr_train.steering.engine import Request
 from esr_train.steering.interventions import Ablate, Clamp, Intervention
 from esr_train.steering.readout import activation_frequency
+from esr_train.transcript import SaeRef
 from eval.arms import PLAIN, Variant, matched_latents, prompt_text
 from eval.conditions import CONDITIONS
-from recipes.experiment import Experiment, base_inputs, hashed, sae_inputs
+from recipes.experiment import Experiment, base_inputs, hashed, sae_inputs, source_inputs
 from recipes.rows import Rows
 from recipes.stage_cache import Stage
 from recipes.steering_latents import Latents
@@ -89,7 +90,7 @@ def train_arm(experiment: Experiment, arm: str, rows: Rows) -> Weights:
         "data": rows.fingerprint,
         "recipe": training_settings(recipe),
         "model": hashed(experiment.resources, recipe.model),
-        "sae": sae_inputs(experiment) if recipe.train.live else {},
+        **(source_inputs(experiment) if recipe.train.live else {"sae": {}}),
     }
 
     def work() -> None:
@@ -192,9 +193,10 @@ def matched(
     """Random stand-ins for latents; those in play, and those labelled with a topic, never stand in."""
     assert frequency is not None
     resources = experiment.resources
-    in_play = {direction.latent for direction in latents.in_order()}
+    in_play = {each.latent for each in latents.in_order() if isinstance(each.source, SaeRef)}
     topics = set(resources.prompts().topics)
-    named = {latent for latent, label in resources.labels().items() if label in topics}
+    labels = {} if experiment.recipe.vectors else resources.labels()
+    named = {latent for latent, label in labels.items() if label in topics}
     norms = resources.sae().decoder_norms().double().numpy()
     return matched_latents(wanted, frequency, norms, in_play | named, experiment.recipe.seed)
 

@@ -43,7 +43,7 @@ class FakeDirection:
     latent: int
     threshold: float
     label: str | None = None
-    sae: SaeRef = SAE
+    source: SaeRef = SAE
     slope: float = 0.08
 
     def strength(self, norm: float) -> Strength:

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from esr_train.errors import InputError
-from esr_train.steering.direction_files import check_fits, load_sae, load_vectors
+from esr_train.steering.direction_files import check_fits, load_sae
 from esr_train.steering.readout import measure_residual_norm
+from esr_train.steering.vector_files import load_vectors
 from esr_train.transcript import SaeRef
 from tests.test_directions import save
 
@@ -215,7 +216,7 @@ def broken(folder, name: str):
         ("text.pt", "no vector of floating-point numbers"),
         ("broken.safetensors", "cannot be read"),
         ("broken.pt", "cannot be read"),
-        ("vectors.csv", r"read from \.safetensors, \.pt or \.npy"),
+        ("vectors.csv", r"read from \.safetensors, \.pt, \.npy, \.gguf"),
     ],
 )
 def test_what_holds_no_vectors_is_refused_by_the_name_of_the_file(name, message, tmp_path):

@@ -160,7 +160,7 @@ def another(table: torch.Tensor) -> None:
     [
         (changed, r"vector-1\.safetensors: this is not the vector that the rows were steered with"),
         (lambda: Path("vector-1.safetensors").unlink(), "vector-1.safetensors: the file .* does not exist"),
-        (lambda: another(torch.ones(2, 64)), "steered by one vector, and here are 2"),
+        (lambda: another(torch.ones(2, 64)), "steered by one vector, and none of the 2 here is called None"),
         (lambda: another(torch.ones(32)), r"vectors of different widths steer the rows \(\[32, 64\]\)"),
     ],
 )

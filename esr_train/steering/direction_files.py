@@ -1,18 +1,16 @@
-"""Directions from files: SAEs as sae-lens writes and publishes them, and vectors of one's own."""
+"""SAEs as sae-lens writes and publishes them."""
 
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from esr_train.errors import InputError, first_line
-from esr_train.models import check_layer, hidden_size, local_path
-from esr_train.steering.directions import LoadedSae, SteeringVector, sae_name
+from esr_train.models import check_layer_number, decoder_layers, hidden_size, local_path
+from esr_train.steering.directions import DirectionSource, LoadedSae, VectorSet, sae_name
 from esr_train.steering.readout import measure_residual_norm
 from esr_train.transcript import SaeRef
 
@@ -70,94 +68,26 @@ def load_sae(ref: SaeRef | str, id: str | None = None, *, model: Any = None, tok
     return replace(loaded, residual_norm=measure_residual_norm(model, tokenizer, loaded.layer))
 
 
-def check_fits(sae: LoadedSae, model: Any) -> None:
-    """Refuse an SAE of another width or for a layer that the model does not have.
+def check_fits(source: DirectionSource, model: Any) -> None:
+    """Refuse an SAE or vectors of another width, or for a layer that the model does not have.
 
     Raises:
         InputError: naming both sizes.
     """
-    width = hidden_size(model)
-    if sae.d_model != width:
-        raise InputError(
-            f"the SAE {sae_name(sae.ref)} is {sae.d_model} wide, the model's residual stream {width}",
-            "sae",
-            "Name an SAE that was trained on this model.",
-        )
-    check_layer(model, sae.layer, f"sae {sae_name(sae.ref)}")
+    check_sizes(source, hidden_size(model), len(decoder_layers(model)))
 
 
-def load_vectors(
-    path: Path | str,
-    layer: int,
-    *,
-    labels: Sequence[str] | None = None,
-    model: Any = None,
-    tokenizer: Any = None,
-) -> list[SteeringVector]:
-    """Vectors of one's own from a file.
-
-    Args:
-        path: `.npy` or `.pt` with one vector [d_model] or several [vectors, d_model], or `.pt` or `.safetensors` with
-            named ones. Of a `.pt` only tensors are read, never code.
-        layer: the decoder layer whose output they steer, counted from 0.
-        labels: what they stand for, in order; None: their names in the file.
-        model: refuse vectors that do not fit it, and measure the layer's residual norm, in which strengths may then
-            be given.
-        tokenizer: the model's; needed with `model`.
-
-    Raises:
-        InputError: what cannot be read, is no vector, is zero or not finite, or does not fit the model.
-    """
-    file = local_path(str(path))
-    if file is None:
-        raise InputError("the file does not exist", str(path), "Check the path.")
-    named = _named_rows(_tensors(file), file)
-    if labels is not None and len(labels) != len(named):
-        raise InputError(f"{len(named)} vectors need as many labels, not {len(labels)}", str(path))
-    if model is not None:
-        check_layer(model, layer, "layer")
-        if (width := hidden_size(model)) != (size := len(named[0][1])):
-            raise InputError(f"the vectors are {size} wide, the model's residual stream {width}", str(path))
-    norm = None if model is None else measure_residual_norm(model, tokenizer, layer)
-    names = labels or [name for name, _ in named]
-    return [
-        SteeringVector(layer, name or None, row / row.norm(), float(row.norm()), norm)
-        for name, (_, row) in zip(names, named, strict=True)
-    ]
-
-
-def _tensors(path: Path) -> Mapping[str, torch.Tensor]:
-    import numpy
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npy":
-            return {"": torch.from_numpy(numpy.load(path, allow_pickle=False))}
-        if path.suffix == ".pt":
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-            return {str(name): value for name, value in loaded.items()} if isinstance(loaded, dict) else {"": loaded}
-    # Whatever these libraries say of a broken file.
-    except Exception as error:
-        raise InputError(f"the vectors cannot be read ({first_line(error)})", str(path)) from error
-    raise InputError("vectors are read from .safetensors, .pt or .npy", str(path), "Convert the file.")
-
-
-def _named_rows(tensors: Mapping[str, torch.Tensor], path: Path) -> list[tuple[str, torch.Tensor]]:
-    rows: list[tuple[str, torch.Tensor]] = []
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() not in (1, 2):
-            raise InputError("this is no vector of floating-point numbers, nor a table of them", f"{path} {name}")
-        table = value.detach().float().reshape(-1, value.shape[-1])
-        numbers = [f"{name}.{number}".lstrip(".") for number in range(len(table))]
-        rows += zip([name] if value.dim() == 1 else numbers, table, strict=True)
-    if not rows or len({len(row) for _, row in rows}) > 1:
-        raise InputError("vectors of one width are needed", str(path))
-    for name, row in rows:
-        if not bool(row.any()) or not bool(row.isfinite().all()):
-            raise InputError("a vector must be finite and not zero", f"{path} {name}")
-    return rows
+def check_sizes(source: DirectionSource, width: int, layers: int) -> None:
+    """As `check_fits`, for a model of which the width of the residual stream and the number of layers are known."""
+    if isinstance(source, VectorSet):
+        what, where = f"the vectors of {source.ref.file} are", f"vectors {source.ref.file}"
+        fix = "Name a file of vectors that were made for this model."
+    else:
+        what, where = f"the SAE {sae_name(source.ref)} is", f"sae {sae_name(source.ref)}"
+        fix = "Name an SAE that was trained on this model."
+    if source.d_model != width:
+        raise InputError(f"{what} {source.d_model} wide, the model's residual stream {width}", where.split()[0], fix)
+    check_layer_number(source.layer, layers, where)
 
 
 def _from_disk(folder: Path) -> Any:

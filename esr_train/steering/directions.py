@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from esr_train.errors import InputError
-from esr_train.transcript import SaeRef, Strength
+from esr_train.transcript import SaeRef, Strength, VectorRef
 
 Positions = Literal["all", "generated"]
 """`all`: every token but padding (BOS, too); `generated`: from the reply's first token on (a given prefix included)."""
@@ -93,15 +93,58 @@ class SteeringVector:
 
 @dataclass(frozen=True, eq=False)
 class Direction(SteeringVector):
-    """A latent's decoder row as a direction.
+    """A latent's decoder row, or a vector of a file, as a direction that results refer to by a number.
 
     Args:
-        sae: the SAE it belongs to.
-        latent: index in the SAE's dictionary.
+        source: the SAE or the file it belongs to.
+        latent: index in the SAE's dictionary, or place in the file.
     """
 
-    sae: SaeRef
+    source: SaeRef | VectorRef
     latent: int
+
+
+@dataclass(frozen=True, eq=False)
+class VectorSet:
+    """The vectors of a file, from which directions are taken as from an SAE's dictionary.
+
+    Args:
+        ref: the file, and the hash of what is in it.
+        layer: the decoder layer whose output they steer.
+        vectors: in the order of the file, each with its name as its label, and of one width.
+    """
+
+    ref: VectorRef
+    layer: int
+    vectors: tuple[SteeringVector, ...]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that they belong to."""
+        return len(self.vectors[0].unit)
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """What the vectors stand for, by index: their names."""
+        return {index: vector.label or str(index) for index, vector in enumerate(self.vectors)}
+
+    def direction(self, index: int, residual_norm: float | None = None, label: str | None = None) -> Direction:
+        """A vector of the file as a direction.
+
+        Args:
+            index: its place in the file, from 0.
+            residual_norm: the layer's, if it is known.
+            label: what it stands for, where that is not its name.
+
+        Raises:
+            InputError: if there is no such vector.
+        """
+        if not 0 <= index < len(self.vectors):
+            what = f"there is no vector {index}: the file has {len(self.vectors)}, counted from 0"
+            raise InputError(what, self.ref.file)
+        vector = self.vectors[index]
+        known = vector.residual_norm if residual_norm is None else residual_norm
+        return Direction(self.layer, label or vector.label, vector.unit, vector.length, known, self.ref, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +234,10 @@ class LoadedSae:
     def decoder_norms(self) -> torch.Tensor:
         """Norms of the decoder rows, [n_latents] float32 on the CPU."""
         return self.module.W_dec.detach().float().norm(dim=-1).cpu()
+
+
+DirectionSource = LoadedSae | VectorSet
+"""What gives directions by their number."""
 
 
 def sae_name(ref: SaeRef) -> str:

@@ -24,18 +24,19 @@ HELD_OUT = 0.05
 
 @dataclass(frozen=True)
 class VectorSource:
-    """Where a row's steering vector comes from: a latent of an SAE, or a file of one's own (index 0)."""
+    """Where a row's steering vector comes from: a latent of an SAE, or a vector of a file (index 0), by its name."""
 
     origin: SaeRef | VectorRef
     layer: int
     index: int
+    name: str | None = None
 
     @staticmethod
     def of(steering: Steering) -> "VectorSource":
         """The source that a transcript names."""
         origin = steering.sae or steering.vector
         assert origin is not None
-        return VectorSource(origin, steering.layer, steering.latent or 0)
+        return VectorSource(origin, steering.layer, steering.latent or 0, steering.label if steering.vector else None)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,10 @@ def _check_steering(rows: Sequence[TrainingRow], data: Path) -> None:
 def table(rows: Sequence[TrainingRow]) -> list[VectorSource]:
     """The vectors that occur, each once, in a stable order."""
     sources = {row.vector for row in rows if row.vector}
-    return sorted(sources, key=lambda source: (type(source.origin).__name__, astuple(source.origin), source.index))
+    return sorted(
+        sources,
+        key=lambda each: (type(each.origin).__name__, astuple(each.origin), each.index, each.name or ""),
+    )
 
 
 def to_dataset(sequences: Sequence[Sequence[TrainingRow]], sources: Sequence[VectorSource]) -> Dataset:

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from esr_train.errors import InputError
-from esr_train.models import check_layer, hidden_size, local_path
-from esr_train.provenance import sha256
+from esr_train.models import check_layer, hidden_size
 from esr_train.recipe import LiveSection, Recipe
 from esr_train.steering.direction_files import load_sae
-from esr_train.steering.direction_files import load_vectors as read_vectors
 from esr_train.steering.directions import Add, LoadedSae, Positions
 from esr_train.steering.hook import SteeringHook
+from esr_train.steering.vector_files import one_called, unchanged_vectors
 from esr_train.training.dataset import TrainingRow, VectorSource, table
 from esr_train.transcript import SaeRef, VectorRef
 
@@ -33,10 +33,12 @@ def load_vectors(sources: Sequence[VectorSource]) -> torch.Tensor:
             SAE's, a file of vectors that has changed, or vectors of different widths.
     """
     saes: dict[SaeRef, LoadedSae] = {}
+    opened = cache(unchanged_vectors)
     rows = []
     for source in sources:
         if isinstance(source.origin, VectorRef):
-            rows.append(_own_vector(source.origin, source.layer))
+            vector = one_called(source.name, opened(source.origin, source.layer), source.origin.file)
+            rows.append(vector.unit * vector.length)
             continue
         sae = saes.setdefault(source.origin, saes.get(source.origin) or load_sae(source.origin))
         if source.layer != sae.layer:
@@ -50,18 +52,6 @@ def load_vectors(sources: Sequence[VectorSource]) -> torch.Tensor:
     if len(widths := sorted({len(row) for row in rows})) > 1:
         raise InputError(f"vectors of different widths steer the rows ({widths})", "steering of the training rows")
     return torch.stack(rows)
-
-
-def _own_vector(reference: VectorRef, layer: int) -> torch.Tensor:
-    file = local_path(reference.file)
-    if file is None:
-        raise InputError("the file of a row's steering vector does not exist", reference.file, "Put it back.")
-    if sha256(file) != reference.sha256:
-        raise InputError("this is not the vector that the rows were steered with", str(file), "Put the old file back.")
-    vectors = read_vectors(file, layer)
-    if len(vectors) > 1:
-        raise InputError(f"a row is steered by one vector, and here are {len(vectors)}", str(file), "Save one a file.")
-    return vectors[0].unit * vectors[0].length
 
 
 def draw(seed: int, key: int, epoch: int) -> tuple[float, float]:
@@ -101,7 +91,7 @@ class LiveInjection:
         width, wanted = self.vectors.shape[1], hidden_size(model)
         if width != wanted:
             raise InputError(
-                f"the rows' SAE is {width} wide, the model's residual stream {wanted}",
+                f"the rows' vectors are {width} wide, the model's residual stream {wanted}",
                 "train.live",
                 "Train on rows that were made with this model.",
             )

@@ -46,7 +46,7 @@ def boosts(material: Material) -> Drawn:
         if (estimate := material.estimate(arm, condition, metric))
     ]
     caption = "The same cells at other strengths; the base model's threshold is marked. "
-    caption += "95 % intervals clustered by latent."
+    caption += "95 % intervals clustered by direction."
     return _sweep(caption, points, BOOST_PANELS, "strength / threshold", list(arms), mark=1.0)
 
 
@@ -62,7 +62,7 @@ def mixtures(material: Material) -> Drawn:
         if (estimate := material.estimate(arm, "unsteered" if metric == "restart_rate" else STEERED, metric))
     ]
     caption = "Arms trained alike but for the mixture; 0 % is the base model, which is not trained. 95 % intervals "
-    caption += "clustered by latent (unsteered: by prompt)."
+    caption += "clustered by direction (unsteered: by prompt)."
     return _sweep(caption, points, MIXTURE_PANELS, "% self-correction rows in the mixture", list(material.mixtures))
 
 
@@ -128,7 +128,7 @@ def _variants(changes: Sequence[str], caption: str, material: Material) -> Drawn
         if changed and (estimate := material.estimate(arm, STEERED, metric))
     ]
     words = [f"{arm}: " + "; ".join(_in_words(key, variants[arm][key]) for key in changes) for arm in changed]
-    caption += " 95 % intervals clustered by latent. " + "; ".join(text.strip("; ") for text in words) + "."
+    caption += " 95 % intervals clustered by direction. " + "; ".join(text.strip("; ") for text in words) + "."
     dots = [(row[0], VARIANT_RATES[row[-2]], row[-1]) for row in rows]
     colours = dict(zip(VARIANT_RATES.values(), ARM_COLOURS, strict=False))
     svg = partial(dots_svg, {"% of responses": dots}, colours, 100)

@@ -66,11 +66,11 @@
     box.dataset.arm = trial.arm;
     box.dataset.attempts = attempts(trial).length;
     const far = trial.strength === null
-      ? `${trial.raw?.toPrecision(3)} × decoder row`
+      ? `${trial.raw?.toPrecision(3)} × ${data.noun === "latent" ? "decoder row" : data.noun}`
       : `${trial.strength.toPrecision(2)} × residual norm`;
     const steering = trial.raw === null
       ? "unsteered"
-      : `steered towards “${trial.label ?? "latent " + trial.latent}” (latent ${trial.latent}), ${far}`;
+      : `steered towards “${trial.label ?? `${data.noun} ${trial.latent}`}” (${data.noun} ${trial.latent}), ${far}`;
     box.append(element("h3", "", trial.prompt), element("div", "soft", steering));
     const pair = element("div", "pair"), partner = base.get(trial.cell);
     if (partner && partner !== trial) pair.append(reply(partner));

@@ -44,6 +44,7 @@ class Material:
         thresholds: of every latent, those at a bound included; if there are none, strengths are read from the trials.
         agreement: of the judges, where several were asked.
         mixtures: sweep -> arm -> share of self-correction rows in its training file, 0-1.
+        noun: what a direction is called: latent or vector.
     """
 
     summary: Summary
@@ -51,6 +52,7 @@ class Material:
     thresholds: Sequence[Threshold] = ()
     agreement: Agreement | None = None
     mixtures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    noun: str = "latent"
 
     def steered(self, arm: str) -> list[Trial]:
         """The arm's trials steered at the base model's thresholds."""
@@ -118,7 +120,7 @@ def rates(material: Material) -> Drawn:
     arms = list(material.summary.arms)
     rows = [(*key, arm, estimate) for key in RATES for arm in arms if (estimate := material.estimate(arm, *key))]
     dots = [(RATES[condition, metric], arm, estimate) for condition, metric, arm, estimate in rows]
-    caption = "Share of valid responses, 95 % intervals clustered by latent (unsteered: by prompt)."
+    caption = "Share of valid responses, 95 % intervals clustered by direction (unsteered: by prompt)."
     svg = partial(dots_svg, {"% of responses": dots}, arm_colours(arms), 100)
     return Drawn(caption, svg, estimates_table(("condition", "metric", "arm"), rows))
 
@@ -221,7 +223,7 @@ def restart_likelihood(material: Material) -> Drawn:
     panels = {"log-probability (nats)": levels, "minus base on the same cells (nats)": differences}
     caption = (
         "Log-probability that one of the restart phrases comes next, averaged over the sentence ends of each first "
-        "attempt; 2.3 nats more are ten times as likely. 95 % intervals clustered by latent (unsteered: by prompt)."
+        "attempt; 2.3 nats more are ten times as likely. 95 % intervals clustered by direction (unsteered: by prompt)."
     )
     rows = [("arm", *dot) for dot in levels] + [("arm minus base", *dot) for dot in differences]
     drawn = {label: dots for label, dots in panels.items() if dots}
@@ -243,7 +245,7 @@ LatentStrength = tuple[int, str | None, float, float | None, float | None]
 """Latent, its label, the strength in `norm` units, and the ends of its interval."""
 
 
-@figure("thresholds", "Strength of every latent")
+@figure("thresholds", "Strength of every direction")
 def thresholds(material: Material) -> Drawn:
     """The strength at which each latent is used, sorted, with its posterior interval where it is known."""
     within = [each for each in material.thresholds if not each.bound]
@@ -255,11 +257,11 @@ def thresholds(material: Material) -> Drawn:
             if low is not None and high is not None:
                 axes.plot([position, position], [low, high], color=FAINT, lw=1.6, solid_capstyle="butt")
             axes.plot([position], [norm], "o", color=INK, ms=3.5, mew=0)
-        axes.set(xlabel="latent, sorted", ylabel="strength / residual norm")
+        axes.set(xlabel="direction, sorted", ylabel="strength / residual norm")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
 
-    caption = "Strength per latent, in multiples of the layer's median residual norm"
+    caption = "Strength per direction, in multiples of the layer's median residual norm"
     caption += ", with 90 % posterior intervals." if within else "."
     if left_out := len(material.thresholds) - len(within):
         caption += f" Left out because the threshold lies at a bound: {left_out}."

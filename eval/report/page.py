@@ -62,7 +62,15 @@ def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) 
         notes={name.replace("_", " "): _lines(value) for name, value in notes.items()},
         embedded=len(trials),
         trials=sum(len(rows) for rows in material.rows_by_arm.values()),
-        data=script_json({"arms": arms, "conditions": {name: title(name) for name in conditions}, "trials": trials}),
+        noun=material.noun,
+        data=script_json(
+            {
+                "arms": arms,
+                "conditions": {name: title(name) for name in conditions},
+                "noun": material.noun,
+                "trials": trials,
+            }
+        ),
     )
     with replacing(run_dir / "report.html") as file:
         file.write(page)
