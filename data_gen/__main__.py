@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_generate(commands: "Commands[argparse.ArgumentParser]") -> None:
     generate = add_command(commands, "generate", _generate, "calibrate and make the rows of a recipe's arms")
-    generate.add_argument("recipe", help="recipe file (YAML)")
+    generate.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name")
     generate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.steered.rows=100")
     generate.add_argument("--arm", help="only this arm's rows; every arm's unless given")
 
@@ -71,7 +71,7 @@ def _add_import_and_export(commands: "Commands[argparse.ArgumentParser]") -> Non
 
 def _add_labels(commands: "Commands[argparse.ArgumentParser]") -> None:
     labels = add_command(commands, "labels", _labels, "label an SAE's latents by the text on which they are active")
-    labels.add_argument("recipe", help="recipe file (YAML) with the model and the SAE")
+    labels.add_argument("recipe", help="recipe (file or shipped name) with the model and the SAE")
     labels.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
     labels.add_argument("--texts", required=True, help="txt, jsonl or csv file, or data set; not the recipe's prompts")
     labels.add_argument("--column", default="text", help="of the texts (text)")
@@ -311,7 +311,10 @@ def _tokenizer(path: str | None) -> "PreTrainedTokenizerBase | None":
     from esr_train.models import load_tokenizer
     from esr_train.recipe import ModelSection
 
-    return load_tokenizer(ModelSection.model_validate({"path": path}))
+    try:
+        return load_tokenizer(ModelSection(path=path))
+    except InputError as error:
+        raise InputError(error.what, f"--tokenizer {path}", error.fix) from error
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data_gen.filters import Seen, screened
 from data_gen.prompted import prompted
-from data_gen.sources import SOURCES, Context, Make, Outcome, normal
+from data_gen.sources import SOURCES, TOO_LONG, Context, Make, Outcome, normal
 from data_gen.steered import steered
 from esr_train.errors import InputError, RunError
 from esr_train.ranks import ALONE, Ranks
@@ -153,9 +153,10 @@ class _Sieve:
 
     def too_few(self, source: str) -> str:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.funnel.items()) if KEPT not in reason)
+        longer = "Raise sampling.max_new_tokens or set data.trim_answers; ask" if self.funnel[TOO_LONG] else "Ask"
         return (
             f"data.{source}: only {len(self.kept)} of the {self.wanted} rows wanted passed the filters ({reasons}). "
-            f"Ask for fewer rows, or change data.{source}, data.min_answer_score or data.max_detour_score."
+            f"{longer} for fewer rows, or change data.{source}, data.min_answer_score or data.max_detour_score."
         )
 
 

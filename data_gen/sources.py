@@ -27,6 +27,7 @@ SEEDS = 2**31
 CUES = Path(__file__).parent / "cues.txt"
 LABEL = "{label}"
 TOO_LONG = "answer too long"
+"""Why a row is refused whose answer has not ended after `sampling.max_new_tokens`."""
 _HEADING = re.compile(r"\[([\w -]+)\]")
 _STEM_WORDS = 2
 _FINISHED = re.compile(r"(?s)[^\W\d_].*[.!?…][\"')\]”*_]*$")

@@ -65,7 +65,7 @@ def _merge_parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lora.r=16")
     parser.add_argument("--arm", help="which of the recipe's arms; the first one unless given")
 
@@ -110,7 +110,11 @@ def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
     section = recipe.for_arm(arm)
     check_settings(section, adapter_folder(arm, recipe.directory) / "checkpoints")
     tokenizer = load_tokenizer(section.model)
-    rows = read_rows(section, data_file(recipe, arm, recipe.directory), tokenizer)
+    file = data_file(recipe, arm, recipe.directory)
+    if not section.train.data and not file.is_file():
+        command = f"esr data generate {' '.join([options.recipe, *options.overrides])}"
+        raise InputError("there are no rows yet", str(file), f"Make them first: {command}.")
+    rows = read_rows(section, file, tokenizer)
     if options.dump_tokens:
         print(f"{dump_tokens(rows, options.dump_tokens)} rows: {options.dump_tokens}")
     if options.dry_run:

@@ -89,18 +89,22 @@ def replacing(path: Path | str) -> Iterator[TextIO]:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, whole or not at all.
+
+    Raises:
+        ValueError: for a number that is not finite, which is no JSON: what is read back would be refused.
+    """
     with replacing(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
-    """Write one JSON value a line, whole or not at all; returns the number of rows."""
+    """Write one JSON value a line, whole or not at all; returns the number of rows. NaN is refused as by `write_json`."""
     count = 0
     with replacing(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
     return count
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -36,6 +37,10 @@ Score = Annotated[float, Field(ge=0, le=100)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What may be a folder's or a file's name, whatever the file system."""
 
 
 def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
@@ -464,7 +469,7 @@ class ArmSection(Section):
 class Recipe(Section):
     """One experiment. See the recipes that are shipped for commented examples."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
+    name: str = Field(pattern=f"^{RUN_NAME}$", description="of the run directory")
     runs: str = Field("runs", description="folder of the run directories")
     seed: int = Field(0, description="of everything that is drawn")
     seeds: tuple[int, ...] | None = Field(None, description="several runs with one combined metrics.json")
@@ -617,7 +622,16 @@ def import_plugin(path: str) -> None:
         spec.loader.exec_module(module)
     except Exception as error:  # Whatever somebody's own module raises.
         del sys.modules[name]
-        raise InputError(f"importing it fails ({type(error).__name__}: {error})", f"plugins: {path}") from error
+        what = f"importing it fails ({type(error).__name__}: {error})"
+        raise InputError(what, f"plugins: {path}{_line_of(error, file)}") from error
+
+
+def _line_of(error: Exception, file: Path) -> str:
+    """`:line` of a file in which an error was raised, or in which it called what raised it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        lines.append(error.lineno)
+    return f":{lines[-1]}" if lines else ""
 
 
 @dataclass(frozen=True)
@@ -740,4 +754,5 @@ def _message(item: Any) -> str:
         return "required"
     if item["type"] == "value_error" and isinstance(item["input"], dict):
         return str(item["ctx"]["error"])  # It names the key itself; the section around it says nothing more.
-    return f"{item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"[:300]
+    said = item["msg"].lower().replace("tuple", "list") if "tuple" in item["type"] else item["msg"]
+    return f"{said[0].lower()}{said[1:]} (got {item['input']!r})"[:300]

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("--arm", default="base", help="what the measured model is called (base)")
 
     report = add_command(commands, "report", _report, "write metrics.json and report.html anew from the trials")
-    report.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe file")
+    report.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe")
     report.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.bootstrap=10000")
 
     power = add_command(commands, "power", _power, "trials that telling two rates apart takes")
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.trials=512")
 
 
@@ -99,6 +99,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     from esr_train.files import write_json, write_jsonl
+    from esr_train.recipe import RUN_NAME
     from eval.paper_results import read_results
     from eval.report.figures import Material
     from eval.report.page import write_report
@@ -107,7 +108,7 @@ def _import(options: argparse.Namespace) -> None:
     from eval.store import trial_to_json
     from eval.summary import summarise
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.arm):
+    if not re.fullmatch(RUN_NAME, options.arm):
         raise InputError(f"{options.arm!r} cannot be a file's name", "--arm", "Take letters, digits, '.', '_', '-'.")
     if (options.out / "recipe.yaml").exists():
         raise InputError("the run of a recipe lies here", f"--out {options.out}", "Name a folder of its own.")

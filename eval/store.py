@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -113,8 +113,12 @@ def trial_from_json(row: Any) -> Trial:
     Raises:
         ValueError: naming the key, for one that is missing, unknown or of another type, and for NaN and infinity.
     """
-    if isinstance(row, dict) and row.get("sampling") == {}:
+    sampling = row.get("sampling") if isinstance(row, dict) else None
+    if sampling == {}:
         row = {**row, "sampling": None}
+    elif isinstance(sampling, dict):  # Its defaults are for who samples; how a trial was sampled nobody may guess.
+        for key in (field.name for field in fields(Sampling) if field.name not in sampling):
+            raise ValueError(f"the key 'sampling.{key}' is missing")
     return typed(Trial, row)
 
 

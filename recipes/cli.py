@@ -1,14 +1,16 @@
 """The `esr` command."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from esr_train.command import add_debug, guarded, prepare
 from esr_train.errors import InputError
+from esr_train.files import replacing
+from recipes import recipe_file, shipped
 
-FOLDER = Path(__file__).parent
 USAGE = """\
 usage: esr COMMAND ...
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="esr run", description="Run a whole experiment, or go on with it.")
-    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.trials=512")
     parser.add_argument(
         "--redo",
@@ -78,19 +80,20 @@ def _recipes(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="names and first comment line of every recipe")
     show = commands.add_parser("show", help="print a recipe")
-    show.add_argument("name", help="such as tiny/quickstart")
+    show.add_argument("recipe", help="such as tiny/quickstart")
     copy = commands.add_parser("copy", help="copy a recipe to edit it")
-    copy.add_argument("name")
-    copy.add_argument("target", type=Path)
+    copy.add_argument("recipe", help="such as tiny/quickstart")
+    copy.add_argument("target", help="file to write (.yaml), or the folder to write it into")
+    copy.add_argument("--name", help="of the copy's run directory; the file's name unless given")
     validate = commands.add_parser("validate", help="check recipe files")
-    validate.add_argument("files", nargs="*", type=Path, help="the shipped ones unless given")
+    validate.add_argument("files", nargs="*", help="the shipped ones unless given")
     explain = commands.add_parser("explain", help="print keys of a recipe with default and meaning")
     explain.add_argument("key", nargs="?", default="", help="such as train.live; all of them unless given")
     options = parser.parse_args(arguments)
     actions = {
         "list": _list,
-        "show": lambda: _show(options.name),
-        "copy": lambda: _copy(options.name, options.target),
+        "show": lambda: print(recipe_file(options.recipe).read_text(encoding="utf-8"), end=""),
+        "copy": lambda: _copy(options.recipe, options.target, options.name),
         "validate": lambda: _validate(options.files),
         "explain": lambda: _explain(options.key),
     }
@@ -113,51 +116,47 @@ def _models(arguments: Sequence[str]) -> int:
     return guarded(work, options.debug)
 
 
-def shipped() -> list[Path]:
-    """Every recipe file that the package ships, at any depth."""
-    settings = {"accelerate", "deepspeed", "assets"}
-    return sorted(path for path in FOLDER.rglob("*.yaml") if not settings & set(path.relative_to(FOLDER).parts))
-
-
-def find_recipe(name: str) -> Path:
-    """The shipped recipe with that name, such as `tiny/quickstart`.
-
-    Raises:
-        InputError: naming the recipes there are.
-    """
-    for path in shipped():
-        if name in (_name(path), f"{_name(path)}.yaml"):
-            return path
-    raise InputError(f"there is no shipped recipe {name!r}", None, f"There are {', '.join(map(_name, shipped()))}.")
-
-
-def _name(path: Path) -> str:
-    return str(path.relative_to(FOLDER).with_suffix(""))
-
-
 def _list() -> None:
-    for path in shipped():
-        print(f"{_name(path):40} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    for name, path in shipped().items():
+        print(f"{name:40} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
-def _show(name: str) -> None:
-    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+def _copy(source: str, target: str, name: str | None) -> None:
+    """Copy a recipe under another name: its header then tells how to run the copy, in a run directory of its own."""
+    from esr_train.recipe import RUN_NAME
+
+    file = recipe_file(source)
+    path = Path(target)
+    if path.is_dir() or path.suffix not in (".yaml", ".yml"):
+        path = path / file.name
+    name = path.stem if name is None else name
+    if not re.fullmatch(RUN_NAME, name):
+        raise InputError(f"{name!r} cannot be a run directory's name", "--name", "Take letters, digits, '.', '_', '-'.")
+    if path.exists():
+        raise InputError("the file exists", str(path), "Name another one; nothing was overwritten.")
+    with replacing(path) as copy:
+        copy.write(_renamed(file, path, name))
+    print(f"{path}: its runs go to runs/{name}")
 
 
-def _copy(name: str, target: Path) -> None:
-    if target.exists():
-        raise InputError("the file exists", str(target), "Name another one; nothing was overwritten.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(find_recipe(name).read_text(encoding="utf-8"), encoding="utf-8")
-    print(target)
+def _renamed(file: Path, path: Path, name: str) -> str:
+    """A recipe's text with another name, and the commands of its header with another path."""
+    text = file.read_text(encoding="utf-8")
+    header = text[: re.search(r"^[^#]", text, re.MULTILINE).start()]  # type: ignore[union-attr]
+    body = text[len(header) :]
+    before = re.search(r"^name: *(\S+)", body, re.MULTILINE)[1]  # type: ignore[index]
+    header = re.sub(r"^#   make .*\n", "", header, flags=re.MULTILINE)
+    header = re.sub(rf"\brecipes/\S*{re.escape(file.name)}", str(path), header)
+    header = re.sub(rf"\b(name=|runs/){re.escape(before)}\b", rf"\g<1>{name}", header)
+    return header + re.sub(r"^name: *\S+", f"name: {name}", body, count=1, flags=re.MULTILINE)
 
 
-def _validate(files: Sequence[Path]) -> None:
+def _validate(files: Sequence[str]) -> None:
     from recipes.experiment import read_recipe
 
-    for path in files or shipped():
-        read_recipe(path)
-        print(f"{path}: valid")
+    for file in files or list(shipped()):
+        read_recipe(file)
+        print(f"{file}: valid")
 
 
 def _explain(key: str) -> None:

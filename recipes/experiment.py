@@ -17,7 +17,9 @@ from esr_train.provenance import digest, model_hashes, sae_hashes, sha256
 from esr_train.ranks import ALONE, Ranks
 from esr_train.recipe import JudgeSection, ModelSection, Recipe, dump_recipe, judging_model, load_recipe
 from esr_train.template import DATE
+from recipes import recipe_file
 from recipes.resources import Resources, located, open_resources
+from recipes.stage_cache import FILE as STAGES
 from recipes.stage_cache import StageCache
 
 LOCK = ".lock"
@@ -27,10 +29,14 @@ LOCK = ".lock"
 def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, import the plug-ins that it names, and apply `key.sub=value` overrides.
 
+    Args:
+        path: of its file, or a shipped recipe's name, such as `tiny/quickstart`.
+        overrides: such as `eval.trials=512`.
+
     Raises:
         InputError: naming every mistake at once, each with its key.
     """
-    return load_recipe(path, list(overrides))
+    return load_recipe(recipe_file(path), list(overrides))
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def open_experiment(
     """
     directory = directory or recipe.directory
     ranks.by_first(lambda: hold(directory / LOCK))
-    with open_resources(recipe) as resources:
+    with open_resources(recipe, asks=False) as resources:  # `preflight` has looked for the keys that are needed
         yield Experiment(recipe, directory, resources, StageCache(directory, ranks, redo), ranks)
 
 
@@ -96,6 +102,14 @@ def write_recipe(experiment: Experiment) -> None:
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         with replacing(path) as file:
             file.write(text)
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run directory says that this very recipe was run to its report: nobody will be asked anything then."""
+    written, records = recipe.directory / "recipe.yaml", StageCache(recipe.directory).records()
+    if "report" not in records or not written.is_file() or written.read_text(encoding="utf-8") != dump_recipe(recipe):
+        return False
+    return all(StageCache(file.parent).is_whole() for file in recipe.directory.rglob(STAGES))
 
 
 def base_inputs(experiment: Experiment) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _keep_shared(run: Experiment, part: Experiment) -> None:
 
 def _measure_seed(recipe: Recipe, number: int, redo: Sequence[str]) -> None:
     """Measure one seed in a process of its own; what the seeds share is there already."""
-    with open_resources(recipe) as resources:
+    with open_resources(recipe, asks=False) as resources:
         experiment = Experiment(recipe, recipe.directory, resources, StageCache(recipe.directory))
         shared = prepare(experiment)
         sources = {arm: generate_sources(experiment, arm, shared) for arm in recipe.trained_arms}

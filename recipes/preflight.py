@@ -7,12 +7,13 @@ from typing import Any
 from data_gen.sources import read_cues, wanted_sources
 from esr_train.errors import InputError
 from esr_train.models import choose_device, load_config, model_source
-from esr_train.recipe import ModelJudgeSection, Recipe
+from esr_train.recipe import Recipe
 from esr_train.steering.direction_files import check_sizes
 from eval.arms import prompt_text
 from eval.conditions import CONDITIONS
 from eval.judging.restart_likelihood import read_phrases
 from eval.llm import InspectLlm
+from recipes.experiment import is_finished
 from recipes.resources import Resources, located
 from recipes.weights import adapter_folder
 
@@ -42,7 +43,8 @@ def check(recipe: Recipe, redo: Sequence[str] = ()) -> None:
 
 def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
     """What is looked at, one thing each."""
-    resources = Resources(recipe)
+    asks = bool(redo) or not is_finished(recipe)
+    resources = Resources(recipe, asks)
     yield lambda: _check_redo(recipe, redo)
     yield lambda: choose_device(recipe.model)
     yield lambda: load_config(recipe.model)
@@ -57,15 +59,12 @@ def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
         yield lambda: _check_vectors(resources)
     yield resources.judge
     yield resources.further_judges
-    for section in (recipe.judge, *recipe.judges):
-        if isinstance(section, ModelJudgeSection):
-            yield InspectLlm(section.model).check
     if recipe.eval.restart_phrases:
         yield lambda: read_phrases(located(str(recipe.eval.restart_phrases)))
     for arm in recipe.arms:
         yield partial(_check_arm, recipe, arm)
     for arm in recipe.trained_arms:
-        yield partial(_check_training, recipe.for_arm(arm), arm)
+        yield partial(_check_training, recipe.for_arm(arm), arm, asks)
 
 
 def _check_redo(recipe: Recipe, redo: Sequence[str]) -> None:
@@ -109,7 +108,7 @@ def _check_arm(recipe: Recipe, arm: str) -> None:
         model_source(recipe.model.model_copy(update={"path": section.model, "revision": None}))
 
 
-def _check_training(recipe: Recipe, arm: str) -> None:
+def _check_training(recipe: Recipe, arm: str, asks: bool) -> None:
     """Settings of the trainer and the files that rows are made from."""
     from esr_train.training.saving import repository
     from esr_train.training.settings import check_settings
@@ -123,5 +122,5 @@ def _check_training(recipe: Recipe, arm: str) -> None:
             raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
         read_cues(recipe.data.cues)
         for section in wanted_sources(recipe.data).values():
-            if writer := getattr(section, "writer", None):
+            if asks and (writer := getattr(section, "writer", None)):
                 InspectLlm(writer).check()

@@ -114,9 +114,15 @@ class Servers:
 
 @dataclass
 class Resources:
-    """A recipe's model, SAE, judges and prompts. Each is opened by the first call that asks for it."""
+    """A recipe's model, SAE, judges and prompts. Each is opened by the first call that asks for it.
+
+    Args:
+        recipe: the experiment's.
+        asks: whether judges may be asked anything: a key that is missing is then refused when one is opened.
+    """
 
     recipe: Recipe
+    asks: bool = True
     _opened: dict[str, Any] = field(default_factory=dict)
     _servers: Servers = field(init=False)
 
@@ -195,9 +201,8 @@ class Resources:
 
     def _judge(self, section: JudgeSection, key: str) -> Judge:
         recipe, cache = self.recipe, Path(self.recipe.runs) / "judge-cache"
-        context = JudgeContext(
-            key, recipe.llm, cache, recipe.directory, self._judging_engine, located, recipe.model.path
-        )
+        run, path = recipe.directory, recipe.model.path
+        context = JudgeContext(key, recipe.llm, cache, run, self.asks, self._judging_engine, located, path)
         return open_judge(section, context)
 
     def _judging_engine(self, path: str) -> Engine:
@@ -276,9 +281,9 @@ class Resources:
 
 
 @contextmanager
-def open_resources(recipe: Recipe) -> Iterator[Resources]:
+def open_resources(recipe: Recipe, asks: bool = True) -> Iterator[Resources]:
     """A recipe's resources, closed when the block ends."""
-    resources = Resources(recipe)
+    resources = Resources(recipe, asks)
     try:
         yield resources
     finally:

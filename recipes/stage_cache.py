@@ -82,6 +82,10 @@ class StageCache:
         """What made each stage that is done: fingerprint, inputs, commit, versions, hashes of modules, time."""
         return {name: record for name, record in self._records.items() if record.get("done")}
 
+    def is_whole(self) -> bool:
+        """Whether every stage that was begun here is done."""
+        return len(self.records()) == len(self._records)
+
     def _fingerprint(self, stage: Stage) -> str:
         record = self._records.get(stage.name, {})
         return digest([dict(stage.inputs), record.get("redone", 0)])
@@ -90,6 +94,9 @@ class StageCache:
         record = self._records.get(stage.name, {})
         is_there = all((self.directory / output).exists() for output in stage.outputs)
         return record.get("fingerprint") == fingerprint and bool(record.get("done")) and is_there
+
+    def _has_output(self, stage: Stage) -> bool:
+        return any((self.directory / output).exists() for output in stage.outputs)
 
     def _begin(self, stage: Stage) -> tuple[str, bool]:
         """The stage's fingerprint, and whether there is anything to do; what was made of other inputs is removed."""
@@ -105,8 +112,9 @@ class StageCache:
             return fingerprint, False
         if record.get("fingerprint") != fingerprint:
             if record:
-                if not wanted:
-                    print(f"{stage.name}: {_changes(record, stage)}; done anew", flush=True)
+                if not wanted and (record.get("done") or self._has_output(stage)):
+                    anew = "done anew" if record.get("done") else "what was begun is dropped"
+                    print(f"{stage.name}: {_changes(record, stage)}; {anew}", flush=True)
                 self._discard(stage)
             redone = {"redone": record["redone"]} if record.get("redone") else {}
             begun = {"fingerprint": fingerprint, "done": False, "inputs": stage.inputs, **redone}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -70,14 +71,12 @@ class SteeringVector:
             InputError: unless one of the two strengths is given, and finite; for `norm`, if the layer's residual norm
                 is unknown.
         """
-        if norm is not None and raw is None:
-            length = norm * self._known_norm()
-        elif raw is not None and norm is None:
-            length = raw * self.length
-        else:
+        if (norm is None) == (raw is None):
             raise InputError("one strength is needed", "add", "Such as add(0.9), in residual norms, or add(raw=210.0).")
-        if not math.isfinite(length):
-            raise InputError(f"a strength of {length} cannot be added", "add", "Give a finite number.")
+        strength = raw if norm is None else norm
+        if not isinstance(strength, Real) or not math.isfinite(strength):
+            raise InputError(f"a strength of {strength!r} cannot be added", "add", "Give a finite number.")
+        length = float(strength) * (self.length if norm is None else self._known_norm())
         return Add(self.layer, self.unit * length, positions)
 
     def _known_norm(self) -> float:

@@ -86,13 +86,19 @@ def save_adapter(trainer: Any, folder: Path, record: dict[str, Any]) -> None:
     (aside / "training_args.bin").unlink(missing_ok=True)
     model.generation_config.save_pretrained(str(aside))
     write_json(aside / "provenance.json", {**record, "base_weights": base_weights(model.name_or_path)})
-    write_json(aside / "training_log.json", trainer.state.log_history)
+    write_json(aside / "training_log.json", [_finite(entry) for entry in trainer.state.log_history])
     with replacing(aside / "README.md") as file:
         file.write(model_card(record, final_metrics(trainer.state.log_history)))
     names = sorted(path.name for path in aside.iterdir())
     for name in [name for name in names if name != CONFIG] + [CONFIG]:
         os.replace(aside / name, folder / name)
     aside.rmdir()
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log entry without numbers that JSON does not have, such as the accuracy where no token was trained."""
+    is_gap = {key: isinstance(value, float) and not math.isfinite(value) for key, value in entry.items()}
+    return {key: None if is_gap[key] else value for key, value in entry.items()}
 
 
 def final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:

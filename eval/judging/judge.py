@@ -85,6 +85,7 @@ class JudgeContext:
         llm: how language models are asked.
         cache: folder in which usable answers are kept for all runs; None keeps none.
         run: folder of the run, in which requests and costs are counted; None counts in memory.
+        is_asked: whether there is anything left to ask; a key that is missing is then refused when the judge is opened.
         open_engine: hub id or folder of a model -> an engine on it.
         locate: a path in the recipe -> the file it names.
         model: hub id or folder of the model under test, for a judge that names none.
@@ -94,6 +95,7 @@ class JudgeContext:
     llm: LlmSection = field(default_factory=LlmSection)
     cache: Path | None = None
     run: Path | None = None
+    is_asked: bool = True
     open_engine: Callable[[str], Engine] = _no_engine
     locate: Callable[[str], Path] = Path
     model: str | None = None
@@ -130,7 +132,7 @@ def open_judge(section: JudgeSection, context: JudgeContext) -> Judge:
     """The judge that a section of a recipe describes; no model is loaded before it is asked.
 
     Raises:
-        InputError: if a file that it names cannot be read, or a price is missing that a limit needs.
+        InputError: if a file that it names cannot be read, a key is missing, or a price that a limit needs.
     """
     return _FACTORIES[section.kind](section, context)
 

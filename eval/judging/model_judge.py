@@ -145,6 +145,8 @@ def judge_name(llm: Llm, repeat: int) -> str:
 @register_judge("model", ModelJudgeSection)
 def _open_model(section: ModelJudgeSection, context: JudgeContext) -> ModelJudge:
     llm = InspectLlm(section.model, section.temperature, context.llm.concurrency)
+    if context.is_asked:
+        llm.check()
     # Each process counts in a file of its own.
     name = re.sub(r"[^A-Za-z0-9.#-]+", "_", judge_name(llm, section.repeat))
     file = context.run / "requests" / f"{name}-{os.getpid()}{LEDGER}" if context.run else None
