@@ -100,7 +100,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
-    """Write one JSON value a line, whole or not at all; returns the number of rows. NaN is refused as by `write_json`."""
+    """Write one JSON value a line, whole or not at all; returns the number of rows. No NaN, as in `write_json`."""
     count = 0
     with replacing(path) as file:
         for row in rows:

@@ -105,7 +105,7 @@ def write_recipe(experiment: Experiment) -> None:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the run directory says that this very recipe was run to its report: nobody will be asked anything then."""
+    """Whether the run directory says that this very recipe was run to its report: nobody is asked anything then."""
     written, records = recipe.directory / "recipe.yaml", StageCache(recipe.directory).records()
     if "report" not in records or not written.is_file() or written.read_text(encoding="utf-8") != dump_recipe(recipe):
         return False

@@ -1,7 +1,10 @@
 """The `esr` command as a new user meets it: exit codes, and errors as one paragraph."""
 
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,8 @@ import yaml
 
 from esr_train.command import guarded
 from esr_train.errors import InputError, RunError
-from recipes.cli import main, shipped
+from recipes import shipped
+from recipes.cli import main
 from tests.conftest import ROOT
 
 Esr = Callable[..., tuple[int, str, str]]
@@ -53,9 +57,39 @@ def test_the_shipped_recipes_are_listed_shown_copied_and_valid(esr, tmp_path):
     assert code == 0
     assert yaml.safe_load(text)["name"] == "quickstart"
     target = tmp_path / "mine" / "first.yaml"
-    assert esr("recipes", "copy", "tiny/quickstart", target)[0] == 0
-    assert target.read_text() == text
+    assert esr("recipes", "copy", "tiny/quickstart", target)[:2] == (0, f"{target}: its runs go to runs/first\n")
+    assert yaml.safe_load(target.read_text()) == {**yaml.safe_load(text), "name": "first"}
     assert esr("recipes", "validate", target)[:2] == (0, f"{target}: valid\n")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_header_of_a_copy_names_the_copy(esr, tmp_path, name):
+    before = shipped()[name].read_text()
+    target = tmp_path / "mine.yaml"
+    assert esr("recipes", "copy", name, target, "--name", "my-run")[0] == 0
+    text = target.read_text()
+    assert f"recipes/{name}.yaml" in before
+    assert f"recipes/{name}" not in text
+    assert text.count(str(target)) == before.count(f"recipes/{name}.yaml")
+    assert f"esr run {target}" in text
+    old = yaml.safe_load(before)["name"]
+    assert f"name={old}" not in text
+    assert f"runs/{old}" not in text
+    assert "make quickstart" not in text
+    assert yaml.safe_load(text) == {**yaml.safe_load(before), "name": "my-run"}
+
+
+def test_a_copy_into_a_folder_keeps_the_recipes_name(esr, tmp_path):
+    for folder in (tmp_path, tmp_path / "new"):
+        assert esr("recipes", "copy", "gemma-2-9b-it/live", folder)[0] == 0
+        assert yaml.safe_load((folder / "live.yaml").read_text())["name"] == "live"
+
+
+def test_a_copys_name_must_be_a_folders(esr, tmp_path):
+    code, _, err = esr("recipes", "copy", "tiny/quickstart", tmp_path / "mine.yaml", "--name", "my run")
+    assert code == 2
+    assert err.startswith("error: --name: 'my run' cannot be a run directory's name.")
+    assert not (tmp_path / "mine.yaml").exists()
 
 
 def test_a_copy_never_overwrites(esr, tmp_path):
@@ -70,7 +104,19 @@ def test_a_copy_never_overwrites(esr, tmp_path):
 def test_an_unknown_recipe_names_those_there_are(esr):
     code, _, err = esr("recipes", "show", "tiny/quikstart")
     assert code == 2
-    assert "tiny/quickstart" in err
+    assert "Did you mean tiny/quickstart?" in err
+    assert "gemma-2-9b-it/live or gemma-2-9b-it/onpolicy" in esr("recipes", "show", "gemma-2-9b-it")[2]
+
+
+@pytest.mark.parametrize("name", ["tiny/quickstart", "tiny/quickstart.yaml", "recipes/tiny/quickstart.yaml"])
+def test_a_shipped_recipes_name_stands_for_its_path_in_every_command(esr, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for words in (("run",), ("train",), ("data", "generate"), ("eval", "calibrate"), ("eval", "run")):
+        code, _, err = esr(*words, name, "train.args.no=1", "model.path=./none")
+        assert code == 2
+        assert "model.path: the folder './none' does not exist" in err or "there are no rows yet" in err
+    assert esr("recipes", "validate", name)[0] == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -81,7 +127,9 @@ def test_every_command_that_takes_a_recipe_refuses_a_missing_one_alike(esr, tmp_
     missing = tmp_path / "no.yaml"
     code, _, err = esr(*words, missing)
     assert code == 2
-    assert err == f"error: {missing}: the file does not exist. Check the path.\n"
+    assert err.startswith(
+        f"error: {missing}: the file does not exist, nor a shipped recipe of that name. Check the path"
+    )
 
 
 @pytest.mark.parametrize("words", [("data", "generate"), ("eval", "run"), ("train",)])
@@ -128,3 +176,23 @@ def test_the_installed_command_reports_bad_input_without_a_traceback(tmp_path):
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ")
+
+
+def test_a_wheel_holds_every_file_and_finds_shipped_recipes_in_an_empty_folder(tmp_path):
+    source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    packages, ignored = ("esr_train", "eval", "data_gen", "recipes"), shutil.ignore_patterns("__pycache__")
+    for name in packages:
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('..'))"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    shipped_files = {path.relative_to(source) for name in packages for path in (source / name).rglob("*.*")}
+    assert not [path for path in shipped_files if not (site / path).exists()]
+    show = [sys.executable, "-m", "recipes.cli", "recipes", "show", "llama-3.1-8b-instruct/live"]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(show, cwd=empty, env=environment, capture_output=True, text=True)
+    assert done.stdout == (ROOT / "recipes" / "llama-3.1-8b-instruct" / "live.yaml").read_text(), done.stderr

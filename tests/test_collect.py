@@ -82,6 +82,14 @@ def test_too_few_rows_are_an_error_with_the_reasons_counted(tmp_path):
         collect("x", 3, refuse, tmp_path / "c.jsonl", 4)
 
 
+def test_where_answers_are_too_long_it_says_what_makes_them_longer(tmp_path):
+    def refuse(numbers: Sequence[int]) -> list[Outcome]:
+        return [Outcome(None, "answer too long") for _ in numbers]
+
+    with pytest.raises(RunError, match=r"answer too long: 64\)\. Raise sampling\.max_new_tokens"):
+        collect("x", 3, refuse, tmp_path / "c.jsonl", 4)
+
+
 def test_a_candidate_draws_from_its_number_its_source_and_the_seed_alone():
     def drawn(seed: int, source: str, number: int) -> float:
         return candidate_rng(seed, source, number).random()

@@ -315,6 +315,7 @@ def test_a_file_without_rows_is_one_paragraph_and_nothing_is_written(tmp_path, m
         ("labels recipe.yaml --texts rows.jsonl --out labels.jsonl --concreteness 101", "--concreteness"),
         ("labels recipe.yaml --texts rows.jsonl --out labels.jsonl --concreteness nan", "--concreteness"),
         ("labels folder --texts rows.jsonl --out labels.jsonl", "folder"),
+        ("preview rows.jsonl --tokenizer ./nowhere", "error: --tokenizer ./nowhere: the folder"),
         ("generate nowhere.yaml", "nowhere.yaml"),
         ("generate folder", "folder"),
         ("generate recipe.yaml --arm other", "--arm"),

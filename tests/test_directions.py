@@ -91,8 +91,8 @@ def test_measuring_without_text_or_on_a_missing_layer_is_bad_input(family):
         measure_residual_norm(family.model, family.tokenizer, 4, ["a"])
 
 
-@pytest.mark.parametrize("strength", [{"raw": math.nan}, {"raw": math.inf}, {"norm": -math.inf}])
-def test_a_strength_that_is_not_finite_is_refused(strength):
+@pytest.mark.parametrize("strength", [{"raw": math.nan}, {"raw": math.inf}, {"norm": -math.inf}, {"norm": "0.9"}])
+def test_a_strength_that_is_no_finite_number_is_refused(strength):
     direction = SteeringVector(0, "v", torch.ones(4) / 2, 2.0, 1.0)
     with pytest.raises(InputError, match="cannot be added"):
         direction.add(**strength)

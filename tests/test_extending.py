@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_gen.sources import register_source
-from esr_train.recipe import JudgeSection, SourceSection
+from esr_train.errors import InputError
+from esr_train.recipe import JudgeSection, SourceSection, import_plugin
 from esr_train.transcript import SpanKind, read_transcripts
 from eval.conditions import CONDITIONS, register_condition
 from eval.judging.judge import register_judge
@@ -95,3 +96,18 @@ def test_a_metric_and_a_figure_from_outside_stand_in_the_report(run):
 def test_a_name_that_is_taken_is_refused(register):
     with pytest.raises(ValueError, match=r"taken|already"):
         register()
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("import os\n\nraise KeyError('x')\n", 3, "KeyError: 'x'"),
+        ("x = 1\ndef f(:\n", 2, "SyntaxError"),
+        ("import json\n\n\njson.loads('{')\n", 4, "JSONDecodeError"),
+    ],
+)
+def test_a_plug_in_that_cannot_be_imported_is_named_with_its_line(tmp_path, text, line, said):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(InputError, match=rf"plugins: {file}:{line}: importing it fails \({said}"):
+        import_plugin(str(file))

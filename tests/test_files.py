@@ -10,7 +10,7 @@ import pytest
 
 from esr_train.command import guarded
 from esr_train.errors import InputError, RunError
-from esr_train.files import hold, read_rows, replacing, write_json
+from esr_train.files import hold, read_rows, replacing, write_json, write_jsonl
 from eval.cells import Prompt, make_pools, read_prompts
 
 HOLDER = "import sys; from esr_train.files import hold; hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
@@ -58,6 +58,14 @@ def test_a_place_where_nothing_can_be_written_is_bad_input(tmp_path, place):
         pytest.fail("nothing was to be opened")
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("write", [write_json, lambda path, value: write_jsonl(path, [value])])
+def test_a_number_that_is_not_finite_is_never_written(tmp_path, write):
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write(tmp_path / "x.json", {"rate": number})
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_broken_block_wrote_is_gone(tmp_path):

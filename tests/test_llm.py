@@ -12,11 +12,13 @@ from pydantic import BaseModel
 
 from esr_train.errors import InputError, RunError
 from esr_train.files import read_json
-from esr_train.recipe import LlmSection
+from esr_train.recipe import LlmSection, Recipe, dump_recipe
 from esr_train.steering.engine import Completion, Sampling
 from eval import llm
 from eval.llm import LEDGER, Answer, Answered, Asker, EngineLlm, InspectLlm, Ledger, Reply, Spent, without_secrets
 from recipes.cli import main
+from recipes.experiment import read_recipe
+from recipes.preflight import check
 from tests.conftest import ROOT
 from tests.llm_stub import KEY, TEXT_FAULTS, TRANSPORT_FAULTS, Faults, LlmStub, Messages
 
@@ -253,6 +255,30 @@ def test_a_run_without_the_key_is_refused_before_a_model_is_loaded(word, monkeyp
     monkeypatch.setattr("recipes.resources.load_model", None)
     assert main(["run", str(ROOT / "recipes/tiny/quickstart.yaml"), f"runs={tmp_path}", word]) == 2
     assert "STUB_API_KEY" in capsys.readouterr().err
+
+
+def test_a_finished_run_asks_nobody_and_needs_no_key(monkeypatch, tmp_path):
+    monkeypatch.delenv("STUB_API_KEY", raising=False)
+    monkeypatch.delenv("STUB_BASE_URL", raising=False)
+    words = [f"runs={tmp_path}", "judge={kind: model, model: openai-api/stub/x}"]
+    made = read_recipe("tiny/quickstart", [*words, "data.prompted={rows: 5, writer: openai-api/stub/x}"])
+    made.directory.mkdir()
+    (made.directory / "recipe.yaml").write_text(dump_recipe(made))
+
+    def is_refused(stages: dict[str, bool], recipe: Recipe = made, redo: tuple[str, ...] = ()) -> bool:
+        records = {name: {"fingerprint": "x", "done": done, "inputs": {}} for name, done in stages.items()}
+        (made.directory / "stages.json").write_text(json.dumps(records))
+        try:
+            check(recipe, redo)
+        except InputError as error:
+            return "STUB_API_KEY" in str(error)
+        return False
+
+    assert is_refused({"trials/base": True})
+    assert is_refused({"trials/base": False, "report": True})
+    assert not is_refused({"trials/base": True, "report": True})
+    assert is_refused({"trials/base": True, "report": True}, redo=("report",))
+    assert is_refused({"trials/base": True, "report": True}, read_recipe("tiny/quickstart", [*words, "eval.trials=9"]))
 
 
 def test_a_model_out_of_reach_ends_the_run_instead_of_leaving_everything_unscored(reach, monkeypatch):

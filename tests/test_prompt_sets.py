@@ -11,7 +11,7 @@ from esr_train.errors import InputError
 from esr_train.files import read_jsonl
 from esr_train.recipe import SplitSection, load_recipe
 from eval.cells import Pools, Split, fingerprint, make_pools, read_prompts
-from recipes.cli import FOLDER
+from recipes import FOLDER
 
 HOW_TO = FOLDER.parent / "data_gen" / "prompts" / "how-to.jsonl"
 SPLITS = SplitSection()

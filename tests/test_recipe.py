@@ -135,7 +135,8 @@ def test_several_workers_cannot_each_start_a_vllm(small: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("plugins=my/source.py", "plugins: input should be a valid tuple"),
+        ("plugins=my/source.py", "plugins: input should be a valid list (got 'my/source.py')"),
+        ("data.steered.cut=[1]", "data.steered.cut.1: required"),
         ("arms={x: {of: nobody}}", "recipe: arms.x.of: 'nobody' is no arm with weights of its own"),
     ],
 )

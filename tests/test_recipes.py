@@ -9,24 +9,20 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 
 from esr_train.recipe import load_recipe
 from esr_train.training.settings import lora_config, sft_config
-from recipes.cli import FOLDER, shipped
+from recipes import FOLDER, shipped
 
 ROOT = Path(__file__).parent.parent
 LARGE = ("gemma-2-9b-it", "llama-3.1-8b-instruct", "llama-3-8b-instruct")
 KINDS = {"paper.yaml", "onpolicy.yaml", "live.yaml", "qlora.yaml"}
 
 
-def names(paths: list[Path]) -> list[str]:
-    return [str(path.relative_to(FOLDER)) for path in paths]
-
-
-recipes = pytest.mark.parametrize("path", shipped(), ids=names(shipped()))
+recipes = pytest.mark.parametrize("path", shipped().values(), ids=list(shipped()))
 
 
 def test_no_recipe_is_overlooked():
     """Every YAML file that has a `model` is a recipe, at any depth."""
     found = {path for path in FOLDER.rglob("*.yaml") if "model" in (yaml.safe_load(path.read_text()) or {})}
-    assert found == set(shipped())
+    assert found == set(shipped().values())
     assert len(found) >= 13
     for folder in LARGE:
         assert {path.name for path in found if path.parent.name == folder} == KINDS

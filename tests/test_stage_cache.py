@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from esr_train.errors import InputError
 from recipes.stage_cache import Stage, StageCache
 
 
@@ -37,6 +38,24 @@ def test_changed_inputs_make_it_anew_and_say_what_changed(tmp_path, capsys):
     assert counted.done == 2
     assert first != second
     assert "data/tuned: changed: lora.r: 32 -> 8; done anew" in capsys.readouterr().out
+
+
+def test_a_stage_that_was_never_done_is_not_said_to_be_done_anew(tmp_path, capsys):
+    def failing(seed: int, output: str = "") -> None:
+        def work() -> None:
+            (tmp_path / "rows.txt").write_text(output) if output else None
+            raise InputError("it fails")
+
+        with pytest.raises(InputError):
+            StageCache(tmp_path).do(Stage("latents", {"seed": seed}, ("rows.txt",), ("esr_train.errors",)), work)
+
+    failing(1)
+    failing(2)
+    assert capsys.readouterr().out == ""
+    failing(3, "half")
+    failing(4)
+    assert capsys.readouterr().out == "latents: changed: seed: 3 -> 4; what was begun is dropped\n"
+    assert not (tmp_path / "rows.txt").exists()
 
 
 def test_a_missing_output_makes_it_anew_without_changing_its_fingerprint(tmp_path):

@@ -4,11 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from esr_train.errors import InputError
+from esr_train.steering.engine import Sampling
 from eval.store import RowStore, Trial, TrialStore, read_trials, trial_to_json
 from tests.trial_maker import made
 
@@ -111,6 +113,8 @@ def test_reading_a_missing_file_names_it(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
+from dataclasses import asdict
+from esr_train.steering.engine import Sampling
 from eval.store import RowStore
 store = RowStore(sys.argv[1], lambda row: row["response"], lambda response: {"response": response})
 for number in range(10_000):
@@ -174,7 +178,8 @@ def test_a_trial_is_written_as_it_was_read_byte_for_byte(tmp_path: Path) -> None
         ({"flags": {"hijacked": 1}}, "flags.hijacked is not true or false: 1"),
         ({"response": None}, "response is not a text: null"),
         ({"cell": []}, "cell is not an object"),
-        ({"sampling": {"temperature": 1, "top_k": 5}}, "there is no key 'sampling.top_k'"),
+        ({"sampling": {"temperature": 1}}, "the key 'sampling.top_p' is missing"),
+        ({"sampling": {**asdict(Sampling()), "top_k": 5}}, "there is no key 'sampling.top_k'"),
     ],
 )
 def test_a_trial_that_is_not_one_is_an_error_with_its_line_and_key(tmp_path: Path, changes: dict, named: str) -> None:

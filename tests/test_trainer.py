@@ -237,6 +237,16 @@ def test_a_dry_run_shows_recipe_figures_and_masks_and_trains_nothing(small, caps
     assert not (small / "runs" / "t" / "adapter").exists()
 
 
+def test_a_dry_run_without_rows_names_the_command_that_makes_them(small, capsys):
+    (small / "r.yaml").write_text(dump_recipe(recipe()))
+    assert main(["r.yaml", "--dry-run", "name=other"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == "error: runs/other/data/tuned.jsonl: there are no rows yet. Make them first: esr data generate "
+        "r.yaml name=other.\n"
+    )
+
+
 def test_bad_input_is_one_paragraph_and_exit_code_two(small):
     recipe_file = small / "r.yaml"
     recipe_file.write_text(dump_recipe(recipe(lora={"rank": 3})))
