@@ -38,7 +38,7 @@ def recipe(folder: Path, judge: dict[str, Any], *judges: dict[str, Any]) -> Reci
 def test_judges_that_can_differ_are_judges_of_their_own(tmp_path, monkeypatch, judge, judges):
     monkeypatch.chdir(tmp_path)
     found = recipe(tmp_path, judge, *judges)
-    world = Resources(found)
+    world = Resources(found, asks=False)
     names = {world.judge().name, *(each.name for each in world.further_judges())}
     assert len(names) == 1 + len(judges)
     (tmp_path / "resolved.yaml").write_text(dump_recipe(found))

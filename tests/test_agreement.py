@@ -124,7 +124,7 @@ def experiment(folder: Path, judges: list[dict[str, Any]]) -> Experiment:
     path = recipe.directory / "trials" / "base.jsonl"
     path.unlink(missing_ok=True)
     TrialStore(path).add([trial(0, 100, latent=number) for number in range(3)])
-    return Experiment(recipe, recipe.directory, Resources(recipe), StageCache(recipe.directory))
+    return Experiment(recipe, recipe.directory, Resources(recipe, asks=False), StageCache(recipe.directory))
 
 
 def rows(top: Experiment) -> dict[str, list[Trial]]:
