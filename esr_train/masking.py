@@ -41,6 +41,8 @@ class Labelled:
         straddling: how many tokens are masked although some of their characters are to be trained.
         spans: kind, start and end of every span, as characters of `text`.
         reply_start: index of the first token that holds some of the reply.
+        answer_start: index of the first token that holds some of the reply's last span, if that is an answer; the
+            number of tokens otherwise.
     """
 
     id: str
@@ -51,6 +53,7 @@ class Labelled:
     straddling: int
     spans: tuple[tuple[SpanKind, int, int], ...]
     reply_start: int
+    answer_start: int
 
     @property
     def trained(self) -> int:
@@ -92,9 +95,11 @@ def label(
     _check_offsets(rendered, encoded, wanted, where)
     _check_coverage(tokenizer, rendered, encoded, labels, where)
     _check_decoding(tokenizer, rendered.text, encoded, labels, where)
+    kind, last, _ = rendered.spans[-1]
+    answer = encoded.first_token(last if kind is SpanKind.ANSWER else len(rendered.text))
     start = encoded.first_token(rendered.reply_start)
     ids, offsets = encoded.input_ids, encoded.offsets
-    return Labelled(transcript.id, ids, labels, offsets, rendered.text, straddling, rendered.spans, start)
+    return Labelled(transcript.id, ids, labels, offsets, rendered.text, straddling, rendered.spans, start, answer)
 
 
 def trained_tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, policy: Policy = "masked") -> int:

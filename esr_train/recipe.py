@@ -348,6 +348,9 @@ class LiveSection(Section):
 
     strength: Range = Field((0.8, 1.3), description="multiples of the latent's threshold, drawn per row and epoch")
     share: Fraction = Field(1.0, description="share of the steered rows that are injected")
+    answer: Fraction = Field(
+        1.0, description="factor on the strength from the last answer's first token on; 0: nothing is steered there"
+    )
 
 
 class ProbeSection(Section):

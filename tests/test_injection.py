@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_world import LAYER, gradients, read_six, recipe, transcripts, with_adapter, write_world
+from training_world import ANSWERS, LAYER, gradients, read_six, recipe, transcripts, with_adapter, write_world
 
 from esr_train.errors import InputError, RunError
 from esr_train.provenance import sha256
 from esr_train.recipe import LiveSection
+from esr_train.steering.hook import SteeringHook
 from esr_train.training.batches import Collator
 from esr_train.training.checks import check_flow, recorded
 from esr_train.training.dataset import read_rows, singly, table, to_dataset
-from esr_train.training.injection import COLUMNS, LiveInjection, draw, live_injection, load_vectors
+from esr_train.training.injection import COLUMNS, LiveInjection, draw, hook_rows, live_injection, load_vectors
 from esr_train.training.trainer import train
 from esr_train.transcript import Steering, VectorRef, read_transcripts, write_transcripts
 
@@ -54,6 +55,35 @@ def test_generated_positions_begin_at_the_first_reply_token(world):
         start, length = int(batch["reply"][row].nonzero()[0]), int(batch["attention_mask"][row].sum())
         assert 0 < start < length
         assert steered[row].tolist() == [start <= i < length for i in range(steered.shape[1])]
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_the_answer_gets_its_share_of_the_strength_from_its_first_token_on(world, family, factor, positions):
+    model, batch, live = world
+    section = LiveSection(strength=(0.8, 1.3), answer=factor)
+    weaker = LiveInjection(section, live.vectors, LAYER, 5, positions)
+    inputs, added = dict(batch), weaker.interventions(batch, epoch=3)
+    with SteeringHook(model, added) as hook, recorded(model, LAYER) as recording, torch.no_grad():
+        hook.set_rows(hook_rows(batch), batch["reply"])
+        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert torch.equal(recording.after, recording.before + weaker.delta(added, batch))
+    (counts,) = hook.counts().values()
+    for row in range(4):
+        strength = weaker.strength(int(batch["key"][row]), float(batch["threshold_raw"][row]), epoch=3)
+        vector = live.vectors[batch["vector"][row]] * strength
+        start, length = int(batch["answer"][row].nonzero()[0]), int(batch["attention_mask"][row].sum())
+        first = 0 if positions == "all" else int(batch["reply"][row].nonzero()[0])
+        text = family.tokenizer.decode(batch["input_ids"][row, start:length]).strip()
+        assert text.startswith(ANSWERS[row % 3])
+        before, after = recording.before[row], recording.after[row]
+        assert torch.equal(after[:first], before[:first])
+        assert torch.equal(after[first:start], before[first:start] + vector)
+        assert torch.equal(after[start:length], before[start:length] + factor * vector)
+        assert torch.equal(after[length:], before[length:])
+        assert counts[row] == start - first
+        assert counts[6 + row] == (length - start if factor else 0)
+    assert counts[4:6] == counts[10:12] == [0, 0]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -23,16 +23,18 @@ def world(request, tmp_path, family):
     return with_adapter(family, request.param), read_six(tmp_path, family), family.tokenizer.pad_token_id
 
 
-def live_over(rows, positions="all", strength=(0.8, 1.3)) -> LiveInjection:
+def live_over(rows, positions="all", strength=(0.8, 1.3), answer=1.0) -> LiveInjection:
     torch.manual_seed(1)
-    return LiveInjection(LiveSection(strength=strength), torch.randn(len(table(rows)), 64), LAYER, 5, positions)
+    return LiveInjection(
+        LiveSection(strength=strength, answer=answer), torch.randn(len(table(rows)), 64), LAYER, 5, positions
+    )
 
 
-@pytest.mark.parametrize("positions", ["all", "generated"])
+@pytest.mark.parametrize(("positions", "answer"), [("all", 1.0), ("generated", 1.0), ("all", 0.25)])
 @pytest.mark.parametrize("flat", [False, True])
-def test_packed_rows_have_the_loss_and_gradients_of_unpacked_ones(world, positions, flat):
+def test_packed_rows_have_the_loss_and_gradients_of_unpacked_ones(world, positions, answer, flat):
     model, rows, pad = world
-    live = live_over(rows, positions)
+    live = live_over(rows, positions, answer=answer)
     together = packed(rows, CAPACITY)
     assert max(len(sequence) for sequence in together) > 1
     assert len(together) > 1
@@ -60,7 +62,8 @@ def test_the_checks_before_training_pass_on_packed_rows_and_find_a_leak(world, m
 
 def test_a_packed_batch_says_whose_every_token_is():
     first = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "lengths": [3, 2], "reply_start": [1, 0]}
-    second = {"input_ids": [6, 7], "labels": [-100, 7], "lengths": [2], "reply_start": [1]}
+    first["answer_start"] = [2, 0]
+    second = {"input_ids": [6, 7], "labels": [-100, 7], "lengths": [2], "reply_start": [1], "answer_start": [2]}
     steering = (
         {"vector": [4, -1], "threshold_raw": [2.0, 0.0], "key": [8, 9]},
         {"vector": [3], "threshold_raw": [1.0], "key": [7]},
@@ -73,6 +76,7 @@ def test_a_packed_batch_says_whose_every_token_is():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
     assert batch["row"].tolist() == [[0, 0, 0, 1, 1], [2, 2, -1, -1, -1]]
     assert batch["reply"].int().tolist() == [[0, 1, 1, 1, 1], [0, 1, 0, 0, 0]]
+    assert batch["answer"].int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]
     assert batch["vector"].tolist() == [4, -1, 3]
     flat = Collator(0, packed=True, flat=True)(rows)
     assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]

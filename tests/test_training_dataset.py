@@ -71,7 +71,9 @@ def test_data_that_cannot_be_trained_on_are_refused(tmp_path, llama):
 
 def test_a_batch_without_a_trained_token_is_refused():
     with pytest.raises(RunError, match="no trained token"):
-        Collator(0)([{"input_ids": [5, 6], "labels": [5, -100], "lengths": [2], "reply_start": [0]}])
+        Collator(0)(
+            [{"input_ids": [5, 6], "labels": [5, -100], "lengths": [2], "reply_start": [0], "answer_start": [0]}]
+        )
 
 
 def test_statistics_dump_and_preview_show_what_is_trained(tmp_path, llama):

@@ -14,6 +14,9 @@ from esr_train.masking import IGNORED
 POOL = 50
 """Batches whose rows are sorted by length together: enough to cut padding, few enough to stay random."""
 
+SPANS = ("reply", "answer")
+"""What a token may lie in or behind the beginning of: columns of a batch, each made from a `…_start` of the rows."""
+
 
 class LengthGrouped(Sampler[int]):
     """Random batches of rows of like length; a function of seed and epoch alone, so resuming changes nothing.
@@ -69,7 +72,7 @@ class Collator:
     The batch holds `input_ids` and `labels` [sequences, positions], and `attention_mask` or, where rows are packed,
     `position_ids` of the same shape, which begin at 0 with every row and with every padding token: from their
     breaks transformers infers who may see whom. For the steering it holds `row` (the row's index in the batch, -1
-    for padding) and `reply` [sequences, positions], and `vector`, `threshold_raw` and `key` [rows].
+    for padding), `reply` and `answer` [sequences, positions], and `vector`, `threshold_raw` and `key` [rows].
 
     Args:
         pad_token_id: fills `input_ids`; labels are filled with -100.
@@ -82,7 +85,8 @@ class Collator:
 
     def __init__(self, pad_token_id: int, packed: bool = False, flat: bool = False) -> None:
         self._packed, self._flat = packed, flat
-        self._fillings = {"input_ids": pad_token_id, "labels": IGNORED, "row": -1, "position_ids": 0, "reply": False}
+        self._fillings = {"input_ids": pad_token_id, "labels": IGNORED, "row": -1, "position_ids": 0}
+        self._fillings |= dict.fromkeys(SPANS, False)
 
     def __call__(self, sequences: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pieces: list[dict[str, torch.Tensor]] = []
@@ -91,9 +95,9 @@ class Collator:
             lengths = torch.tensor(sequence["lengths"])
             row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
             position = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
-            reply = position >= torch.tensor(sequence["reply_start"])[row]
+            spans = {name: position >= torch.tensor(sequence[f"{name}_start"])[row] for name in SPANS}
             tokens = {name: torch.tensor(sequence[name]) for name in ("input_ids", "labels")}
-            pieces.append({**tokens, "row": row + rows, "position_ids": position, "reply": reply})
+            pieces.append({**tokens, "row": row + rows, "position_ids": position, **spans})
             rows += len(lengths)
         if self._flat:
             pieces = [{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}]

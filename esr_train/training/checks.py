@@ -13,7 +13,7 @@ from esr_train.errors import RunError
 from esr_train.models import bare_model, decoder_layers, without_dropout
 from esr_train.steering.directions import Add
 from esr_train.steering.hook import SteeringHook
-from esr_train.training.injection import COLUMNS, LiveInjection
+from esr_train.training.injection import COLUMNS, LiveInjection, hook_rows
 
 LEAK = 1e-3
 """Relative change of a logit that bfloat16 kernels may show without any leak."""
@@ -116,11 +116,11 @@ def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) 
     try:
         with without_dropout(model):
             with SteeringHook(model, added) as hook, verified(model, live.layer, live.delta(added, columns)):
-                hook.set_rows(columns["row"], columns["reply"])
+                hook.set_rows(hook_rows(columns), columns["reply"])
                 _loss(model, inputs).backward()
             zero = [tuple(Add(add.layer, add.vector * 0.0) for add in adds) for adds in added]
             with torch.no_grad(), SteeringHook(model, zero) as hook:
-                hook.set_rows(columns["row"])
+                hook.set_rows(hook_rows(columns))
                 steered = _loss(model, inputs)
             with torch.no_grad():
                 plain = _loss(model, inputs)

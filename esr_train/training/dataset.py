@@ -49,6 +49,7 @@ class TrainingRow:
         vector: what steered it; None for an unsteered row.
         threshold_raw: strength, in decoder rows, that counts as one times the threshold.
         reply_start: index of the first token that holds some of the reply; 0 for an unsteered row.
+        answer_start: the same of the answer that ends the reply (see `masking.Labelled`).
     """
 
     labelled: Labelled
@@ -56,6 +57,7 @@ class TrainingRow:
     vector: VectorSource | None
     threshold_raw: float
     reply_start: int
+    answer_start: int
 
     @property
     def trained(self) -> int:
@@ -90,10 +92,11 @@ def training_row(
     labelled = label(tokenizer, transcript, policy, max_length)
     steering = transcript.steering
     if steering is None:
-        return TrainingRow(labelled, transcript.source, None, 0.0, 0)
+        return TrainingRow(labelled, transcript.source, None, 0.0, 0, 0)
     threshold = transcript.meta.get("threshold")
     raw = float(threshold["raw"]) if threshold else steering.strength.raw
-    return TrainingRow(labelled, transcript.source, VectorSource.of(steering), raw, labelled.reply_start)
+    starts = labelled.reply_start, labelled.answer_start
+    return TrainingRow(labelled, transcript.source, VectorSource.of(steering), raw, *starts)
 
 
 def _check_steering(rows: Sequence[TrainingRow], data: Path) -> None:
@@ -124,8 +127,9 @@ def to_dataset(sequences: Sequence[Sequence[TrainingRow]], sources: Sequence[Vec
     """Sequences of one or more rows as columns: tokens and labels one after the other, the rest a list of the rows'.
 
     `length` is the sequence's, `lengths` are the rows'; `vector` is the index in `sources` (-1: unsteered),
-    `threshold_raw` the strength in decoder rows at one times the threshold, `reply_start` the first reply token of the
-    row, `key` a number that stands for the id in random draws.
+    `threshold_raw` the strength in decoder rows at one times the threshold, `reply_start` and
+    `answer_start` the first token of the row's reply and of its last answer, `key` a number that stands for the id in
+    random draws.
     """
     indices = {source: index for index, source in enumerate(sources)}
     return Dataset.from_dict(
@@ -137,6 +141,7 @@ def to_dataset(sequences: Sequence[Sequence[TrainingRow]], sources: Sequence[Vec
             "vector": [[indices[row.vector] if row.vector else -1 for row in rows] for rows in sequences],
             "threshold_raw": [[row.threshold_raw for row in rows] for rows in sequences],
             "reply_start": [[row.reply_start for row in rows] for rows in sequences],
+            "answer_start": [[row.answer_start for row in rows] for rows in sequences],
             "key": [[row_key(row.labelled.id) for row in rows] for rows in sequences],
         }
     )

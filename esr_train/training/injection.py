@@ -18,7 +18,7 @@ from esr_train.steering.vector_files import one_called, unchanged_vectors
 from esr_train.training.dataset import TrainingRow, VectorSource, table
 from esr_train.transcript import SaeRef, VectorRef
 
-COLUMNS = ("vector", "threshold_raw", "key", "row", "reply")
+COLUMNS = ("vector", "threshold_raw", "key", "row", "reply", "answer")
 """The steering columns of a batch; the model never sees them."""
 
 
@@ -107,12 +107,16 @@ class LiveInjection:
         return threshold_raw * factor if self.is_injected(key, epoch) else 0.0
 
     def interventions(self, columns: dict[str, torch.Tensor], epoch: int) -> list[tuple[Add, ...]]:
-        """What is added in each row of a batch, packed or not; nothing in an unsteered row."""
+        """What is added up to each row's answer, and then, row by row again, what is added from there on.
+
+        A row, packed or not, is two rows of the hook (see `hook_rows`); nothing is added in an unsteered one.
+        """
         added: list[tuple[Add, ...]] = []
-        rows = zip(*(columns[name].tolist() for name in ("vector", "threshold_raw", "key")), strict=True)
-        for vector, threshold_raw, key in rows:
-            strength = self.strength(key, threshold_raw, epoch) if vector >= 0 else 0.0
-            added.append((Add(self.layer, self.vectors[vector] * strength, self.positions),) if strength else ())
+        rows = list(zip(*(columns[name].tolist() for name in ("vector", "threshold_raw", "key")), strict=True))
+        for factor in (1.0, self.settings.answer):
+            for vector, threshold_raw, key in rows:
+                strength = factor * self.strength(key, threshold_raw, epoch) if vector >= 0 else 0.0
+                added.append((Add(self.layer, self.vectors[vector] * strength, self.positions),) if strength else ())
         return added
 
     @contextmanager
@@ -127,7 +131,7 @@ class LiveInjection:
             yield
             return
         with SteeringHook(model, added) as hook:
-            hook.set_rows(columns["row"], columns["reply"])
+            hook.set_rows(hook_rows(columns), columns["reply"])
             yield
 
     def delta(self, added: Sequence[Sequence[Add]], columns: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -139,8 +143,18 @@ class LiveInjection:
         """
         nothing = torch.zeros(self.vectors.shape[1])
         rows = torch.stack([*(each[0].vector if each else nothing for each in added), nothing])
-        row = columns["row"].cpu()
+        row = hook_rows(columns).cpu()
         return rows[row if self.positions == "all" else torch.where(columns["reply"].cpu(), row, -1)]
+
+
+def hook_rows(columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The row of `LiveInjection.interventions` that every token of a batch is steered by, -1 for padding.
+
+    Args:
+        columns: the batch's.
+    """
+    in_answer = columns["answer"] & (columns["row"] >= 0)
+    return columns["row"] + in_answer * len(columns["vector"])
 
 
 def live_injection(recipe: Recipe, rows: Sequence[TrainingRow]) -> LiveInjection | None:
