@@ -7,7 +7,7 @@ from typing import Any
 from data_gen.sources import read_cues, wanted_sources
 from esr_train.errors import InputError
 from esr_train.models import choose_device, load_config, model_source
-from esr_train.recipe import Recipe
+from esr_train.recipe import ModelSection, Recipe, judging_model
 from esr_train.steering.direction_files import check_sizes
 from eval.arms import prompt_text
 from eval.conditions import CONDITIONS
@@ -59,6 +59,10 @@ def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
         yield lambda: _check_vectors(resources)
     yield resources.judge
     yield resources.further_judges
+    keyed = [("judge", recipe.judge), *((f"judges.{number}", each) for number, each in enumerate(recipe.judges))]
+    for key, section in keyed:
+        if model := judging_model(recipe, section):
+            yield partial(_check_judging_model, model, f"{key}.model")
     if recipe.eval.restart_phrases:
         yield lambda: read_phrases(located(str(recipe.eval.restart_phrases)))
     for arm in recipe.arms:
@@ -91,6 +95,13 @@ def _check_vectors(resources: Resources) -> None:
                 "eval.conditions",
                 "Take `random_direction` in its place.",
             )
+
+
+def _check_judging_model(model: ModelSection, key: str) -> None:
+    try:
+        load_config(model)
+    except InputError as error:
+        raise InputError(error.what, key, error.fix) from None
 
 
 def _check_vllm() -> None:

@@ -124,7 +124,14 @@ def test_every_mistake_in_a_recipe_is_named_at_once(world, capsys):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("key", "named"), [("model.path=nowhere", "nowhere"), ("model.device=cuda:9", "cuda:9")])
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("model.path=nowhere", "nowhere"),
+        ("model.device=cuda:9", "cuda:9"),
+        ("judge={kind: likelihood, model: ./nowhere}", "judge.model: the folder './nowhere' does not exist"),
+    ],
+)
 def test_a_model_or_device_that_is_not_there(world, capsys, key, named):
     assert named in paragraph(capsys, "run", "recipe.yaml", key)
     assert_nothing_half_written(world)
