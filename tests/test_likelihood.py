@@ -11,7 +11,8 @@ from esr_train.recipe import Recipe, judging_model
 from esr_train.steering.engine import Completion, Request, Sampling
 from eval.cells import read_prompts
 from eval.judging.judge import JudgeContext, JudgeItem, open_judge
-from eval.judging.likelihood import NEUTRAL, LikelihoodJudge, novelty, passages
+from eval.judging.likelihood import NEUTRAL, LikelihoodJudge, passages
+from eval.judging.prose import novelty
 from recipes.resources import Resources
 from tests.conftest import ASSETS
 
@@ -127,7 +128,17 @@ def test_short_sentences_are_read_together():
     assert passages(" \n") == []
 
 
-def test_novelty_is_the_share_of_word_triples_that_nobody_said_before():
+def test_a_sentence_without_end_is_read_in_pieces():
+    drift = f"{BREAD[:-1]} {'and raise the mast of the boat ' * 8}"
+    first, *others = passages(drift)
+    assert first.startswith("Knead the dough")
+    assert others
+    assert " ".join([first, *others]) == drift.strip()
+    assert score(f"{BREAD[:-1]} {' '.join([BOATS[:-1]] * 2)} {BOATS[6:-1]}") < score(BREAD) / 2
+
+
+def test_novelty_is_the_share_of_runs_of_three_words_or_marks_that_nobody_said_before():
+    assert novelty(["# # # # # # # #"]) == [pytest.approx(1 / 6)]
     assert novelty(["a b c d", "a b c d", "x"]) == [1.0, 0.0, 1.0]
     assert novelty(["no no no no no no"]) == [0.25]
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from esr_train.errors import InputError
@@ -12,18 +14,22 @@ from esr_train.recipe import LikelihoodJudgeSection
 from esr_train.restarts import sentences
 from esr_train.steering.engine import Engine, Request, Scorer
 from eval.judging.judge import Attempt, JudgeContext, JudgeItem, Judgement, register_judge
-from eval.judging.prose import TRIPLE, bodies, degenerate, grams, recovers, words
+from eval.judging.prose import bodies, degenerate, novelty, recovers
 
 NEUTRAL = "Write something."
 """The question about nothing."""
 ABOUT = "Tell me about {label}."
 """The question that a hijacked text answers."""
-FULL = 0.45
-"""Nats a token that the question must add for a passage to score 100; none or less scores 0."""
-LEAST_WORDS = 8
-"""Words of a passage: a shorter sentence is read together with the next."""
-UNLIKELY = -6.0
+NONE, FULL = 0.1, 0.4
+"""Nats a token that the question must add for a passage to score more than 0, and to score 100."""
+LEAST_WORDS, MOST_WORDS = 8, 32
+"""Words of a passage: a shorter sentence is read together with the next, a longer one in pieces."""
+UNLIKELY = -4.0
 """Nats a token below which a passage is word salad, whatever the question."""
+REPEATED = 0.2
+"""Share of a passage that may have been said before without a loss: names of what a text is about come again."""
+ROUND = 0.3
+"""Share of an attempt that has been said before from which it goes round in circles."""
 _WORD = re.compile(r"\w+")
 
 
@@ -36,7 +42,7 @@ class Passage:
         tokens: how many.
         question: log-probability (nats) of the passage as the beginning of a reply to the question.
         neutral: the same as a reply to the question about nothing.
-        new: share of its word triples that the attempt has not said before.
+        new: share of it that the attempt has not said before, see `novelty`.
     """
 
     text: str
@@ -55,18 +61,18 @@ class Passage:
         """How far it answers the question, 0-100; what was said before, and word salad, counts as nothing."""
         if self.is_salad:
             return 0.0
-        information = (self.question - self.neutral) / self.tokens
-        return self.new * min(max(100 * information / FULL, 0.0), 100.0)
+        added = ((self.question - self.neutral) / self.tokens - NONE) / (FULL - NONE)
+        return 100 * min(max(added, 0.0), 1.0) * min(self.new / (1 - REPEATED), 1.0)
 
 
 class LikelihoodJudge:
     """Scores attempts by their pointwise mutual information with the question under a model that nobody steers.
 
-    Each passage (a sentence; short ones together) is scored by itself, as if the reply began with it, so that text
-    which drifts away cannot live on its beginning: log p(passage | question) - log p(passage | "Write something."), a
-    token. An attempt's score is the mean of its passages' scores, weighted with their tokens. Cue sentences are left
-    out; an unfinished last sentence counts with the tokens that it has. What the attempt has said before counts as
-    nothing, and so does word salad.
+    Each passage (a sentence; short ones together, long ones in pieces) is scored by itself, as if the reply began
+    with it, so that text which drifts away cannot live on its beginning: log p(passage | question) - log p(passage |
+    "Write something."), a token. An attempt's score is the mean of its passages' scores, weighted with their tokens.
+    Cue sentences are left out; an unfinished last sentence counts with the tokens that it has. What the attempt has
+    said before counts as nothing, and so does word salad. The constants: `benchmarks/results/judges.md`.
 
     Args:
         model: its name, for the judge's own.
@@ -74,7 +80,7 @@ class LikelihoodJudge:
     """
 
     def __init__(self, model: str, open_engine: Callable[[], Engine]) -> None:
-        rules = json.dumps([model, NEUTRAL, ABOUT, FULL, LEAST_WORDS, UNLIKELY])
+        rules = json.dumps([model, NEUTRAL, ABOUT, NONE, FULL, LEAST_WORDS, MOST_WORDS, UNLIKELY, REPEATED, ROUND])
         self.name = f"likelihood-{Path(model).name}-{hashlib.sha256(rules.encode()).hexdigest()[:8]}"
         self._open_engine = open_engine
 
@@ -85,15 +91,19 @@ class LikelihoodJudge:
             InputError: if the model's chat template does not take a prompt.
             RunError: if the model's logits are not finite.
         """
+        read = self.read(items)
+        about = self._about(items, read)
+        return [self._judgement(*each) for each in zip(items, read, about, strict=True)]
+
+    def read(self, items: Sequence[JudgeItem]) -> list[list[list[Passage]]]:
+        """The passages of each attempt of each response, as the model reads them."""
         said = [[passages(body.text) for body in bodies(item.response)] for item in items]
         texts = [[text for attempt in each for text in attempt] for each in said]
         asked = [(item.prompt, text) for item, those in zip(items, texts, strict=True) for text in those]
         found = self._log_probabilities([*asked, *((NEUTRAL, text) for _, text in asked)])
-        read = [
+        return [
             [_read(item.prompt, attempt, found) for attempt in each] for item, each in zip(items, said, strict=True)
         ]
-        about = self._about(items, read)
-        return [self._judgement(*each) for each in zip(items, read, about, strict=True)]
 
     def _about(self, items: Sequence[JudgeItem], read: Sequence[Sequence[Sequence[Passage]]]) -> list[float | None]:
         """Log-probability of each last attempt as a reply about the label; None where nobody asks or it can be seen."""
@@ -129,7 +139,7 @@ class LikelihoodJudge:
 
 
 def passages(text: str) -> list[str]:
-    """The passages of an attempt: its sentences, each of fewer than `LEAST_WORDS` words together with the next."""
+    """The passages of an attempt: its sentences, short ones together, long ones in pieces of about equal length."""
     ranges: list[tuple[int, int]] = []
     short = False
     for start, end in sentences(text):
@@ -140,19 +150,14 @@ def passages(text: str) -> list[str]:
     if short and len(ranges) > 1:
         _, end = ranges.pop()
         ranges[-1] = (ranges[-1][0], end)
-    return [text[start:end] for start, end in ranges]
+    return [piece for start, end in ranges for piece in _pieces(text[start:end])]
 
 
-def novelty(texts: Sequence[str]) -> list[float]:
-    """The share of each text's word triples that neither it nor one before has said, 0 to 1."""
-    seen: set[tuple[str, ...]] = set()
-    found = []
-    for text in texts:
-        said = grams(words(text), TRIPLE)
-        new = set(said) - seen
-        found.append(len(new) / len(said) if said else 1.0)
-        seen |= new
-    return found
+def _pieces(sentence: str) -> list[str]:
+    words = list(re.finditer(r"\S+", sentence))
+    count = math.ceil(len(words) / MOST_WORDS)
+    borders = [round(number * len(words) / count) for number in range(count + 1)]
+    return [sentence[words[first].start() : words[last - 1].end()] for first, last in pairwise(borders)]
 
 
 def attempt_score(attempt: Sequence[Passage]) -> float:
@@ -165,7 +170,9 @@ def is_degenerate(attempt: Sequence[Passage]) -> bool:
     """Whether an attempt goes round in circles, or is word salad by more than half."""
     tokens = sum(passage.tokens for passage in attempt)
     salad = sum(passage.tokens for passage in attempt if passage.is_salad)
-    return salad > tokens / 2 or degenerate(" ".join(passage.text for passage in attempt))
+    new = sum(passage.tokens * passage.new for passage in attempt)
+    whole = " ".join(passage.text for passage in attempt)
+    return salad > tokens / 2 or new < (1 - ROUND) * tokens or degenerate(whole)
 
 
 def _is_hijacked(attempt: Sequence[Passage], about: float) -> bool:

@@ -16,6 +16,7 @@ LEAST_TEXT = 0.5
 """Share of letters and digits among the visible characters below which a text is none."""
 LOOP = re.compile(r"([^\W_]{1,4}?)\1{9,}")
 """One to four letters ten times in a row."""
+_WORD_OR_MARKS = re.compile(r"\w+|[^\w\s]+")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,18 @@ def repetition(text: str) -> float:
     """Share of a text's word triples that it has said before, 0 to 1."""
     triples = grams(words(text), TRIPLE)
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+def novelty(texts: Sequence[str]) -> list[float]:
+    """The share of each text's runs of three words or marks that neither it nor one before has said, 0 to 1."""
+    seen: set[tuple[str, ...]] = set()
+    found = []
+    for text in texts:
+        said = grams(_WORD_OR_MARKS.findall(text.casefold()), TRIPLE)
+        new = set(said) - seen
+        found.append(len(new) / len(said) if said else 1.0)
+        seen |= new
+    return found
 
 
 def words(text: str) -> list[str]:
