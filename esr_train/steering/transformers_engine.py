@@ -7,7 +7,7 @@ steered tokens can be held against what was asked.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from esr_train.steering.engine import (
     not_finite,
 )
 from esr_train.steering.hook import SteeringHook, steering
-from esr_train.steering.sampling import processors, row_seeds
+from esr_train.steering.sampling import next_tokens, row_seeds
 from esr_train.steering.scoring import Text, score_texts
 from esr_train.template import stop_ids
 
@@ -137,20 +137,15 @@ class _Batch:
         self.row_index = torch.arange(len(rows), device=device)[:, None]
         self.seeds = row_seeds([row.request.seed for row in rows], device)
         self.cache = DynamicCache(config=bare_model(model).config)
-        self._chain = processors(sampling, self.seeds, self.width)
 
     def set_prompt_rows(self, hook: SteeringHook) -> None:
         """Tell the hook whose the prompts' tokens are; padding is nobody's."""
         hook.set_rows(torch.where(self.mask.bool(), self.row_index, -1), self.reply)
 
     def next_tokens(self, fed: torch.Tensor) -> torch.Tensor:
-        """Feed `fed`, the last positions of `ids`; the next token of every row, [rows], -1 where logits are not finite.
-
-        A logit of minus infinity is a token that the model rules out; a row's largest one must be a number.
-        """
-        logits = self.logits(fed, 1)[:, -1].float()
-        scores = self._chain(cast(torch.LongTensor, self.ids), cast(torch.FloatTensor, logits))
-        return torch.where(logits.amax(-1).isfinite(), scores.argmax(-1), -1)
+        """Feed `fed`, the last positions of `ids`; the next token of every row, [rows], -1: logits not finite."""
+        steps = torch.full_like(self.seeds, self.ids.shape[1] - self.width)
+        return next_tokens(self.logits(fed, 1)[:, -1], self.ids, self.sampling, self.seeds, steps)
 
     def logits(self, fed: torch.Tensor, last: int) -> torch.Tensor:
         """Feed `fed`, the last positions of `ids`; logits at its `last` positions, [rows, last, vocabulary]."""
@@ -177,7 +172,6 @@ class _Batch:
         self.ids, self.mask = self.ids[chosen], self.mask[chosen]
         self.row_index, self.seeds = self.row_index[chosen], self.seeds[chosen]
         self.cache.batch_select_indices(chosen)
-        self._chain = processors(self.sampling, self.seeds, self.width)
 
 
 def _decode(batch: _Batch, hook: SteeringHook, stops: frozenset[int]) -> None:

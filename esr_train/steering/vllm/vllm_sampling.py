@@ -1,19 +1,19 @@
-"""Seeded sampling inside vLLM: the transformers engine's own noise, so that both engines draw the same tokens.
+"""Seeded sampling inside vLLM: the transformers engine's own function, so that both engines draw the same tokens.
 
-vLLM's own per-request seeds depend on its sampler. Here vLLM is told to decode greedily, and this processor turns
-the logits into scores whose argmax is the sample (`sampling.py`).
+vLLM's own per-request seeds depend on its sampler. Here vLLM is told to decode greedily, and this processor draws
+the tokens (`sampling.py`) and makes each the argmax of its row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from esr_train.steering.engine import Sampling
-from esr_train.steering.sampling import gumbels, row_seeds, warpers
+from esr_train.steering.sampling import next_tokens, row_seeds
 from esr_train.steering.vllm.vllm_worker import KEY
 
 
@@ -59,16 +59,15 @@ class SeededSampling(LogitsProcessor):
                 self._rows[source] = replaced
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocabulary] of logits of the same shape, float32."""
+        """Logits [rows, vocabulary] float32, of which each row's largest is now the drawn token's."""
         if self._groups is None:
             self._groups = self._grouped()
         for sampling, rows, index, seeds in self._groups:
-            scores = cast(torch.FloatTensor, logits[index])
-            scores = warpers(sampling)(cast(torch.LongTensor, self._ids(sampling, rows)), scores)
-            if sampling.temperature:
-                steps = torch.tensor([len(row.output) for row in rows], device=self._device)
-                scores = cast(torch.FloatTensor, scores + gumbels(seeds, steps, scores.shape[1]))
-            logits[index] = scores
+            steps = torch.tensor([len(row.output) for row in rows], device=self._device)
+            chosen = logits if len(rows) == len(logits) else logits[index]
+            tokens = next_tokens(chosen, self._ids(sampling, rows), sampling, seeds, steps)
+            # Where nothing can be drawn (-1), any token will do: the worker reports the logits.
+            logits[index, tokens.clamp(min=0)] = torch.finfo(logits.dtype).max
         return logits
 
     def _grouped(self) -> list[tuple[Sampling, list[_Row], torch.Tensor, torch.Tensor]]:
@@ -77,6 +76,7 @@ class SeededSampling(LogitsProcessor):
             indices.setdefault(row.sampling, []).append(index)
         groups = []
         for sampling, chosen in indices.items():
+            chosen.sort()
             rows = [self._rows[index] for index in chosen]
             seeds = row_seeds([row.seed for row in rows], self._device)
             groups.append((sampling, rows, torch.tensor(chosen, device=self._device), seeds))
