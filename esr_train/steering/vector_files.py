@@ -160,7 +160,7 @@ def _with_metadata(rows: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 def _existing(path: Path | str) -> Path:
     file = local_path(str(path))
     if file is None:
-        raise InputError("the file does not exist", str(path), "Check the path.")
+        raise InputError("the file does not exist", str(path), "Check the path; `esr vectors make` makes one.")
     return file
 
 
