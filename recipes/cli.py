@@ -125,7 +125,7 @@ def _vectors(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     what = "one for each subject, from the model's own replies about it, or one between two sets of texts"
     make = commands.add_parser("make", help=what, description=f"Make steering vectors: {what}.")
-    make.add_argument("recipe", help="recipe file (YAML) that names model and engine")
+    make.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name: its model and engine are used")
     make.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
     make.add_argument("--layer", type=int, help="whose output is read, from 0; the recipe's vectors.layer unless given")
     make.add_argument("--out", type=Path, help="safetensors file to write; the recipe's vectors.file unless given")
