@@ -83,7 +83,9 @@ def test_a_loop_of_apologies_is_degenerate_and_scores_nothing():
 
 def test_word_salad_counts_as_nothing_whatever_the_question_adds():
     assert score(f"{BREAD} {SALAD}") == pytest.approx(score(BREAD) / 2, abs=5)
-    assert judged(f"{SALAD} {SALAD.upper()}").flags["degenerate"]
+    found = judged("Zq dough xv flour kk loaf jq crust wz oven qx knead.")
+    assert found.attempts[0].score == 0
+    assert found.flags["degenerate"]
 
 
 def test_an_unfinished_end_is_judged_for_what_is_there():
@@ -169,6 +171,17 @@ def test_the_base_model_judges_unless_another_is_named():
     engine = other.judge()._open_engine()
     assert engine is not other.base()
     assert engine is other.judge()._open_engine(), "it is loaded once"
+
+
+def test_an_arm_under_test_never_reaches_the_judge():
+    resources = Resources(recipe({}))
+    items = [JudgeItem("How do I raise the mast?", "You will need a firm mast and a jib.")]
+    judge = resources.judge()
+    before = judge.judge(items)
+    tested = resources.engine(None, str(ASSETS / "gemma"))
+    assert judge._open_engine() is resources.base()
+    assert judge._open_engine().model is not tested.model
+    assert judge.judge(items) == before
 
 
 def test_the_tiny_models_own_replies_score_higher_than_replies_to_other_questions(assets):
