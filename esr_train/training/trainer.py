@@ -19,7 +19,7 @@ from esr_train.adapters import is_complete
 from esr_train.errors import InputError, RunError, first_line
 from esr_train.files import read_json, write_json
 from esr_train.masking import IGNORED
-from esr_train.models import load_model, load_tokenizer
+from esr_train.models import bare_model, load_model, load_tokenizer
 from esr_train.provenance import RESULT, provenance, refuse_changes
 from esr_train.recipe import Recipe
 from esr_train.training import callbacks, saving
@@ -28,6 +28,7 @@ from esr_train.training.callbacks import BehaviourProbe, Meter, Probe, Progress,
 from esr_train.training.checks import check_flow, check_packing, verified
 from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows, row_key, singly, table, to_dataset
 from esr_train.training.injection import COLUMNS, LiveInjection, live_injection
+from esr_train.training.lm_head import score_trained_tokens
 from esr_train.training.saving import check_checkpoint, last_checkpoint, save_adapter
 from esr_train.training.settings import check_settings, is_flash, lora_config, packs, trains_on_cpu, wants_deepspeed
 
@@ -55,6 +56,7 @@ class EsrTrainer(SFTTrainer):
 
     def __init__(self, *, live: LiveInjection | None, meter: Meter, names: dict[int, str], **arguments: Any) -> None:
         super().__init__(**arguments)
+        score_trained_tokens(bare_model(self.model))
         self._live, self._meter, self._names = live, meter, names
         self._batch: list[str] = []
         self._step_rows: list[str] = []
