@@ -1,5 +1,7 @@
 """The faster head: loss, gradients and logged figures are those of full logits, with and without live injection."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from esr_train.training.batches import Collator
 from esr_train.training.dataset import singly, table, to_dataset
 from esr_train.training.injection import LiveInjection
 
+LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy")
 SHARES = {"injected": 1.0, "plain": 0.0}
 
 
@@ -85,6 +88,42 @@ def test_entropy_and_accuracy_are_those_of_full_logits(world):
     torch.testing.assert_close(found.loss, F.cross_entropy(logits[trained], labels[trained]))
 
 
+def test_a_token_that_an_earlier_one_equals_is_not_the_likeliest():
+    hidden, targets = torch.ones(1, 2), torch.tensor([1])
+    weight = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    assert lm_head.TokenScores.apply(hidden, weight, None, targets, None)[2].tolist() == [True]
+    assert lm_head.TokenScores.apply(hidden, weight, None, targets + 1, None)[2].tolist() == [False]
+
+
+def test_the_factor_of_a_tokens_loss_is_not_rounded_to_the_models_dtype():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8).bfloat16().requires_grad_(), torch.randn(11, 8).bfloat16()
+    gradients = []
+    for factor in (1.0, 1 / 129):
+        log_probs = lm_head.TokenScores.apply(hidden, weight, None, torch.arange(5), None)[0]
+        gradients.append(torch.autograd.grad(log_probs.sum() * factor, hidden)[0])
+    assert torch.equal((gradients[0].float() / 129).bfloat16(), gradients[1])
+
+
+def test_inputs_of_adapters_that_are_not_cast_change_nothing_in_bfloat16(tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path, llama)
+    section = recipe(args={"num_train_epochs": 1}, lora={"r": 4, "lora_dropout": 0.0})
+    section = section.model_copy(update={"model": section.model.model_copy(update={"dtype": "bfloat16"})})
+    ours, wanted = log_of(section, "runs/ours"), []
+
+    def casting(model, active):
+        wanted.append(active)
+        return nullcontext()
+
+    monkeypatch.setattr(trainer, "disable_input_dtype_casting", casting)
+    cast = log_of(section, "runs/cast")
+    assert set(wanted) == {True}
+    assert len(ours) == len(cast) > 1
+    for one, other in zip(ours[:-1], cast[:-1], strict=True):
+        assert {name: one[name] for name in LOGGED} == {name: other[name] for name in LOGGED}
+
+
 def test_training_goes_as_with_trls_head(tmp_path, family, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_world(tmp_path, family)
@@ -108,7 +147,7 @@ def test_training_goes_as_with_trls_head(tmp_path, family, monkeypatch):
     # Behind the steps comes a summary.
     assert len(ours) == len(theirs) > 1
     for one, other in zip(ours[:-1], theirs[:-1], strict=True):
-        for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy"):
+        for name in LOGGED:
             assert one[name] == pytest.approx(other[name], rel=1e-4)
 
 

@@ -59,7 +59,7 @@ def _output(hidden: torch.Tensor, head: Any, labels: torch.Tensor, softcap: floa
 
 
 class TokenScores(torch.autograd.Function):
-    """Log-probability of each token, entropy of its distribution, and whether no other token is likelier.
+    """Log-probability of each token, entropy of its distribution, and whether it is the first of the likeliest.
 
     Arguments: hidden states [tokens, d_model], a frozen head's weight [vocabulary, d_model] and bias or None, token
     ids [tokens], and the bound of the logits' tanh or None. Returns float32, float32 and bool, [tokens] each; only
@@ -86,7 +86,8 @@ class TokenScores(torch.autograd.Function):
             logs = torch.log_softmax(logits, dim=-1)
             target = targets[tile, None]
             log_probs[tile] = logs.gather(1, target).squeeze(1)
-            is_top1[tile] = log_probs[tile] >= logs.amax(dim=-1)
+            # The first of several that are equally likely, of which bfloat16 has many.
+            is_top1[tile] = logs.argmax(dim=-1) == targets[tile]
             probs = logs.exp()
             entropy[tile] = -torch.linalg.vecdot(probs, logs)
             if gradient is not None:
@@ -101,4 +102,4 @@ class TokenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype).unsqueeze(1), None, None, None, None
+        return (gradient * gradients[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
@@ -71,7 +72,9 @@ class EsrTrainer(SFTTrainer):
         self._meter.count(int((inputs["row"] >= 0).sum()), int((inputs["labels"] != IGNORED).sum()))
         epoch = int(self.state.epoch or 0)
         verifying = self._verifying(model, inputs, epoch)
-        with self._steering(model, inputs, epoch), verifying:
+        # Autocast gives the adapters' products their dtype; to float32 and back before each would change nothing.
+        uncast = disable_input_dtype_casting(model, active=self.accelerator.native_amp)
+        with self._steering(model, inputs, epoch), verifying, uncast:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_rows += self._batch
         return loss
