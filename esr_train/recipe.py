@@ -282,6 +282,9 @@ class SteeredSection(SourceSection):
         "cue; stem: it writes the cue, too, from the first word or two of the drawn one",
     )
     max_new_tokens: AtLeastOne | None = Field(None, description="most tokens of a detour; null: as in `sampling`")
+    answer_words: AtLeastOne | None = Field(
+        None, description="an answer ends with the sentence that reaches so many words; null: it is kept whole"
+    )
     second_detour: Fraction = Field(0.0, description="share of rows with two detours before the answer")
 
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
+from esr_train import load_vectors
 from esr_train.recipe import load_recipe
 from esr_train.training.settings import lora_config, sft_config
 from recipes import FOLDER, shipped
@@ -39,8 +40,13 @@ def test_a_recipe_and_the_trainers_settings_in_it_are_valid(path, tmp_path):
 
 
 @recipes
-def test_a_recipes_sae_is_a_local_folder_or_in_sae_lens_directory(path):
-    sae = load_recipe(path).sae
+def test_what_steers_is_shipped_or_in_sae_lens_directory(path):
+    recipe = load_recipe(path)
+    if recipe.vectors:
+        vectors = load_vectors(recipe.vectors.file, recipe.vectors.layer)
+        assert len({vector.label for vector in vectors}) == len(vectors) >= 90
+        return
+    sae = recipe.sae
     assert sae is not None
     if path.parent.name in LARGE:
         assert sae.id in get_pretrained_saes_directory()[sae.release].saes_map

@@ -144,6 +144,12 @@ def test_an_answer_that_ran_on_is_refused_or_trimmed_to_whole_sentences(make):
     assert all(outcome.trimmed for outcome in outcomes)
 
 
+@pytest.mark.parametrize(("words", "answer"), [(None, ANSWER), (3, "Knead the dough."), (4, ANSWER), (99, ANSWER)])
+def test_an_answer_may_end_with_the_sentence_that_reaches_so_many_words(make, words, answer):
+    _, outcomes = make(answer_words=words)
+    assert texts(kept(outcomes), SpanKind.ANSWER) == [" " + answer] * 40
+
+
 @pytest.mark.parametrize(
     ("text", "whole"),
     [
