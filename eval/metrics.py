@@ -17,6 +17,8 @@ from eval.store import Trial
 
 OFF_TOPIC_BELOW = 50.0
 """An attempt that scores less is off-topic."""
+DETOUR_TOKENS = 8
+"""A first attempt that is shorter is a fragment: nothing can be seen in it that a restart would take back."""
 
 
 class Gap(Enum):
@@ -42,6 +44,8 @@ class Metric:
         bounds: the least and the largest value there can be.
         headline: whether it is a column of the report's first tables.
         live: whether a terminal shows it while trials run.
+        tested: whether its differences from base are among the tests that Holm's adjustment counts; not those of a
+            metric that divides another one up.
     """
 
     of: Callable[[Trial], Value]
@@ -50,6 +54,7 @@ class Metric:
     bounds: tuple[float, float]
     headline: bool
     live: bool
+    tested: bool = True
 
     def values(self, trials: Sequence[Trial]) -> list[float]:
         """The values of the trials that have one."""
@@ -69,6 +74,7 @@ def metric(
     bounds: tuple[float, float] = (0, 1),
     headline: bool = False,
     live: bool = False,
+    tested: bool = True,
 ) -> Callable[[Of], Of]:
     """Register the decorated function as a metric (see `Metric`).
 
@@ -79,7 +85,7 @@ def metric(
     def register(of: Of) -> Of:
         if name in METRICS:
             raise ValueError(f"there is a metric {name!r} already")
-        METRICS[name] = Metric(of, title, is_rate, bounds, headline, live)
+        METRICS[name] = Metric(of, title, is_rate, bounds, headline, live, tested)
         return of
 
     return register
@@ -102,7 +108,38 @@ def improves(trial: Judged) -> Value:
     return _gain_is(trial, lambda gain: gain > 0)
 
 
-@metric("esr10_rate", "ESR ≥ 10", headline=True)
+@metric("esr_after_shown_detour", "ESR after a shown detour", headline=True, tested=False)
+def esr_after_shown_detour(trial: Trial) -> Value:
+    """Among responses that show a detour (a first attempt of eight tokens or more, scored below 50): ESR."""
+    shown = shown_detour_rate(trial)
+    return improves(trial) if shown == 1 else Gap.UNDEFINED if shown == 0 else shown
+
+
+@metric("esr_after_shown_detour_of_all", "…of all responses", tested=False)
+def esr_after_shown_detour_of_all(trial: Trial) -> Value:
+    """Whether the response shows such a detour and the last attempt scores more than the first."""
+    shown = shown_detour_rate(trial)
+    return shown if isinstance(shown, Gap) or not shown else improves(trial)
+
+
+@metric("shown_detour_rate", "Shown detour", headline=True, tested=False)
+def shown_detour_rate(trial: Trial) -> Value:
+    """Whether the first attempt has at least eight tokens and scores below 50; the rest resisted from the first word,
+    or began again before anything could be seen."""
+    first = _score(trial, 0)
+    if isinstance(first, Gap):
+        return first
+    return float(first < OFF_TOPIC_BELOW and _first_tokens(trial) >= DETOUR_TOKENS)
+
+
+@metric("restart_before_detour_rate", "Restarts before a detour", tested=False)
+def restart_before_detour_rate(trial: Trial) -> Value:
+    """Among responses with several attempts: whether the second began before a detour was shown (see above)."""
+    shown = shown_detour_rate(trial)
+    return shown if isinstance(shown, Gap) else 1 - shown if len(trial.attempts) >= 2 else Gap.UNDEFINED
+
+
+@metric("esr10_rate", "ESR ≥ 10")
 def esr10_rate(trial: Trial) -> Value:
     """Whether the last of several attempts scores at least 10 points more than the first."""
     return _gain_is(trial, lambda gain: gain >= 10)
@@ -235,6 +272,16 @@ def _score(trial: Judged, index: int) -> Value:
         return Gap.UNSCORED
     score = trial.attempts[index].score
     return Gap.UNSCORED if score is None or math.isnan(score) else float(score)
+
+
+def _first_tokens(trial: Trial) -> float:
+    """The least number of tokens that the first attempt has: those counted or, where they were not counted or the
+    beginning was given, its words."""
+    if not trial.attempts:
+        return 0
+    counted = restart_position(trial) if len(trial.attempts) >= 2 else trial.tokens
+    words = len(trial.response[: trial.attempts[0].end].split())
+    return words if isinstance(counted, Gap) or counted is None else max(counted, words)
 
 
 def _gain(trial: Judged) -> Value:

@@ -133,6 +133,22 @@ def mean(
     return Estimate(float(x.mean()), low, high, len(x), unscored)
 
 
+def ratio(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    clusters: Sequence[Hashable],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """sum(numerators) / sum(denominators), [observations] each, with the interval of `mean`; n counts observations."""
+    above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
+    if not below.sum():
+        return Estimate(None, None, None, 0)
+    sums, sizes = totals(above, clusters)[0], totals(below, clusters)[0]
+    low, high = _mean_interval(sums, sizes, resamples, seed)
+    return Estimate(float(above.sum() / below.sum()), low, high, len(above))
+
+
 def paired(
     differences: ArrayLike,
     clusters: Sequence[Hashable],

@@ -1,7 +1,7 @@
 """What metrics.json holds: every metric of every arm and condition, and what sets arms and conditions apart."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +9,9 @@ import eval.statistics as statistics
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.values import typed
-from eval.metrics import METRICS, Gap, attempts_histogram, pair_key
+from eval.metrics import METRICS, Gap, attempts_histogram, headline, pair_key
+from eval.resistance import Resistance
+from eval.retention import Retention
 from eval.statistics import Estimate, cluster_of
 from eval.store import Trial
 
@@ -38,6 +40,9 @@ class Summary:
             adjusted for the number of all `tests`.
         tests: how many of them there are.
         attempts: arm -> condition -> how many responses have 1, 2, … attempts.
+        not_degenerate: of `arms` the headline's metrics over responses that the judge did not call degenerate.
+        resistance: arm -> its own thresholds over the base model's, for arms that were recalibrated.
+        retention: arm -> perplexity on the base model's unsteered replies over the base's own.
     """
 
     schema: int
@@ -48,6 +53,9 @@ class Summary:
     sign_flip: Table[Mapping[str, float]]
     tests: int
     attempts: Table[int]
+    not_degenerate: Table[Estimate] = field(default_factory=dict)
+    resistance: Mapping[str, Resistance] = field(default_factory=dict)
+    retention: Mapping[str, Retention] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of metrics.json."""
@@ -88,14 +96,20 @@ def summarise(
     }
     paired, within = _paired_with_base(groups), _paired_within(groups)
 
+    def single_estimate(name: str, measured: Measured) -> Estimate:
+        return _estimate(name, measured, bootstrap, seed)
+
     def difference(name: str, measured: Measured) -> Estimate:
         return _difference(name, measured, bootstrap, seed)
 
-    p_values = _each(paired, lambda _, measured: statistics.sign_flip(measured.values, measured.clusters, seed=seed))
-    sign_flip = _adjusted(p_values)
+    def p_value(name: str, measured: Measured) -> float | None:
+        given = measured.values, measured.clusters
+        return statistics.sign_flip(*given, seed=seed) if METRICS[name].tested else None
+
+    sign_flip = _adjusted(_each(paired, p_value))
     return Summary(
         schema=1,
-        arms=_each(single, lambda name, measured: _estimate(name, measured, bootstrap, seed)),
+        arms=_each(single, single_estimate),
         paired=_each(paired, difference),
         within=_each(within, difference),
         two_way={
@@ -108,6 +122,7 @@ def summarise(
             arm: {name: attempts_histogram(rows) for name, rows in conditions.items()}
             for arm, conditions in groups.items()
         },
+        not_degenerate=_each(_not_degenerate(groups), single_estimate),
     )
 
 
@@ -155,6 +170,19 @@ def _differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> M
         elif Gap.UNSCORED in (value, base_value):
             unscored += 1
     return Measured(values, kept, unscored)
+
+
+def _not_degenerate(groups: Conditions) -> Table[Measured]:
+    """The headline's metrics where a judge looked for degenerate responses, without those that it found."""
+    names = headline()
+    return {
+        arm: {
+            condition: {name: _values([row for row in rows if not row.flags.get("degenerate")], name) for name in names}
+            for condition, rows in conditions.items()
+            if any("degenerate" in row.flags for row in rows)
+        }
+        for arm, conditions in groups.items()
+    }
 
 
 def _cell_key(trial: Trial) -> tuple[Hashable, ...]:

@@ -11,10 +11,11 @@ from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Scorer
 from eval.arms import Arm, Variant
 from eval.calibration import load_thresholds, save_thresholds
-from eval.cells import Cell, make_cells
+from eval.cells import Cell, make_cells, unsteered
 from eval.conditions import Measured, Setting, measured_conditions
 from eval.judging.restart_likelihood import BEFORE, read_phrases, restart_reader
 from eval.report.story import finished_line, progress_bar
+from eval.retention import MOST_REPLIES, read_replies, reply_store
 from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, run_trials, trial_key
 from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe
@@ -24,6 +25,8 @@ from recipes.steering_latents import Shared, search_thresholds, threshold_key
 from recipes.weights import Weights, arm_variant, matched
 
 MODULES = ("eval.trials", "eval.conditions")
+RETENTION = "retention"
+"""Folder of what each arm was read of the base model's replies, and the name of these stages."""
 
 
 def measure(experiment: Experiment, arm: str, weights: Weights, shared: Shared) -> Path:
@@ -36,6 +39,7 @@ def measure(experiment: Experiment, arm: str, weights: Weights, shared: Shared) 
     run = ArmRun(experiment, arm, weights, shared)
     for measured in run.conditions():
         run.measure(measured, run.plan(measured))
+    run.read_base_replies()
     return run.path
 
 
@@ -127,6 +131,33 @@ class ArmRun:
             experiment.say(finished_line(self.name, measured.name, trials))
 
         experiment.cache.do(stage, work)
+
+    def read_base_replies(self) -> None:
+        """Read how likely the arm finds the base model's unsteered replies, once these are all there."""
+        experiment = self.experiment
+        if "unsteered" not in experiment.recipe.eval.conditions:
+            return
+        base = self.store if self.name == "base" else TrialStore(self.path.with_name("base.jsonl"))
+        known = base.by_key()
+        cells = unsteered(self.cells())[:MOST_REPLIES]
+        trials = [known[key] for cell in cells if (key := trial_key("base", "unsteered", cell)) in known]
+        if len(trials) < len(cells):
+            return
+        file = f"{RETENTION}/{self.name}.jsonl"
+
+        def work() -> None:
+            engine = self.arm().engine
+            if isinstance(engine, Scorer):
+                read_replies(engine, self.variant, trials, reply_store(experiment.directory / file))
+
+        replies = digest([[trial.key, trial.response] for trial in trials])
+        inputs = {"arm": self._weighing(), "replies": replies}
+        experiment.cache.do(Stage(f"{RETENTION}/{self.name}", inputs, (file,), ("eval.retention",)), work)
+
+    def _weighing(self) -> dict[str, Any]:
+        """What decides how likely the arm finds a text that nobody steers."""
+        base = base_inputs(self.experiment)
+        return {"base": base, "weights": self.weights.fingerprint, "variant": self.variant.to_json()}
 
     def _inputs(self) -> dict[str, Any]:
         """What decides all trials of the arm, whatever the condition."""

@@ -78,6 +78,60 @@ def test_each_metric_counts_what_it_says(scores: tuple[float | None, ...], expec
     assert {name: METRICS[name].of(row) for name in expected} == expected
 
 
+SHOWN = {"restart_token": 8}
+OF_ALL, OF_SHOWN, BEFORE = "esr_after_shown_detour_of_all", "esr_after_shown_detour", "restart_before_detour_rate"
+
+
+@pytest.mark.parametrize(
+    ("row", "shown", "recovered", "of_all", "before"),
+    [
+        (trial(30), 1, 0, 0, N),
+        (trial(80), 0, N, 0, N),
+        (trial(10, 90, **SHOWN), 1, 1, 1, 0),
+        (trial(10, 10, **SHOWN), 1, 0, 0, 0),
+        (trial(49, 90, **SHOWN), 1, 1, 1, 0),
+        (trial(50, 90, **SHOWN), 0, N, 0, 1),
+        (trial(10, 90, restart_token=7), 0, N, 0, 1),
+        (trial(10, None, **SHOWN), 1, U, U, 0),
+        (trial(None, 90, **SHOWN), U, U, U, U),
+        (trial(error="no answer"), U, U, U, U),
+    ],
+)
+def test_a_restart_recovers_only_from_a_detour_that_was_shown(
+    row: Trial, shown: Any, recovered: Any, of_all: Any, before: Any
+) -> None:
+    found = [METRICS[name].of(row) for name in ("shown_detour_rate", OF_SHOWN, OF_ALL, BEFORE)]
+    assert found == [shown, recovered, of_all, before]
+
+
+def test_where_tokens_were_not_counted_or_were_given_words_of_the_first_attempt_stand_for_them() -> None:
+    detour = "Knead the dough and let it rise overnight."
+    text = f"{detour} Wait. Fold it."
+    ranges = [{"start": 0, "end": len(detour), "score": 5.0}, {"start": len(detour), "end": len(text), "score": 90.0}]
+    given = {"response": text, "attempts": ranges}
+    assert METRICS[OF_SHOWN].of(trial(**given, tokens=None)) == 1
+    assert METRICS[OF_SHOWN].of(trial(**given, prefix=len(detour), tokens=4, restart_token=0)) == 1
+    short = {"response": text[6:], "attempts": [{**ranges[0], "end": 10}, {**ranges[1], "start": 10}]}
+    assert METRICS[OF_SHOWN].of(trial(**short, tokens=None)) is N
+
+
+def test_the_parts_of_a_metric_leave_the_number_of_tests_as_it_is() -> None:
+    rows = {arm: [trial(30, latent=i, arm=arm) for i in range(4)] for arm in ("base", "tuned")}
+    found = summarise(rows, bootstrap=20)
+    assert OF_SHOWN in found.paired["tuned-base"]["steered"]
+    assert OF_SHOWN not in found.sign_flip["tuned-base"]["steered"]
+    assert found.tests == sum(1 for name in found.sign_flip["tuned-base"]["steered"] if METRICS[name].tested)
+
+
+def test_rates_without_degenerate_responses_stand_beside_all() -> None:
+    salad = {"degenerate": True}
+    rows = [trial(10, 90, latent=i) for i in range(6)] + [trial(0, latent=i, flags=salad) for i in range(6, 12)]
+    found = summarise({"base": rows, "unlooked": [trial(30, flags={})]}, bootstrap=20)
+    assert found.arms["base"]["steered"]["esr_rate"].value == 0.5
+    assert found.not_degenerate["base"]["steered"]["esr_rate"].value == 1
+    assert found.not_degenerate["unlooked"] == {}
+
+
 def test_flags_are_read_and_an_absent_finding_is_undefined_not_no() -> None:
     flagged = trial(30, flags={"degenerate": True, "hijacked": True, "silent_recovery": True})
     bare = trial(30, flags={})
@@ -116,7 +170,7 @@ def test_metrics_json_has_the_documented_shape() -> None:
     }
     rows["tuned"] += [trial(99, latent=None, strength=None, condition="unsteered", arm="tuned")]
     metrics = summarise(rows, bootstrap=200).to_json()
-    beside = ["within", "two_way", "sign_flip", "tests", "attempts"]
+    beside = ["within", "two_way", "sign_flip", "tests", "attempts", "not_degenerate", "resistance", "retention"]
     assert list(metrics) == ["schema", "arms", "paired", *beside]
     assert metrics["schema"] == 1
     assert {arm: set(found) for arm, found in metrics["arms"].items()} == {
@@ -127,7 +181,7 @@ def test_metrics_json_has_the_documented_shape() -> None:
     names = {
         "multi_attempt_rate", "esr_rate", "esr10_rate", "worsening_rate", "restart_rate", "first_score",
         "last_score", "improvement", "silent_recovery_rate", "degenerate_rate", "parroting_rate",
-        "hijack_rate",
+        "hijack_rate", "esr_after_shown_detour", "shown_detour_rate",
     }  # fmt: skip
     for found in (metrics["arms"]["base"]["steered"], metrics["paired"]["tuned-base"]["steered"]):
         assert names <= set(found)
