@@ -112,7 +112,7 @@ def _bars(part: Part) -> Figure:
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
 
-    svg = svg_of(draw, {}, height=0.25 + 0.21 * len(shown))
+    svg = svg_of(draw, {}, height=0.25 + 0.21 * len(shown)).decode()
     return Figure(part.name, part.title, part.caption + more, svg, [("kind", "n"), *part.counts.items()])
 
 
@@ -144,7 +144,7 @@ def _histogram(part: Part) -> Figure:
 
     columns = (edges[:-1].tolist(), *(heights.tolist() for heights in counts.values()))
     table = [("from", *counts), *zip(*columns, strict=True)]
-    svg = svg_of(draw, colours if len(counts) > 1 else {}, height=2.3)
+    svg = svg_of(draw, colours if len(counts) > 1 else {}, height=2.3).decode()
     return Figure(part.name, part.title, part.caption, svg, table)
 
 

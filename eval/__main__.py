@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from esr_train.errors import InputError
 
 if TYPE_CHECKING:
     from esr_train.recipe import Recipe
+    from eval.store import Trial
+    from eval.summary import Summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     compare = add_command(commands, "compare", _compare, "print the arms of one run, or of several, beside each other")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     compare.add_argument("--all", action="store_true", help="every metric, not only the headline's")
+    compare.add_argument("--latex", action="store_true", help="the headline's tables for LaTeX (booktabs) instead")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write them as a report page, too")
     compare.add_argument("--anyway", action="store_true", help="though cells, judge or sampling differ between runs")
 
     imported = add_command(commands, "import", _import, "the paper's results as trials, with metrics and a report")
@@ -45,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     report = add_command(commands, "report", _report, "write metrics.json and report.html anew from the trials")
     report.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe")
     report.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.bootstrap=10000")
+    report.add_argument("--width", type=float, metavar="INCHES", help="also write figures/print/*.{pdf,svg,png}")
+    report.add_argument("--font", type=float, metavar="POINTS", help="the same; text of so many points (8)")
 
     power = add_command(commands, "power", _power, "trials that telling two rates apart takes")
     power.add_argument("--run", type=Path, metavar="RUN", help="take rate and clustering from this run's base arm")
@@ -86,15 +92,30 @@ def _run(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from eval.report.story import tables
+    from eval.report.tables import paper_tables
     from eval.runs import read_runs
     from eval.summary import read_summary, summarise
 
     first, *others = options.runs
-    if others:
-        summary = summarise(read_runs(options.runs, options.anyway))
+    trials = read_runs(options.runs, options.anyway) if others or options.html else {}
+    summary = summarise(trials) if others else read_summary(first / "metrics.json" if first.is_dir() else first)
+    if options.latex:
+        print("\n".join(table.to_latex() for table in paper_tables(summary)[:2]))
     else:
-        summary = read_summary(first / "metrics.json" if first.is_dir() else first)
-    print("\n".join(tables(summary, options.all)))
+        print("\n".join(tables(summary, options.all)))
+    if options.html:
+        _write_page(options.html, " and ".join(run.name for run in options.runs), summary, trials)
+
+
+def _write_page(path: Path, heading: str, summary: "Summary", trials: "Mapping[str, Sequence[Trial]]") -> None:
+    from esr_train.files import replacing
+    from eval.report.figures import Material, draw_figures
+    from eval.report.page import report_page
+
+    material = Material(summary, trials)
+    with replacing(path) as file:
+        file.write(report_page(heading, material, {}, draw_figures(material)))
+    print(f"page: {path}")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -129,7 +150,11 @@ def _report(options: argparse.Namespace) -> None:
     recipe = _recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides)
     from recipes.pipeline import report_again
 
-    report_again(recipe, folder)
+    for name in ("width", "font"):
+        if (value := getattr(options, name)) is not None and not 1 <= value <= 72:
+            raise InputError(f"{value:g} is no size for a figure", f"--{name}", "Take 1 to 72, such as 3.3 and 8.")
+    for_print = (options.width or 3.3, options.font or 8.0) if options.width or options.font else None
+    report_again(recipe, folder, for_print)
 
 
 def _power(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from recipes.experiment import Experiment, open_experiment
 from recipes.measure import ArmRun, measure
 from recipes.preflight import check
 from recipes.resources import open_resources
-from recipes.results import spent, write_reports
+from recipes.results import spent, write_print_figures, write_reports
 from recipes.rows import Rows, generate_sources, mix_rows
 from recipes.stage_cache import StageCache
 from recipes.steering_latents import (
@@ -165,15 +165,19 @@ def evaluate(recipe: Recipe, arm: str | None = None, ranks: Ranks = ALONE, redo:
                 experiment.say(f"process {rank}: {line}" if ranks.count > 1 else line)
 
 
-def report_again(recipe: Recipe, directory: Path | None = None) -> Path:
+def report_again(recipe: Recipe, directory: Path | None = None, for_print: tuple[float, float] | None = None) -> Path:
     """Write metrics and report anew from the trials that are there; nothing else is looked at or run.
 
     Args:
         recipe: the experiment's.
         directory: where the run lies, if it was moved from where the recipe puts it.
+        for_print: width (inches) and font (points) of figures to be written as PDF, SVG and PNG, too.
     """
     with open_experiment(recipe, directory, redo=("report",)) as experiment:
-        return write_reports(experiment, experiment.parts())
+        page = write_reports(experiment, experiment.parts())
+        if for_print:
+            experiment.say(f"figures: {write_print_figures(experiment, experiment.parts(), *for_print)}")
+        return page
 
 
 def opened_arm(experiment: Experiment, arm: str) -> ArmRun:

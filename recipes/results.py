@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,24 +11,27 @@ from esr_train.errors import InputError, RunError
 from esr_train.files import write_json
 from esr_train.provenance import digest, source_hashes
 from esr_train.recipe import Recipe
-from eval.calibration import read_thresholds
+from eval.calibration import Threshold, read_thresholds
 from eval.conditions import measured_conditions
-from eval.judging.agreement import Agreement, agreement, judge_again, judgement_store
+from eval.judging.agreement import Agreement, Panel, agreement, judge_again, judgement_store
 from eval.judging.judge import Judge
 from eval.judging.model_judge import ModelJudge
-from eval.report.figures import Material
+from eval.report.drawing import save_for_print
+from eval.report.figures import Material, draw_figures
 from eval.report.page import Notes, write_report
 from eval.report.story import Bar, progress_bar
+from eval.resistance import resistance, thresholds_paired
+from eval.retention import Reply, reply_store, retention
 from eval.store import Trial, read_trials
-from eval.summary import summarise
+from eval.summary import RECALIBRATED, Summary, read_summary, summarise
 from recipes.experiment import Experiment, write_recipe
+from recipes.measure import RETENTION
+from recipes.report_facts import facts, held_out, losses
 from recipes.stage_cache import Stage
 from recipes.steering_latents import THRESHOLDS, direction_noun, latent_facts
 from recipes.weights import form
 
-AGREEMENT = "agreement.json"
-MOST_LABELS = 24
-"""Labels of held-out directions that the report names."""
+AGREEMENT, METRICS = "agreement.json", "metrics.json"
 _NUMBER = re.compile(r"[-_]?\d+(\.\d+)?$")
 """What numbers an arm of a sweep."""
 
@@ -64,7 +67,8 @@ def _report_stage(experiment: Experiment, parts: Sequence[Experiment]) -> Path:
 
 def _trial_fingerprints(part: Experiment) -> dict[str, str]:
     records = part.cache.records()
-    return {name: record["fingerprint"] for name, record in records.items() if name.startswith("trials/")}
+    decide = ("trials/", f"{RETENTION}/", "calibrate/")
+    return {name: record["fingerprint"] for name, record in records.items() if name.startswith(decide)}
 
 
 def report(experiment: Experiment, parts: Sequence[Experiment]) -> None:
@@ -73,21 +77,94 @@ def report(experiment: Experiment, parts: Sequence[Experiment]) -> None:
     Raises:
         RunError: if there is no trial.
     """
-    rows: dict[str, list[Trial]] = {arm: [] for arm in ("base", *experiment.recipe.arms)}
-    for part in parts:
-        for arm, trials in finished_trials(part).items():
-            rows[arm] += trials
+    rows = _rows(parts)
     if not rows["base"]:
         raise RunError("there is no trial to report.")
     write_recipe(experiment)
-    summary = summarise(rows, experiment.recipe.eval.bootstrap, experiment.recipe.seed)
-    write_json(experiment.directory / "metrics.json", summary.to_json())
-    frozen = experiment.directory / THRESHOLDS
-    thresholds = read_thresholds(frozen).thresholds if frozen.is_file() else ()
-    agreed = write_agreement(experiment, parts, rows)
-    noun = direction_noun(experiment.recipe)
-    material = Material(summary, rows, thresholds, agreed, mixtures(experiment.recipe), noun)
+    summary = _summary(experiment, parts, rows)
+    write_json(experiment.directory / METRICS, summary.to_json())
+    material = _material(experiment, parts, rows, summary)
     write_report(experiment.directory, experiment.recipe.name, material, _notes(experiment, parts, rows))
+
+
+def write_print_figures(experiment: Experiment, parts: Sequence[Experiment], width: float, font: float) -> Path:
+    """Write the report's figures as PDF, SVG and PNG; returns their folder.
+
+    Args:
+        experiment: whose report is written.
+        parts: its runs.
+        width: inches.
+        font: points.
+    """
+    folder, summary = experiment.directory / "figures" / "print", read_summary(experiment.directory / METRICS)
+    save_for_print(folder, draw_figures(_material(experiment, parts, _rows(parts), summary)), width, font)
+    return folder
+
+
+def _rows(parts: Sequence[Experiment]) -> dict[str, list[Trial]]:
+    """Every arm's finished trials of all runs."""
+    rows: dict[str, list[Trial]] = {arm: [] for arm in ("base", *parts[0].recipe.arms)}
+    for part in parts:
+        for arm, trials in finished_trials(part).items():
+            rows[arm] += trials
+    return rows
+
+
+def _material(
+    experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]], summary: Summary
+) -> Material:
+    frozen = experiment.directory / THRESHOLDS
+    panel = judge_panel(experiment, parts, rows)
+    return Material(
+        summary,
+        rows,
+        read_thresholds(frozen).thresholds if frozen.is_file() else (),
+        write_agreement(experiment, panel),
+        mixtures(experiment.recipe),
+        direction_noun(experiment.recipe),
+        experiment.recipe.calibration.target,
+        panel,
+        losses(parts),
+    )
+
+
+def _summary(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> Summary:
+    """What the trials say, and beside it each arm's own thresholds and what it kept of ordinary answers."""
+    section, seed = experiment.recipe.eval, experiment.recipe.seed
+    pairs = {arm: _threshold_pairs(parts, arm) for arm in rows}
+    replies = {arm: _replies(parts, arm) for arm in rows}
+    return replace(
+        summarise(rows, section.bootstrap, seed),
+        resistance={arm: resistance(each, section.bootstrap, seed) for arm, each in pairs.items() if each},
+        retention={
+            arm: retention(each, replies["base"], section.bootstrap, seed)
+            for arm, each in replies.items()
+            if each and replies["base"]
+        },
+    )
+
+
+def _threshold_pairs(parts: Sequence[Experiment], arm: str) -> list[tuple[Threshold, Threshold]]:
+    """(own, base) thresholds of a recalibrated arm in all runs."""
+    recipe = parts[0].recipe
+    own: Sequence[str] | None = recipe.arms[arm].conditions if arm != "base" else []
+    if RECALIBRATED not in (recipe.eval.conditions if own is None else own):
+        return []
+    files = [(part.directory / "calibration" / f"{arm}.json", part.directory / THRESHOLDS) for part in parts]
+    return [
+        pair
+        for mine, base in files
+        if mine.is_file() and base.is_file()
+        for pair in thresholds_paired(read_thresholds(mine).thresholds, read_thresholds(base).thresholds)
+    ]
+
+
+def _replies(parts: Sequence[Experiment], arm: str) -> dict[str, Reply]:
+    """What an arm was read of the base model's replies, by run and trial."""
+    if "unsteered" not in parts[0].recipe.eval.conditions:
+        return {}
+    stores = {part.recipe.seed: reply_store(part.directory / RETENTION / f"{arm}.jsonl") for part in parts}
+    return {f"{seed}/{reply.key}": reply for seed, store in stores.items() for reply in store.rows()}
 
 
 def finished_trials(part: Experiment) -> dict[str, list[Trial]]:
@@ -125,20 +202,19 @@ def spent(experiment: Experiment) -> list[str]:
     return [f"judge {judge.spent}" for judge in judges if isinstance(judge, ModelJudge)]
 
 
-def write_agreement(
-    experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]
-) -> Agreement | None:
-    """Write `agreement.json` if the recipe names further judges, else remove an old one.
-
-    Args:
-        experiment: the run.
-        parts: their judgements lie in `judgements/<judge>.jsonl` in their own directories.
-        rows: arm -> the trials of all parts, as the recipe's first judge scores them.
-    """
+def write_agreement(experiment: Experiment, panel: Panel) -> Agreement | None:
+    """Write `agreement.json` if several judges were asked, else remove an old one."""
     path = experiment.directory / AGREEMENT
-    if not experiment.resources.further_judges():
+    if len(panel) < 2:
         path.unlink(missing_ok=True)
         return None
+    compared = agreement(panel, experiment.recipe.eval.bootstrap, experiment.recipe.seed)
+    write_json(path, asdict(compared))
+    return compared
+
+
+def judge_panel(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> Panel:
+    """The trials as each judge of the recipe scores them; what further ones said lies in the parts' `judgements/`."""
     panel = {experiment.resources.judge().name: rows}
     for number, judge in enumerate(experiment.resources.further_judges()):
         if judge.name in panel:
@@ -148,9 +224,7 @@ def write_agreement(
                 "Remove it; a model is asked a second time (test-retest) under another `repeat`.",
             )
         panel[judge.name] = _judged_again(judge, parts)
-    compared = agreement(panel, experiment.recipe.eval.bootstrap, experiment.recipe.seed)
-    write_json(path, asdict(compared))
-    return compared
+    return panel
 
 
 def _judged_again(judge: Judge, parts: Sequence[Experiment]) -> dict[str, list[Trial]]:
@@ -170,36 +244,15 @@ def _count(bar: Bar, rows: int) -> None:
 
 
 def _notes(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> Notes:
-    topics = experiment.resources.prompts().topics
-    held_out = sorted(topic for topic, split in topics.items() if split == "test")
-    cells = [trial.cell for trial in rows["base"] if trial.cell.latent is not None]
-    records = [record["made"] for part in (experiment, *parts) for record in part.cache.records().values()]
-    commits = {
-        f"{(each.get('commit') or 'unknown')[:12]}{' with changes' if each.get('dirty') else ''}" for each in records
-    }
     noun = direction_noun(experiment.recipe)
-    labels = {cell.label for cell in cells}
-    stand_for = "that stand for these topics" if labels <= {*held_out} else f"that stand for {_some(labels)}"
     return {
-        "held_out": {
-            "topics": f"{len(held_out)} of {len(topics)}: {', '.join(held_out)}",
-            f"{noun}s": f"{len({cell.latent for cell in cells})} {noun}s {stand_for}",
-            "prompts": f"{len({cell.prompt for cell in cells})} prompts on these topics",
-        },
+        "run": facts(experiment, parts, rows),
+        "held_out": held_out(experiment, rows["base"], noun),
         f"{noun}s": latent_facts(experiment.directory, noun),
         "form": [f"{arm}: {form(experiment.recipe, arm)}" for arm in rows],
-        "judge": experiment.resources.judge().name,
-        "model": experiment.recipe.model.path,
         "seeds": ", ".join(str(part.recipe.seed) for part in parts),
-        "made by": ", ".join(sorted(commits)),
         **({"outdated": lines} if (lines := outdated_lines((experiment, *parts))) else {}),
     }
-
-
-def _some(labels: Collection[str | None]) -> str:
-    names = sorted(filter(None, labels))
-    more = len(names) - MOST_LABELS
-    return ", ".join(names[:MOST_LABELS]) + (f" and {more} other subjects" if more > 0 else "") or "nothing known"
 
 
 def mixtures(recipe: Recipe) -> dict[str, dict[str, float]]:

@@ -155,6 +155,7 @@ def _chosen(experiment: Experiment) -> dict[str, Any]:
     return {
         "funnel": {KEPT: kept, **left_out, **choice.left_out},
         "notes": notes,
+        "layer": source.layer,
         "residual_norm": norm,
         "splits": {split: [direction.latent for direction in group] for split, group in choice.splits.items()},
     }

@@ -16,7 +16,7 @@ from eval.judging.model_judge import ModelJudge
 from eval.store import Trial, TrialStore, read_trials
 from recipes.experiment import Experiment
 from recipes.resources import Resources
-from recipes.results import write_agreement
+from recipes.results import judge_panel, write_agreement
 from recipes.stage_cache import StageCache
 from tests.test_metrics import trial
 
@@ -134,12 +134,12 @@ def rows(top: Experiment) -> dict[str, list[Trial]]:
 def test_a_recipes_further_judges_are_asked_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     top = experiment(tmp_path, [{"vocabulary": str(tmp_path / "others.json")}])
     monkeypatch.setattr("recipes.results.finished_trials", lambda part: rows(top))
-    write_agreement(top, [top], rows(top))
+    write_agreement(top, judge_panel(top, [top], rows(top)))
     found = read_json(top.directory / "agreement.json")
     assert found["judges"] == [top.resources.judge().name, top.resources.further_judges()[0].name]
     assert found["trials"] == 3
     assert len(list((top.directory / "judgements").iterdir())) == 1
-    write_agreement(experiment(tmp_path, []), [top], rows(top))
+    write_agreement(alone := experiment(tmp_path, []), judge_panel(alone, [top], rows(top)))
     assert not (top.directory / "agreement.json").exists()
 
 
@@ -147,7 +147,7 @@ def test_two_files_of_the_same_words_are_the_same_judge(tmp_path: Path):
     top = experiment(tmp_path, [{"vocabulary": str(tmp_path / "copy.json")}])
     (tmp_path / "copy.json").write_text((tmp_path / "words.json").read_text())
     with pytest.raises(InputError, match=r"judges.0: the judge lexical-\w+ is named twice. Remove it; a model"):
-        write_agreement(top, [top], rows(top))
+        write_agreement(top, judge_panel(top, [top], rows(top)))
 
 
 def test_a_recipe_names_model_judges_and_none_is_loaded_before_it_is_asked(tmp_path: Path):

@@ -95,6 +95,23 @@ def test_compare_shows_every_arm_with_its_interval_and_the_difference_on_shared_
     assert "+60 [+60 to +60] (n 8)" in difference["last_score"]
 
 
+def test_compare_gives_latex_and_a_page(tmp_path, capsys):
+    runs = [str(finished(tmp_path / name)) for name in ("one", "two")]
+    assert evaluate(["compare", *runs, "--latex", "--html", str(tmp_path / "page.html")]) == 0
+    out = capsys.readouterr().out
+    assert out.count(r"\begin{tabular}") == out.count(r"\end{tabular}") == 2
+    assert "one/tuned" in out
+    assert 'id="headline"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_figures_for_print_are_written_on_request_and_refused_in_a_silly_size(run, capsys):
+    assert evaluate(["report", str(run), "--width", "3.3"]) == 0
+    made = {path.suffix for path in (run / "figures" / "print").iterdir()}
+    assert made == {".pdf", ".svg", ".png"}
+    assert evaluate(["report", str(run), "--font", "0"]) == 2
+    assert "--font" in capsys.readouterr().err
+
+
 def test_compare_shows_every_metric_on_request(tmp_path, capsys):
     write_json(tmp_path / "metrics.json", summarise({"base": [trial("base", 1)]}, bootstrap=10).to_json())
     assert evaluate(["compare", str(tmp_path), "--all"]) == 0

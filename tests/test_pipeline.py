@@ -52,6 +52,12 @@ def test_the_road_ends_in_metrics_with_the_documented_keys(finished):
     steered = metrics["arms"]["tuned"]["steered"]["multi_attempt_rate"]
     assert steered["n"] + steered["unscored"] == TRIALS
     assert metrics["paired"]["tuned-base"]["steered"]["last_score"]["n"] == TRIALS
+    kept = metrics["retention"]
+    assert (kept["base"]["value"], kept["base"]["n"], kept["tuned"]["n"]) == (1, TRIALS, TRIALS)
+    assert 0.5 < kept["tuned"]["value"] != 1
+    own, base = (read_json(finished.folder / name) for name in ("calibration/tuned.json", "thresholds.json"))
+    within = {each["latent"] for each in base["thresholds"] if not each["bound"]}
+    assert metrics["resistance"]["tuned"]["n"] == len(within & {each["latent"] for each in own["thresholds"]})
 
 
 def test_the_run_directory_holds_what_is_documented(finished):

@@ -14,14 +14,19 @@ import pytest
 
 from eval.calibration import Threshold
 from eval.judging.agreement import agreement
+from eval.metrics import headline
+from eval.report.drawing import save_for_print
 from eval.report.figures import Material, draw_figures
+from eval.report.findings import headline_arm, opening, story
 from eval.report.page import embedded, script_json, write_report
-from eval.report.story import headline_arm, story
+from eval.resistance import Resistance
+from eval.retention import Retention
 from eval.store import Trial
 from eval.summary import summarise
 from tests.trial_maker import made
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FORMS = ("csv", "md", "tex")
 HOSTILE = "<script>document.title='owned'</script> </script><!-- <b>bold</b> & \u2028 🧺 done."
 
 
@@ -186,11 +191,52 @@ def test_nothing_is_fetched_from_anywhere(report: Path) -> None:
     assert set(re.findall(r'href="([^"#]+)"', page)) <= {"data:,"}
 
 
-def test_the_story_opens_with_the_numbers(report: Path) -> None:
-    told = story(summarise(arms(), 200))
-    assert told[0].startswith("Under steering, base restarted in 0\u202f% of responses (0 to ")
-    assert "tuned restarted in 82\u202f%" in told[0]
-    assert told[0] in report.read_text(encoding="utf-8")
+def test_the_page_opens_with_what_was_done_and_then_names_the_main_effect(report: Path) -> None:
+    page, rows = report.read_text(encoding="utf-8"), arms()
+    done = opening(Material(summarise(rows, 200), rows), held_out=True)
+    assert "answered 12 questions that training had not seen while it was steered" in done[0]
+    assert "along one of 12 equally unseen latents (a latent is" in done[0]
+    assert "training" not in " ".join(opening(Material(summarise(rows, 50), rows), held_out=False))
+    assert "here base, tuned" in done[1]
+    told = story(summarise(rows, 200))
+    assert told[0].startswith("No clear change: steered, answers of tuned score 85 of 100 on average where those of")
+    assert page.index(done[0]) < page.index(done[1]) < page.index(told[0]) < page.index('id="headline"')
+
+
+@pytest.mark.parametrize(
+    ("scores", "effect"),
+    [
+        (
+            (94.0,),
+            "Silent resistance: steered, answers of tuned score 94 of 100 on average where those of base",
+        ),
+        ((22.0, 90.0), "Recovery: steered, answers of tuned score 90"),
+        ((60.0, 95.0), "Silent resistance and recovery: steered, answers of tuned score 95"),
+        ((20.0,), "No clear change: steered, answers of tuned score 20"),
+        ((2.0,), "Harm: steered, answers of tuned score 2 "),
+    ],
+)
+def test_the_headline_names_the_effect_that_there_is(scores: tuple[float, ...], effect: str) -> None:
+    rows = {
+        "base": [trial("base", i, 20) for i in range(12)],
+        "tuned": [trial("tuned", i, *scores) for i in range(12)],
+    }
+    assert story(summarise(rows, 50))[0].startswith(effect)
+
+
+def test_the_story_says_where_second_attempts_went() -> None:
+    rows = {"base": [trial("base", i, 20, tokens=40) for i in range(20)]}
+    shown = {"tokens": 40, "restart_token": 9}
+    rows["tuned"] = [trial("tuned", i, 10, 90, **shown) for i in range(4)]
+    rows["tuned"] += [trial("tuned", i, 10, 90, tokens=40, restart_token=3) for i in range(4, 10)]
+    rows["tuned"] += [trial("tuned", i, 95, 95, **shown) for i in range(10, 18)]
+    rows["tuned"] += [trial("tuned", 18, 95, 20, **shown), trial("tuned", 19, 10, tokens=40)]
+    told = " ".join(story(summarise(rows, 50))).replace("\u202f", " ")
+    assert "In 95 % of its steered responses tuned restarts" in told
+    assert "50 % end better than they began (ESR), 5.0 % worse, and 40 % score the same" in told
+    assert "79 % of the second attempts began before anything had gone wrong" in told
+    assert "20 % of responses recover from a detour that can be seen" in told
+    assert "of the 5 responses that show one; base: 0 % of 20" in told
 
 
 def test_unscored_shares_stand_beside_the_rates(report: Path) -> None:
@@ -204,8 +250,8 @@ def test_unscored_shares_stand_beside_the_rates(report: Path) -> None:
 def test_every_figure_is_on_the_page_as_svg_and_as_csv(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     names = {path.stem for path in (report.parent / "figures").glob("*.svg")}
-    expected = {"rates", "first_scores", "last_scores", "first_vs_last", "restart_position", "thresholds"}
-    assert names == expected
+    scores = {"first_scores", "last_scores", "first_vs_last", "unsteered_scores"}
+    assert names == {"rates", "restart_position", "thresholds", *scores}
     for name in names:
         assert f'<figure id="{name}">' in page
         ElementTree.parse(report.parent / "figures" / f"{name}.svg")
@@ -218,7 +264,7 @@ def test_the_csv_beside_the_rates_figure_holds_the_metrics(report: Path) -> None
     metrics = summarise(arms(), 200).to_json()
     with (report.parent / "figures" / "rates.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12
+    assert len(rows) == 14
     for row in rows:
         estimate = metrics["arms"][row["arm"]][row["condition"]][row["metric"]]
         assert {key: float(row[key]) for key in estimate} == estimate
@@ -238,7 +284,9 @@ def everything() -> Material:
     stern = {arm: [replace(row, attempts=row.attempts[:1]) for row in trials] for arm, trials in rows.items()}
     judges = agreement({"mild": rows, "stern": stern}, 50, 0)
     sweeps = {"mixed": {"mixed-10": 0.1, "mixed-90": 0.9}}
-    return Material(summarise(rows, 50), rows, agreement=judges, mixtures=sweeps)
+    losses = {"tuned": [[(10.0, 2.0), (20.0, 1.0)], [(10.0, 1.9), (20.0, 1.1)]]}
+    panel = {"mild": rows, "stern": stern}
+    return Material(summarise(rows, 50), rows, agreement=judges, mixtures=sweeps, panel=panel, losses=losses)
 
 
 def test_sweeps_variants_and_judges_have_figures_where_there_are_data(tmp_path: Path) -> None:
@@ -259,6 +307,11 @@ def test_sweeps_variants_and_judges_have_figures_where_there_are_data(tmp_path: 
     found = {(row["arm"], row["judge"]): float(row["value"]) for row in tables["judge_rates"]}
     assert (found["asked", "mild"], found["asked", "stern"]) == (1, 0)
     assert [(row["judge"], row["other"]) for row in tables["judge_agreement"]] == [("mild", "stern")]
+    scatter = {(row["score"], row["other's"]) for row in tables["judge_scatter"]}
+    assert ("60.0", "20.0") in scatter
+    assert [(row["run"], row["loss"]) for row in tables["training_loss"]] == [
+        ("0", "2.0"), ("0", "1.0"), ("1", "1.9"), ("1", "1.1")
+    ]  # fmt: skip
 
 
 def test_the_likelihood_of_restarts_has_levels_and_differences_from_base(tmp_path: Path) -> None:
@@ -295,17 +348,65 @@ def test_controls_stand_behind_the_figures_and_are_opened_on_paper(tmp_path: Pat
 def test_a_difference_is_bold_only_where_its_interval_leaves_out_zero(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     paired = page[page.index('id="paired"') :].split("</table>")[0]
-    steered = re.findall(r"<td( class=\"unclear\")?><b>(.*?)</b>", paired)[:6]
-    found = summarise(arms(), 200).paired["tuned-base"]["steered"]
-    names = ("multi_attempt_rate", "esr_rate", "esr10_rate", "worsening_rate", "first_score", "last_score")
-    assert [not unclear for unclear, _ in steered] == [found[name].low * found[name].high > 0 for name in names]
+    names = headline()
+    steered = re.findall(r"<td( class=\"unclear\")?><b>(.*?)</b>", paired)[: len(names)]
+    found = [summarise(arms(), 200).paired["tuned-base"]["steered"][name] for name in names]
+    assert [not unclear for unclear, _ in steered] == [
+        each.low is not None and each.low * each.high > 0 for each in found
+    ]
     assert {unclear for unclear, _ in steered} == {"", ' class="unclear"'}
 
 
-def test_a_figure_with_three_panels_has_them_above_each_other() -> None:
+def test_a_figure_with_several_panels_has_them_above_each_other() -> None:
     drawn = {figure.name: figure for figure in draw_figures(everything())}
-    for name in ("boost_sweep", "mixture_sweep"):
-        assert len(set(re.findall(r'<g id="(axes_\d+)"', drawn[name].svg))) == 3
+    for name, panels in (("boost_sweep", 4), ("mixture_sweep", 3)):
+        assert len(set(re.findall(r'<g id="(axes_\d+)"', drawn[name].svg))) == panels
+
+
+def test_figures_for_print_have_the_width_and_the_font_that_were_asked_for(tmp_path: Path) -> None:
+    rows = arms()
+    figures = [each for each in draw_figures(Material(summarise(rows, 50), rows)) if each.name == "rates"]
+    save_for_print(tmp_path, figures, width=3.25, font=7)
+    assert (tmp_path / "rates.pdf").read_bytes().startswith(b"%PDF")
+    box = re.search(rb"/MediaBox \[ ?0 0 ([0-9.]+)", (tmp_path / "rates.pdf").read_bytes())
+    assert box
+    assert float(box[1]) == pytest.approx(3.25 * 72, abs=1)
+    png = (tmp_path / "rates.png").read_bytes()
+    assert int.from_bytes(png[16:20], "big") == pytest.approx(3.25 * 300, abs=2)
+    assert 'width="234pt"' in (tmp_path / "rates.svg").read_text()
+    assert re.search(r"font-size: 7px", (tmp_path / "rates.svg").read_text())
+
+
+def test_tables_for_a_paper_hold_the_metrics_numbers_and_stand_as_latex(report: Path) -> None:
+    metrics, folder = summarise(arms(), 200).to_json(), report.parent / "tables"
+    files = {f"{name}.{form}" for name in ("headline", "paired", "conditions", "not_degenerate") for form in FORMS}
+    assert {path.name for path in folder.iterdir()} == files
+    for row in csv.DictReader((folder / "paired.csv").open(encoding="utf-8")):
+        estimate = metrics["paired"][row["arm"]][row["condition"]][row["metric"]]
+        assert {key: row[key] for key in estimate} == {key: "" if v is None else str(v) for key, v in estimate.items()}
+    latex = (folder / "headline.tex").read_text(encoding="utf-8")
+    lines = [line for line in latex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    assert {line.count("&") - line.count(r"\&") for line in lines} == {len(headline()) + 1}
+    assert not re.search(r"(?<!\\)[%_#]", "\n".join(lines))
+    assert "82\\,\\% [" in latex
+    markdown = (folder / "headline.md").read_text(encoding="utf-8").splitlines()
+    assert {line.count("|") for line in markdown if line.startswith("|")} == {len(headline()) + 3}
+
+
+def test_ratios_have_a_table_on_the_page_and_a_file(tmp_path: Path) -> None:
+    rows = arms()
+    found = replace(
+        summarise(rows, 50),
+        resistance={"tuned": Resistance(2.5, 2.1, 3.0, 2.4, 9, 2, 0)},
+        retention={"base": Retention(1.0, 1.0, 1.0, 9, 90, 4.0), "tuned": Retention(1.02, 1.01, 1.03, 9, 90, 4.1)},
+    )
+    page = write_report(tmp_path, "Ratios", Material(found, rows), {}).read_text(encoding="utf-8")
+    table = page[page.index('id="ratios"') :].split("</table>")[0]
+    assert all(text in table for text in ("≥ 2.50", "2.10 to 3.00", "of 9, 2 at the highest strength", "1.020"))
+    told = " ".join(story(found))
+    assert "It takes at least 2.50 × the strength (2.10 to 3.00) to drag tuned as far off as base" in told
+    assert "1.020 × the base's (1.010 to 1.030)" in told
+    assert (tmp_path / "tables" / "ratios.csv").read_text().splitlines()[1] == "resistance,tuned,2.5,2.1,3.0,9"
 
 
 def test_the_density_in_the_csv_sums_to_one(report: Path) -> None:
@@ -327,7 +428,7 @@ def test_the_same_run_gives_the_same_bytes(report: Path, tmp_path: Path) -> None
 def test_figures_without_data_are_left_out() -> None:
     rows = {"base": [trial("base", None, 98, cell_seed=i) for i in range(4)]}
     metrics = summarise(rows, 50)
-    assert [figure.name for figure in draw_figures(Material(metrics, rows))] == ["rates"]
+    assert [figure.name for figure in draw_figures(Material(metrics, rows))] == ["rates", "unsteered_scores"]
     assert headline_arm(["base"]) is None
 
 

@@ -1,15 +1,17 @@
 """Figures that set arms, strengths, mixtures or judges beside each other."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import combinations
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from eval.metrics import METRICS
+from eval.metrics import METRICS, Gap
 from eval.report.drawing import ARM_COLOURS, FAINT, INK, arm_colours, dots_svg, line_styles, panels_svg
-from eval.report.figures import Drawn, Material, estimates_table, figure
+from eval.report.figures import WIDEST, Drawn, Material, estimates_table, figure
 from eval.statistics import Estimate
 from eval.store import TrialVariant
 from eval.summary import STEERED
@@ -21,7 +23,12 @@ PANEL_HEIGHT = 1.5
 MOST_TICKS = 9
 BOOST = re.compile(r"boost_x(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 """The name of a boosted condition, with the multiple of the threshold."""
-BOOST_PANELS = {"first_score": "first score", "multi_attempt_rate": "% second attempt", "esr_rate": "% ESR"}
+BOOST_PANELS = {
+    "first_score": "first score",
+    "multi_attempt_rate": "% second attempt",
+    "esr_rate": "% ESR",
+    "success_rate": "% of second attempts that improve",
+}
 MIXTURE_PANELS = {
     "multi_attempt_rate": "% second attempt",
     "esr_rate": "% ESR",
@@ -193,6 +200,35 @@ def judge_agreement(material: Material) -> Drawn | None:
     caption += "What is missing is undefined: nothing varies. " + _key(short)
     header = ("judge", "other", "alpha_last_score", "n_scores", "kappa_second_attempt", "n")
     return Drawn(caption, partial(dots_svg, {"agreement": dots}, colours), [header, *table]) if dots else None
+
+
+@figure("judge_scatter", "Last scores, judge against judge")
+def judge_scatter(material: Material) -> Drawn | None:
+    """Last scores of the same responses by every two judges, a panel for each pair; a dot's area counts responses."""
+    if len(material.panel) < 2:
+        return None
+    score, short = METRICS["last_score"].of, _short(list(material.panel))
+    points: list[tuple[str, str, float, float]] = []
+    for one, other in combinations(material.panel, 2):
+        for arm, trials in material.panel[one].items():
+            for row, again in zip(trials, material.panel[other][arm], strict=True):
+                first, second = score(row), score(again)
+                if not isinstance(first, Gap) and not isinstance(second, Gap):
+                    points.append((one, other, first, second))
+
+    def draw(pair: tuple[str, str], axes: "Axes") -> None:
+        counts = Counter(point[2:] for point in points if point[:2] == pair)
+        size = min(3.0, WIDEST / max(counts.values(), default=1) ** 0.5)
+        axes.plot([0, 100], [0, 100], color=FAINT, lw=1, zorder=0)
+        for (first, second), count in counts.items():
+            axes.plot([first], [second], "o", color=ARM_COLOURS[0], ms=size * count**0.5, alpha=0.5, mew=0)
+        axes.set(xlim=(-8, 108), ylim=(-8, 108), xlabel=f"score by {short[pair[0]]}", ylabel=f"by {short[pair[1]]}")
+        axes.grid()
+
+    pairs = list(dict.fromkeys(point[:2] for point in points))
+    svg = partial(panels_svg, [partial(draw, pair) for pair in pairs], {}, 3.0)
+    caption = "Last scores of the same responses, all arms and conditions; on the line both judges agree. "
+    return Drawn(caption + _key(short), svg, [("judge", "other", "score", "other's"), *points])
 
 
 def _short(judges: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from esr_train.files import replacing
 from eval.statistics import Estimate
@@ -45,15 +45,42 @@ STYLE: dict[str, Any] = {
 }
 
 
+FORMATS: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf", "svg", "png")
+PNG_DPI = 300
+
+
+@dataclass(frozen=True)
+class Look:
+    """How large a figure is and what it is written as.
+
+    Args:
+        width: inches; heights keep their proportion to it.
+        font: points.
+        format: of the document; a PDF embeds its fonts as TrueType, an SVG leaves text to the page.
+    """
+
+    width: float = 4.9
+    font: float = 9.0
+    format: Literal["pdf", "svg", "png"] = "svg"
+
+
+PAGE = Look()
+"""Of the figures on a page."""
+
+
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure: file stem, heading, caption, the SVG document, and its numbers with a header row."""
+    """A drawn figure: file stem, heading, caption, the SVG document, its numbers with a header row.
+
+    `draw` makes it anew with another `look`.
+    """
 
     name: str
     title: str
     caption: str
     svg: str
     table: list[tuple[Any, ...]]
+    draw: Callable[..., bytes] | None = None
 
 
 def save_figures(folder: Path, figures: Sequence[Figure]) -> None:
@@ -63,6 +90,16 @@ def save_figures(folder: Path, figures: Sequence[Figure]) -> None:
             file.write(figure.svg)
         with replacing(folder / f"{figure.name}.csv") as file:
             csv.writer(file, lineterminator="\n").writerows(figure.table)
+
+
+def save_for_print(folder: Path, figures: Sequence[Figure], width: float, font: float) -> None:
+    """Write every figure as `<name>.pdf`, `.svg` and `.png`, so many inches wide and with text of so many points."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        if figure.draw is None:
+            continue
+        for form in FORMATS:
+            (folder / f"{figure.name}.{form}").write_bytes(figure.draw(look=Look(width, font, form)))
 
 
 def arm_colours(arms: Sequence[str]) -> dict[str, str]:
@@ -91,12 +128,15 @@ Dot = tuple[str, str, Estimate]
 """Line, series, and what was measured."""
 
 
-def dots_svg(panels: Mapping[str, Sequence[Dot]], colours: Mapping[str, str], scale: float = 1) -> str:
+def dots_svg(
+    panels: Mapping[str, Sequence[Dot]], colours: Mapping[str, str], scale: float = 1, look: Look = PAGE
+) -> bytes:
     """Panels above one another, by the names of their horizontal axes; in each, dots with intervals on named lines.
 
     Args:
         colours: of the series, which stand below each other on a line.
         scale: of the numbers, 100 for rates as percentages.
+        look: size and format.
     """
     lines = list(dict.fromkeys(line for dots in panels.values() for line, *_ in dots))
     series, step = list(colours), 0.7 / max(len(colours), 1)
@@ -117,22 +157,27 @@ def dots_svg(panels: Mapping[str, Sequence[Dot]], colours: Mapping[str, str], sc
         axes.grid(axis="x")
 
     height = 0.8 + max(0.42, 0.11 * len(series)) * len(lines)
-    return panels_svg([partial(draw, label) for label in panels], colours, height)
+    return panels_svg([partial(draw, label) for label in panels], colours, height, look=look)
 
 
-def svg_of(draw: Callable[["Axes"], None], legend: Mapping[str, str], height: float = 3.0) -> str:
-    """An SVG document, the same bytes for the same numbers; text stays text, in the page's font.
+def svg_of(draw: Callable[["Axes"], None], legend: Mapping[str, str], height: float = 3.0, look: Look = PAGE) -> bytes:
+    """A document, the same bytes for the same numbers: an SVG unless `look` says otherwise.
 
     Args:
         legend: name -> colour; none if it is empty.
-        height: inches, without the legend.
+        height: inches at the width of `PAGE`, without the legend.
+        look: size and format.
     """
-    return panels_svg([draw], legend, height)
+    return panels_svg([draw], legend, height, look=look)
 
 
 def panels_svg(
-    draws: Sequence[Callable[["Axes"], None]], legend: Mapping[str, str], height: float, xlabel: str | None = None
-) -> str:
+    draws: Sequence[Callable[["Axes"], None]],
+    legend: Mapping[str, str],
+    height: float,
+    xlabel: str | None = None,
+    look: Look = PAGE,
+) -> bytes:
     """As `svg_of`, with panels of `height` inches each above one another; on one horizontal axis if it has a name."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
@@ -140,9 +185,11 @@ def panels_svg(
 
     columns = min(len(legend), LEGEND_COLUMNS)
     above = 0.1 + 0.2 * -(-len(legend) // LEGEND_COLUMNS) if legend else 0
+    style = {**STYLE, "font.size": look.font, "pdf.fonttype": 42}
     # The stubs know every setting by name; a plain dictionary does not.
-    with mpl.rc_context(cast(Any, STYLE)):
-        canvas = Canvas(figsize=(4.9, height * len(draws) + above), layout="constrained")
+    with mpl.rc_context(cast(Any, style)):
+        tall = (height * len(draws)) * look.width / PAGE.width + above * look.font / PAGE.font
+        canvas = Canvas(figsize=(look.width, tall), layout="constrained")
         panels = canvas.subplots(len(draws), sharex=xlabel is not None, squeeze=False)[:, 0]
         for axes, draw in zip(panels, draws, strict=True):
             draw(axes)
@@ -153,8 +200,11 @@ def panels_svg(
             names = [name for column in range(columns) for name in list(legend)[column::columns]]
             marks = [Line2D([], [], marker="o", ls="", ms=5, color=legend[name]) for name in names]
             canvas.legend(marks, names, loc="outside upper left", ncols=columns, handletextpad=0.1)
-        buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        buffer = io.BytesIO()
+        undated = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None}}
+        dpi: Any = PNG_DPI if look.format == "png" else "figure"
+        metadata: Any = undated.get(look.format)
+        canvas.savefig(buffer, format=look.format, transparent=look == PAGE, metadata=metadata, dpi=dpi)
     return buffer.getvalue()
 
 

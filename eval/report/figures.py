@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.calibration import Threshold
 from eval.conditions import order
-from eval.judging.agreement import Agreement
+from eval.judging.agreement import Agreement, Panel
 from eval.metrics import METRICS, Gap
 from eval.report.drawing import FAINT, INK, Dot, Figure, arm_colours, dots_svg, line_styles, svg_of
 from eval.statistics import Estimate
@@ -27,6 +27,7 @@ ASIDE = 2.5
 RATES = {
     ("steered", "multi_attempt_rate"): "second attempt",
     ("steered", "esr_rate"): "…and better (ESR)",
+    ("steered", "esr_after_shown_detour_of_all"): "…after a shown detour",
     ("steered", "worsening_rate"): "…and worse",
     ("steered", "silent_recovery_rate"): "silent recovery",
     ("steered", "hijack_rate"): "hijacked at the end",
@@ -45,6 +46,9 @@ class Material:
         agreement: of the judges, where several were asked.
         mixtures: sweep -> arm -> share of self-correction rows in its training file, 0-1.
         noun: what a direction is called: latent or vector.
+        target: the score that defines a threshold, 0-100.
+        panel: judge -> arm -> the trials as this judge scores them, where several were asked.
+        losses: arm -> (step, training loss) of each of its runs.
     """
 
     summary: Summary
@@ -53,10 +57,17 @@ class Material:
     agreement: Agreement | None = None
     mixtures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     noun: str = "latent"
+    target: float = 30.0
+    panel: Panel = field(default_factory=dict)
+    losses: Mapping[str, Sequence[Sequence[tuple[float, float]]]] = field(default_factory=dict)
 
     def steered(self, arm: str) -> list[Trial]:
         """The arm's trials steered at the base model's thresholds."""
-        return [row for row in self.rows_by_arm[arm] if row.condition == STEERED]
+        return self.under(STEERED, arm)
+
+    def under(self, condition: str, arm: str) -> list[Trial]:
+        """The arm's trials under a condition."""
+        return [row for row in self.rows_by_arm[arm] if row.condition == condition]
 
     def estimate(self, arm: str, condition: str, metric: str) -> Estimate | None:
         """An arm's estimate, if it rests on anything."""
@@ -69,12 +80,12 @@ class Drawn(NamedTuple):
 
     Args:
         caption: below the figure.
-        svg: makes the SVG document.
+        svg: makes the SVG document, or another one if it is given a `look` (see `drawing.Look`).
         table: the numbers in it, with a header row; with that alone the figure is left out.
     """
 
     caption: str
-    svg: Callable[[], str]
+    svg: Callable[..., bytes]
     table: list[tuple[Any, ...]]
 
 
@@ -103,7 +114,7 @@ def draw_figures(material: Material) -> list[Figure]:
     """Every figure for which there are data, in reading order."""
     drawn = ((name, title, draw(material)) for name, (title, draw) in FIGURES.items())
     return [
-        Figure(name, title, made.caption, made.svg(), made.table)
+        Figure(name, title, made.caption, made.svg().decode(), made.table, made.svg)
         for name, title, made in drawn
         if made and len(made.table) > 1
     ]
@@ -125,9 +136,9 @@ def rates(material: Material) -> Drawn:
     return Drawn(caption, svg, estimates_table(("condition", "metric", "arm"), rows))
 
 
-def _score_density(metric: str, caption: str, material: Material) -> Drawn:
-    """Density of a score under steering, a curve for each arm."""
-    scores = {arm: METRICS[metric].values(material.steered(arm)) for arm in material.rows_by_arm}
+def _score_density(metric: str, condition: str, caption: str, material: Material) -> Drawn:
+    """Density of a score under a condition, a curve for each arm."""
+    scores = {arm: METRICS[metric].values(material.under(condition, arm)) for arm in material.rows_by_arm}
     grid = np.linspace(0, 100, 101)
     curves = {arm: _density(np.array(values), grid) for arm, values in scores.items() if len(values) >= 2}
     colours, styles = arm_colours(list(scores)), line_styles(list(scores))
@@ -155,8 +166,10 @@ def _density(scores: np.ndarray, grid: np.ndarray, width: float = 4.0) -> np.nda
 
 FIRST = "Density of first-attempt scores under steering (Gaussian kernel, 4 points, folded at the ends)."
 LAST = "The same for the last attempt; a response without a restart has only one, its first."
-figure("first_scores", "Scores of first attempts")(partial(_score_density, "first_score", FIRST))
-figure("last_scores", "Scores of last attempts")(partial(_score_density, "last_score", LAST))
+figure("first_scores", "Scores of first attempts")(partial(_score_density, "first_score", STEERED, FIRST))
+UNSTEERED = "Density of last scores where nobody steers: what training cost ordinary answers."
+figure("last_scores", "Scores of last attempts")(partial(_score_density, "last_score", STEERED, LAST))
+figure("unsteered_scores", "Scores when nobody steers")(partial(_score_density, "last_score", "unsteered", UNSTEERED))
 
 
 @figure("first_vs_last", "First against last score")
@@ -239,6 +252,31 @@ def _log_probabilities(estimates: Table[Estimate]) -> list[Dot]:
         if "restart_logprob" in measured and measured["restart_logprob"].n
     ]
     return sorted(dots, key=lambda dot: order(dot[0]))
+
+
+@figure("training_loss", "Training loss")
+def training_loss(material: Material) -> Drawn:
+    """Loss of every trained arm by step, a line for each of its runs."""
+    colours, styles = arm_colours(list(material.summary.arms)), line_styles(list(material.summary.arms))
+
+    def draw(axes: "Axes") -> None:
+        for arm, runs in material.losses.items():
+            for run in runs:
+                steps, losses = zip(*run, strict=True)
+                axes.plot(steps, losses, color=colours[arm], lw=1.6, ls=styles[arm])
+        axes.set(xlabel="optimiser step", ylabel="loss (nats per trained token)")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+
+    table = [
+        (arm, number, *point)
+        for arm, runs in material.losses.items()
+        for number, run in enumerate(runs)
+        for point in run
+    ]
+    caption = "Mean loss over the steps since the point before. Arms that train different spans are not on one scale."
+    legend = {arm: colours[arm] for arm in material.losses}
+    return Drawn(caption, partial(svg_of, draw, legend), [("arm", "run", "step", "loss"), *table])
 
 
 LatentStrength = tuple[int, str | None, float, float | None, float | None]

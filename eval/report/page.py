@@ -10,15 +10,17 @@ from esr_train.files import replacing
 from eval.conditions import order, title
 from eval.metrics import METRICS, headline, pair_key
 from eval.report import arm_figures  # noqa: F401 - registers its figures, behind those of `figures`
-from eval.report.drawing import TEMPLATES, arm_colours, inline_svg, render, save_figures
+from eval.report.drawing import TEMPLATES, Figure, arm_colours, inline_svg, render, save_figures
 from eval.report.figures import Material, draw_figures
-from eval.report.story import shown, story
+from eval.report.findings import opening, story
+from eval.report.story import shown
+from eval.report.tables import FIRST, save_tables
+from eval.resistance import Resistance
+from eval.retention import Retention
 from eval.statistics import Estimate
 from eval.store import Trial
-from eval.summary import RECALIBRATED, STEERED, Table
+from eval.summary import STEERED, Summary, Table
 
-FIRST = (STEERED, "unsteered", RECALIBRATED)
-"""Conditions that stand before the figures; the others are controls."""
 MOST_TRIALS = 600
 """Trials embedded in the page."""
 CELLS_IN_TURN = {STEERED: 6, "unsteered": 2}
@@ -28,28 +30,39 @@ Notes = Mapping[str, str | Sequence[str] | Mapping[str, str]]
 
 
 def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) -> Path:
-    """Write `report.html` and `figures/*.{svg,csv}` into `run_dir`.
+    """Write `report.html`, `figures/*.{svg,csv}` and `tables/*.{csv,md,tex}` into `run_dir`.
 
     Args:
         run_dir: the run's folder.
         heading: of the page.
         material: what the page is made from.
-        notes: `held_out` says what training never saw; every other entry is a line of "How this was measured".
+        notes: `run` says what was run, `held_out` what training never saw; every other entry is a line of "How this was
+            measured".
 
     Returns:
         The path of `report.html`.
     """
-    figures, summary = draw_figures(material), material.summary
+    figures = draw_figures(material)
     save_figures(run_dir / "figures", figures)
+    save_tables(run_dir / "tables", material.summary)
+    with replacing(run_dir / "report.html") as file:
+        file.write(report_page(heading, material, notes, figures))
+    return run_dir / "report.html"
+
+
+def report_page(heading: str, material: Material, notes: Notes, figures: Sequence[Figure]) -> str:
+    """The page by itself (see `write_report`)."""
+    summary = material.summary
     arms, conditions = list(summary.arms), sorted(summary.conditions, key=order)
     # Where there is no headline, the controls take its place.
     first = [name for name in conditions if name in FIRST] or conditions
     halves = (first, [name for name in conditions if name not in first])
     trials = embedded(material.rows_by_arm)
-    page = render(
+    return render(
         TEMPLATES,
         "page.html",
         title=heading,
+        opening=opening(material, "held_out" in notes),
         story=story(summary),
         arms=list(enumerate(arms)),
         colours=list(arm_colours(arms).values()),
@@ -58,6 +71,8 @@ def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) 
         metrics=METRICS,
         headline={name: METRICS[name] for name in headline()},
         shown=shown,
+        ratios=_ratios(summary),
+        target=material.target,
         figures=[(figure, inline_svg(figure.svg, arm_colours(arms))) for figure in figures],
         notes={name.replace("_", " "): _lines(value) for name, value in notes.items()},
         embedded=len(trials),
@@ -72,9 +87,32 @@ def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) 
             }
         ),
     )
-    with replacing(run_dir / "report.html") as file:
-        file.write(page)
-    return run_dir / "report.html"
+
+
+Cell = tuple[str, str, str]
+"""A number as text, its interval, and what it rests on."""
+
+
+def _ratios(summary: Summary) -> dict[str, list[Cell]]:
+    """Of each arm that has one of them: resistance factor and perplexity over the base model's."""
+    arms = [arm for arm in summary.arms if arm != "base" and {arm} & {*summary.resistance, *summary.retention}]
+    return {arm: [_factor(summary.resistance.get(arm)), _perplexity(summary.retention.get(arm))] for arm in arms}
+
+
+def _factor(found: Resistance | None) -> Cell:
+    if found is None or found.value is None:
+        return "–", "", ""
+    interval = "" if found.low is None else f"{found.low:.2f} to {found.high:.2f}"
+    bounds = [(found.at_high, "highest"), (found.at_low, "lowest")]
+    at = "".join(f", {count} at the {which} strength" for count, which in bounds if count)
+    return f"{'≥ ' if found.at_high > found.at_low else ''}{found.value:.2f}", interval, f"of {found.n}{at}"
+
+
+def _perplexity(found: Retention | None) -> Cell:
+    if found is None or found.value is None:
+        return "–", "", ""
+    interval = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+    return f"{found.value:.3f}", interval, f"of {found.n} replies"
 
 
 def _groups(arms: Table[Estimate], conditions: Sequence[str]) -> list[tuple[str, dict[str, Mapping[str, Estimate]]]]:

@@ -1,4 +1,4 @@
-"""Numbers as text: in tables, in the report's opening sentences, and on a terminal while trials run and afterwards."""
+"""Numbers as text: in tables, in sentences, and on a terminal while trials run and afterwards."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from eval.conditions import order, title
 from eval.metrics import METRICS, Metric, headline
 from eval.statistics import Estimate
 from eval.store import Trial
-from eval.summary import STEERED, Summary, estimate
+from eval.summary import Summary, estimate
 from eval.trials import Observer
 
 if TYPE_CHECKING:
@@ -50,43 +50,6 @@ def shown(measured: Estimate | None, is_rate: bool, signed: bool = False) -> Sho
         "" if low is None or high is None else f"{number(low)} to {number(high)}",
         f"{percent(unscored)}{THIN}% unscored" if unscored else "",
     )
-
-
-def headline_arm(arms: Sequence[str]) -> str | None:
-    """The arm the story is about: `tuned`, else the first that is not base."""
-    others = [arm for arm in arms if arm != "base"]
-    return "tuned" if "tuned" in others else next(iter(others), None)
-
-
-def story(summary: Summary) -> list[str]:
-    """Sentences for the top of the page; a sentence whose numbers are missing is left out."""
-    arm = headline_arm(list(summary.arms))
-    arms = [name for name in ("base", arm) if name and name in summary.arms]
-
-    def text(name: str, condition: str, metric: str) -> Shown | None:
-        return shown(summary.arms[name].get(condition, {}).get(metric), METRICS[metric].is_rate)
-
-    def rates(condition: str, metric: str, verb: str) -> str:
-        texts = [(name, rate) for name in arms if (rate := text(name, condition, metric))]
-        return ", ".join(f"{name} {verb}in {rate.value} of responses ({rate.interval})" for name, rate in texts)
-
-    sentences = []
-    if restarts := rates(STEERED, "multi_attempt_rate", "restarted "):
-        sentences.append(f"Under steering, {restarts}.")
-    scores = [
-        f"{last.value} for {name} (first attempt {first.value})"
-        for name in arms
-        if (first := text(name, STEERED, "first_score")) and (last := text(name, STEERED, "last_score"))
-    ]
-    if scores:
-        sentences.append(f"The last attempt scores {', '.join(scores)} of 100 on average.")
-    gain = summary.paired.get(f"{arm}-base", {}).get(STEERED, {}).get("last_score")
-    if gain and (points := shown(gain, False, signed=True)):
-        measured = f"{points.value} points ({points.interval}; {gain.n} cells)"
-        sentences.append(f"On the same cells, {arm} minus base is {measured}.")
-    if arm and (needless := rates("unsteered", "restart_rate", "")):
-        sentences.append(f"Unsteered, they restart needlessly: {needless}.")
-    return sentences
 
 
 def tables(summary: Summary, everything: bool = False) -> list[str]:
