@@ -1,5 +1,6 @@
 """What an SAE is trained on: the model's own conversations, other text if given, and the states of both."""
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -234,6 +235,10 @@ def read_states(
 
 def _mapped(folder: Path, rows: int, width: int) -> torch.Tensor:
     folder.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(folder).free, rows * width * torch.bfloat16.itemsize
+    if free < needed:
+        what = f"{rows} states need {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free"
+        raise InputError(what, str(folder), "Ask for fewer --tokens, or write --out elsewhere.")
     with TemporaryDirectory(dir=folder, prefix=".states.") as aside:
         # The name is gone at once; the space is freed when the process ends, however it ends.
         table = torch.from_file(f"{aside}/states", shared=True, size=rows * width, dtype=torch.bfloat16)
