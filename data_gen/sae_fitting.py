@@ -195,6 +195,7 @@ def _reconstruction(sae: LoadedSae, states: torch.Tensor) -> tuple[float, float,
     return 1 - error / variance, active / len(states), fired
 
 
+@torch.no_grad()
 def _losses(model: Any, tokenizer: Any, sae: LoadedSae, texts: Sequence[Text]) -> tuple[float, float, float]:
     """Cross-entropy of the tokens behind each text's start: clean, spliced, zeroed."""
     sums, tokens = [0.0, 0.0, 0.0], 0
