@@ -174,10 +174,10 @@ def _sae(arguments: Sequence[str]) -> int:
     train.add_argument("--out", type=Path, required=True, help="folder to write; replies are kept beside it")
     add_debug(train)
     options = parser.parse_args(arguments)
-    return guarded(lambda: _train_sae(options), options.debug)
+    return guarded(lambda: _train_sae(options, shlex.join(["esr", "sae", *arguments])), options.debug)
 
 
-def _train_sae(options: argparse.Namespace) -> None:
+def _train_sae(options: argparse.Namespace, command: str) -> None:
     for flag in ("width", "active", "tokens"):
         if getattr(options, flag) < 1:
             raise InputError(f"{getattr(options, flag)} is no number of them", f"--{flag}", "Give 1 or more.")
@@ -187,6 +187,7 @@ def _train_sae(options: argparse.Namespace) -> None:
     from recipes.sae_making import Request, make_sae, said
 
     asked = Request(
+        command,
         options.layer,
         options.width,
         options.active,

@@ -1,7 +1,5 @@
 """`esr sae train`: an SAE of a recipe's model, from the model's own conversations."""
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +38,7 @@ class Request:
     """What is asked for.
 
     Args:
+        command: as it was typed.
         layer, width, active: see `SaeSettings`.
         tokens: states to train on.
         out: folder to write; it must not exist.
@@ -47,6 +46,7 @@ class Request:
         text: files of other text.
     """
 
+    command: str
     layer: int
     width: int
     active: int
@@ -113,7 +113,7 @@ def _told(
     """JSON values of `training.json`."""
     held_out = sum(text.held_out for text in texts)
     return {
-        "command": shlex.join(["esr", *sys.argv[1:]]),
+        "command": asked.command,
         "layer": asked.layer,
         "width": asked.width,
         "active": asked.active,
