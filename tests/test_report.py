@@ -19,6 +19,7 @@ from eval.report.drawing import save_for_print
 from eval.report.figures import Material, draw_figures
 from eval.report.findings import headline_arm, opening, story
 from eval.report.page import embedded, script_json, write_report
+from eval.report.story import tables as terminal_tables
 from eval.resistance import Resistance
 from eval.retention import Retention
 from eval.store import Trial
@@ -406,6 +407,8 @@ def test_ratios_have_a_table_on_the_page_and_a_file(tmp_path: Path) -> None:
     told = " ".join(story(found))
     assert "It takes at least 2.50 × the strength (2.10 to 3.00) to drag tuned as far off as base" in told
     assert "1.020 × the base's (1.010 to 1.030)" in told
+    said = "\n".join(terminal_tables(found))
+    assert re.search(r"tuned +≥ 2\.50 \[2\.10 to 3\.00\] \(of 9, 2 at the highest strength\) +1\.020 \[", said)
     assert (tmp_path / "tables" / "ratios.csv").read_text().splitlines()[1] == "resistance,tuned,2.5,2.1,3.0,9"
 
 

@@ -13,13 +13,11 @@ from eval.report import arm_figures  # noqa: F401 - registers its figures, behin
 from eval.report.drawing import TEMPLATES, Figure, arm_colours, inline_svg, render, save_figures
 from eval.report.figures import Material, draw_figures
 from eval.report.findings import opening, story
-from eval.report.story import shown
+from eval.report.story import ratios, shown
 from eval.report.tables import FIRST, save_tables
-from eval.resistance import Resistance
-from eval.retention import Retention
 from eval.statistics import Estimate
 from eval.store import Trial
-from eval.summary import STEERED, Summary, Table
+from eval.summary import STEERED, Table
 
 MOST_TRIALS = 600
 """Trials embedded in the page."""
@@ -71,7 +69,7 @@ def report_page(heading: str, material: Material, notes: Notes, figures: Sequenc
         metrics=METRICS,
         headline={name: METRICS[name] for name in headline()},
         shown=shown,
-        ratios=_ratios(summary),
+        ratios=ratios(summary),
         target=material.target,
         figures=[(figure, inline_svg(figure.svg, arm_colours(arms))) for figure in figures],
         notes={name.replace("_", " "): _lines(value) for name, value in notes.items()},
@@ -87,32 +85,6 @@ def report_page(heading: str, material: Material, notes: Notes, figures: Sequenc
             }
         ),
     )
-
-
-Cell = tuple[str, str, str]
-"""A number as text, its interval, and what it rests on."""
-
-
-def _ratios(summary: Summary) -> dict[str, list[Cell]]:
-    """Of each arm that has one of them: resistance factor and perplexity over the base model's."""
-    arms = [arm for arm in summary.arms if arm != "base" and {arm} & {*summary.resistance, *summary.retention}]
-    return {arm: [_factor(summary.resistance.get(arm)), _perplexity(summary.retention.get(arm))] for arm in arms}
-
-
-def _factor(found: Resistance | None) -> Cell:
-    if found is None or found.value is None:
-        return "–", "", ""
-    interval = "" if found.low is None else f"{found.low:.2f} to {found.high:.2f}"
-    bounds = [(found.at_high, "highest"), (found.at_low, "lowest")]
-    at = "".join(f", {count} at the {which} strength" for count, which in bounds if count)
-    return f"{'≥ ' if found.at_high > found.at_low else ''}{found.value:.2f}", interval, f"of {found.n}{at}"
-
-
-def _perplexity(found: Retention | None) -> Cell:
-    if found is None or found.value is None:
-        return "–", "", ""
-    interval = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
-    return f"{found.value:.3f}", interval, f"of {found.n} replies"
 
 
 def _groups(arms: Table[Estimate], conditions: Sequence[str]) -> list[tuple[str, dict[str, Mapping[str, Estimate]]]]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from eval.conditions import order, title
 from eval.metrics import METRICS, Metric, headline
+from eval.resistance import Resistance
+from eval.retention import Retention
 from eval.statistics import Estimate
 from eval.store import Trial
 from eval.summary import Summary, estimate
@@ -70,7 +72,36 @@ def tables(summary: Summary, everything: bool = False) -> list[str]:
             rows = [[name, *(_cell(each.get(name), name, signed) for each in measured.values())] for name in names]
             if measured:
                 lines += ["", heading, *_padded([["", *measured], *rows])]
+    if beside := ratios(summary):
+        rows = [[arm, *(_ratio(*cell) for cell in cells)] for arm, cells in beside.items()]
+        lines += ["", "Over the base model", *_padded([["", "resistance factor", "perplexity, unsteered"], *rows])]
     return lines[1:] or ["no arm has been measured"]
+
+
+Cell = tuple[str, str, str]
+"""A number as text, its interval, and what it rests on."""
+
+
+def ratios(summary: Summary) -> dict[str, list[Cell]]:
+    """Of each arm that has one of them: resistance factor and perplexity over the base model's."""
+    arms = [arm for arm in summary.arms if arm != "base" and {arm} & {*summary.resistance, *summary.retention}]
+    return {arm: [_factor(summary.resistance.get(arm)), _perplexity(summary.retention.get(arm))] for arm in arms}
+
+
+def _factor(found: Resistance | None) -> Cell:
+    if found is None or found.value is None:
+        return "–", "", ""
+    interval = "" if found.low is None else f"{found.low:.2f} to {found.high:.2f}"
+    bounds = [(found.at_high, "highest"), (found.at_low, "lowest")]
+    at = "".join(f", {count} at the {which} strength" for count, which in bounds if count)
+    return f"{'≥ ' if found.at_high > found.at_low else ''}{found.value:.2f}", interval, f"of {found.n}{at}"
+
+
+def _perplexity(found: Retention | None) -> Cell:
+    if found is None or found.value is None:
+        return "–", "", ""
+    interval = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+    return f"{found.value:.3f}", interval, f"of {found.n} replies"
 
 
 def _padded(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -85,6 +116,10 @@ def _cell(measured: Estimate | None, name: str, signed: bool) -> str:
     interval = f" [{text.interval}]" if text.interval else ""
     unscored = f", {text.unscored}" if text.unscored else ""
     return f"{text.value}{interval} (n {measured.n}{unscored})"
+
+
+def _ratio(text: str, interval: str, basis: str) -> str:
+    return text + (f" [{interval}]" if interval else "") + (f" ({basis})" if basis else "")
 
 
 class Bar(Observer):
