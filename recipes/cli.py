@@ -72,9 +72,10 @@ def _run(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
+        file = recipe_file(options.recipe)  # a mistyped name is told before the libraries are loaded
         from recipes.experiment import read_recipe
 
-        recipe = read_recipe(options.recipe, options.overrides)
+        recipe = read_recipe(file, options.overrides)
         from recipes.pipeline import run
 
         run(recipe, options.redo)

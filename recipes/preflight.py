@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from data_gen.sources import read_cues, wanted_sources
+from data_gen.sources import read_cues, sources_steer, wanted_sources
 from esr_train.errors import InputError
 from esr_train.models import choose_device, load_config, model_source
 from esr_train.recipe import ModelSection, Recipe, judging_model
@@ -131,6 +131,9 @@ def _check_training(recipe: Recipe, arm: str, asks: bool) -> None:
     if not recipe.train.data:
         if not wanted_sources(recipe.data):
             raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
+        if recipe.train.live and not sources_steer(recipe.data):
+            what = "no source that is asked for steers, so there is nothing to inject"
+            raise InputError(what, "train.live", "Remove it (train.live=null), or set data.steered.rows.")
         read_cues(recipe.data.cues)
         for section in wanted_sources(recipe.data).values():
             if asks and (writer := getattr(section, "writer", None)):

@@ -31,6 +31,12 @@ TEXTS = [
 ] * 4
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of several workers, none is to begin the longest one last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @dataclass
 class Family:
     """A model of one family with random weights (float32, four layers) and its tokenizer."""

@@ -137,6 +137,12 @@ def test_a_model_or_device_that_is_not_there(world, capsys, key, named):
     assert_nothing_half_written(world)
 
 
+def test_live_injection_without_rows_that_are_steered_is_refused_before_any_are_made(world, capsys):
+    asked = ("data={normal: {rows: 4}}", "train.live={}")
+    assert "error: train.live: no source" in paragraph(capsys, "data", "generate", "recipe.yaml", *asked)
+    assert not Path("runs").exists()
+
+
 def test_sections_that_a_stage_needs_are_asked_for_by_their_key(world, capsys):
     for key in ("prompts", "sae"):
         assert f"error: {key}: " in paragraph(capsys, "run", "recipe.yaml", f"{key}=null")

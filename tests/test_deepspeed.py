@@ -26,12 +26,13 @@ SHIPPED = ROOT / "recipes"
 LAUNCHED = """
 import os
 import sys
+from importlib import import_module
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from esr_train.__main__ import main
 from esr_train.training import trainer
 
-made, stage = trainer.build_trainer, int(sys.argv[1])
+made, here = trainer.build_trainer, os.getcwd()
 
 
 def build_trainer(*arguments, **named):
@@ -46,7 +47,14 @@ def build_trainer(*arguments, **named):
 trainer.build_trainer = build_trainer
 # One launch trains several recipes, because starting takes longer than training: the group must outlive the first.
 Accelerator.end_training = lambda self: self.wait_for_everyone()
-for recipe in sys.argv[2:]:
+for word in sys.argv[1:]:
+    stage, recipe = int(word[0]), word[2:]
+    if stage:
+        # What `accelerate launch` hands on of a configuration of DeepSpeed.
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = f"{here}/zero{stage}.json"
+        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "true" if stage == 3 else "false"
+        # Gloo alone: an extension for memory that processes share would be compiled, which takes a minute.
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     folder, name = os.path.split(recipe)
     os.chdir(folder)
     print(f"{recipe}: exit code {main([name])}", flush=True)
@@ -89,8 +97,8 @@ def write_configuration(folder: Path, stage: int) -> None:
         if stage == 3:
             # By default the tiny LoRA matrices are kept whole, and nothing would have to be gathered.
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (folder / "zero.json").write_text(json.dumps(settings))
-        shipped["deepspeed_config"]["deepspeed_config_file"] = str(folder / "zero.json")
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+        shipped["deepspeed_config"]["deepspeed_config_file"] = str(folder / f"{name}.json")
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(shipped))
 
 
@@ -116,35 +124,34 @@ def write_run(name: str, family: str, batch: int, **options) -> str:
     return f"{name}.yaml"
 
 
-@dataclass(frozen=True)
-class Launched:
-    """The folder with a run in two processes for each name and, beside it, one in a single process."""
-
-    folder: Path
-    names: tuple[str, ...]
-    said: str
+RUNS = {stage: ("plain", "packed") if stage == 3 else ("plain",) for stage in range(4)}
+"""What is trained under a stage of ZeRO (0: plain data parallelism), by both families."""
+PACKED = {"plain": False, "packed": True}
 
 
 @pytest.fixture(scope="module")
-def launched(request, tmp_path_factory) -> Launched:
-    """Both families under a stage of ZeRO (0: none), under ZeRO-3 packed as well; one launch for all."""
-    stage, folder = request.param, tmp_path_factory.mktemp(f"stage{request.param}")
-    names = []
+def launched(tmp_path_factory) -> tuple[Path, str]:
+    """A folder with the runs of every stage in two processes, beside them those of a single one; what was printed."""
+    folder = tmp_path_factory.mktemp("launched")
+    words = []
     for family in ("llama", "gemma"):
         (folder / family).mkdir()
         with chdir(folder / family):
             write_world(Path(), make_family(family))
-            for name, batch, packing in (("plain", 4, False), ("packed", 2, True))[: 2 if stage == 3 else 1]:
-                write_run(name, family, batch // 2, packing=packing)
-                assert main([write_run(f"{name}-alone", family, batch, packing=packing)]) == 0
-                names.append(f"{family}/{name}")
+            for kind, packing in PACKED.items():
+                assert main([write_run(f"{kind}-alone", family, 2 if packing else 4, packing=packing)]) == 0
+            for stage, kind in ((stage, kind) for stage, kinds in RUNS.items() for kind in kinds):
+                file = write_run(f"{kind}{stage}", family, 1 if kind == "packed" else 2, packing=PACKED[kind])
+                words.append(f"{stage}:{folder / family / file}")
     with chdir(folder / "llama"):
-        write_run("nf4", "llama", 2, quantization="nf4")
-    write_configuration(folder, stage)
+        words.append(f"3:{folder / 'llama' / write_run('nf4', 'llama', 2, quantization='nf4')}")
     (folder / "launched.py").write_text(LAUNCHED)
-    wanted = [*names, *(["llama/nf4"] if stage == 3 else [])]
-    said = launch(folder, "launched.py", str(stage), *(str(folder / f"{name}.yaml") for name in wanted))
-    return Launched(folder, tuple(names), said)
+    said = ""
+    for stages in ("0", "123"):
+        for stage in stages:
+            write_configuration(folder, int(stage))
+        said += launch(folder, "launched.py", *sorted(word for word in words if word[0] in stages))
+    return folder, said
 
 
 @dataclass(frozen=True)
@@ -165,12 +172,13 @@ def result(folder: Path, name: str) -> Result:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launched", [0, 1, 2, 3], indirect=True, ids=["ddp", "zero1", "zero2", "zero3"])
-def test_two_processes_equal_one_and_are_probed_alike(launched):
-    for name in launched.names:
-        assert launched.said.count(f"{name}.yaml: exit code 0") == 2, launched.said[-3000:]
-        family, run = name.split("/")
-        together, alone = (result(launched.folder / family, each) for each in (run, f"{run}-alone"))
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("stage", RUNS, ids=["ddp", "zero1", "zero2", "zero3"])
+def test_two_processes_equal_one_and_are_probed_alike(launched, stage, family):
+    folder, said = launched
+    for kind in RUNS[stage]:
+        assert said.count(f"{family}/{kind}{stage}.yaml: exit code 0") == 2, said[-3000:]
+        together, alone = (result(folder / family, name) for name in (f"{kind}{stage}", f"{kind}-alone"))
         assert len(alone.steps) == len(together.steps) >= 3
         for one, two in zip(alone.steps, together.steps, strict=True):
             assert two == pytest.approx(one, rel=1e-4)
@@ -182,10 +190,10 @@ def test_two_processes_equal_one_and_are_probed_alike(launched):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launched", [3], indirect=True, ids=["zero3"])
 def test_nf4_under_zero3_is_refused(launched):
-    assert launched.said.count("nf4.yaml: exit code 2") == 2, launched.said[-3000:]
-    assert "NF4 weights cannot be sharded by ZeRO-3" in launched.said
+    said = launched[1]
+    assert said.count("nf4.yaml: exit code 2") == 2, said[-3000:]
+    assert "NF4 weights cannot be sharded by ZeRO-3" in said
 
 
 @pytest.mark.slow
@@ -196,7 +204,8 @@ def test_the_papers_file_trains_through_accelerate_launch(tmp_path, llama, paper
     data = str(paper / "dataset_masked_ratio_50pct_train.jsonl")
     section = recipe(live=False, args=args, data=data, max_length=4096)
     (tmp_path / "paper.yaml").write_text(dump_recipe(section.model_copy(update={"name": "paper"})))
-    launch(tmp_path, "-m", "esr_train", "paper.yaml")
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    launch(tmp_path, "launched.py", f"2:{tmp_path / 'paper.yaml'}")
     found = result(tmp_path, "paper")
     assert len(found.steps) == 3
     assert all(0 < loss < 20 and grad_norm > 0 for loss, grad_norm in found.steps)

@@ -19,7 +19,7 @@ from eval.cells import read_prompts
 from eval.store import read_trials
 from recipes.cli import main
 from tests.conftest import ROOT
-from tests.test_generate import LAUNCHED, free_port
+from tests.test_generate import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -164,7 +164,8 @@ def test_the_page_carries_every_figure_and_its_numbers_lie_beside_it(finished):
 def launched(words: list[str]) -> subprocess.Popen[str]:
     """`accelerate launch` on two processes."""
     door = ["--num_processes", "2", "--main_process_port", free_port(), "-m", "eval", "run"]
-    command = [sys.executable, *LAUNCHED, *door, *words]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
+    command = [sys.executable, *launch, *door, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=HERE, **pipes)  # type: ignore[call-overload, no-any-return]
 
@@ -182,6 +183,10 @@ def rounded(value: object) -> object:
 
 
 def test_two_processes_killed_and_started_again_end_like_one(finished, words, tmp_path):
+    (tmp_path / "all").mkdir()
+    for name in ("latents.json", "thresholds.json", "stages.json", "calibration", "data"):
+        part = finished / name
+        (shutil.copytree if part.is_dir() else shutil.copy)(part, tmp_path / "all" / name)
     running = launched(words(tmp_path))
     base = tmp_path / "all" / "trials" / "base.jsonl"
     while not (base.is_file() and b"unsteered" in base.read_bytes()):
