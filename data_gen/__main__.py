@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esr_train.command import add_command, guarded, prepare
+from esr_train.command import add_command, add_recipe, guarded, prepare
 from esr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_generate(commands: "Commands[argparse.ArgumentParser]") -> None:
     generate = add_command(commands, "generate", _generate, "calibrate and make the rows of a recipe's arms")
-    generate.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name")
-    generate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.steered.rows=100")
+    add_recipe(generate, "data.steered.rows=100")
     generate.add_argument("--arm", help="only this arm's rows; every arm's unless given")
 
 
@@ -71,8 +70,7 @@ def _add_import_and_export(commands: "Commands[argparse.ArgumentParser]") -> Non
 
 def _add_labels(commands: "Commands[argparse.ArgumentParser]") -> None:
     labels = add_command(commands, "labels", _labels, "label an SAE's latents by the text on which they are active")
-    labels.add_argument("recipe", help="recipe (file or shipped name) with the model and the SAE")
-    labels.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+    add_recipe(labels, "model.device=cuda:0", "recipe file (YAML), or a shipped name, with the model and the SAE")
     labels.add_argument("--texts", required=True, help="txt, jsonl or csv file, or data set; not the recipe's prompts")
     labels.add_argument("--column", default="text", help="of the texts (text)")
     labels.add_argument(

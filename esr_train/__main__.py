@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esr_train.command import add_debug, guarded, prepare
+from esr_train.command import add_debug, add_recipe, guarded, prepare
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe, dump_recipe
 
@@ -47,7 +47,7 @@ def _recipe_and_arm(options: argparse.Namespace) -> tuple[Recipe, str]:
 def _parser() -> argparse.ArgumentParser:
     usage = "esr train RECIPE [key=value ...] [options]\n       esr train merge RECIPE --out FOLDER [options]"
     parser = argparse.ArgumentParser(prog="esr train", usage=usage, description="Train one arm of a recipe.")
-    _add_recipe(parser)
+    _add_arm(parser)
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on, and stop")
     parser.add_argument("--rows", type=int, default=3, help="rows to preview with --dry-run")
     parser.add_argument("--dump-tokens", type=Path, metavar="FILE", help="write ids and labels as JSONL")
@@ -58,15 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 def _merge_parser() -> argparse.ArgumentParser:
     purpose = "Merge a trained adapter into its base model, freshly loaded, and compare the two."
     parser = argparse.ArgumentParser(prog="esr train merge", description=purpose)
-    _add_recipe(parser)
+    _add_arm(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or not there")
     add_debug(parser)
     return parser
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lora.r=16")
+def _add_arm(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, "train.lora.r=16")
     parser.add_argument("--arm", help="which of the recipe's arms; the first one unless given")
 
 

@@ -30,6 +30,14 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def add_recipe(
+    parser: argparse.ArgumentParser, example: str, what: str = "recipe file (YAML), or a shipped name"
+) -> None:
+    """Give a parser a recipe and overrides of it, of which `example` is one."""
+    parser.add_argument("recipe", help=what)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}")
+
+
 def add_command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,

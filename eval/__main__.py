@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esr_train.command import add_command, guarded, prepare
+from esr_train.command import add_command, add_recipe, guarded, prepare
 from esr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esr eval", description="Calibrate, run trials, compare, report.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    _add_recipe(add_command(commands, "calibrate", _calibrate, "find each latent's threshold on the base model"))
+    calibrate = add_command(commands, "calibrate", _calibrate, "find each latent's threshold on the base model")
+    add_recipe(calibrate, "calibration.rounds=8")
 
     run = add_command(commands, "run", _run, "run trials, after whatever they need and is not there yet")
-    _add_recipe(run)
+    add_recipe(run, "eval.trials=512")
     run.add_argument("--arm", help="base, or one of the recipe's arms; unless given all of them, and a report")
     run.add_argument("--redo", action="append", default=[], metavar="STAGE", help="stage to do anew, as trials/tuned")
 
@@ -62,11 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     power.add_argument("--per-latent", type=int, action="append", help="trials per latent; may be repeated")
     power.add_argument("--power", type=float, default=0.8, help="chance of seeing the difference (0.8)")
     return parser
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.trials=512")
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from esr_train.command import add_debug, guarded, prepare
+from esr_train.command import add_debug, add_recipe, guarded, prepare
 from esr_train.errors import InputError
 from esr_train.files import replacing
 from recipes import recipe_file, shipped
@@ -59,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="esr run", description="Run a whole experiment, or go on with it.")
-    parser.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.trials=512")
+    add_recipe(parser, "eval.trials=512")
     parser.add_argument(
         "--redo",
         action="append",
