@@ -113,9 +113,8 @@ def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(sound: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
-def test_a_run_killed_at_twenty_random_moments_loses_and_doubles_nothing(sound: Path, tmp_path: Path, seed: int):
-    assert killed_at_random(tmp_path, kills=20, seed=seed) >= 10
+def test_a_run_killed_at_twenty_random_moments_loses_and_doubles_nothing(sound: Path, tmp_path: Path):
+    assert killed_at_random(tmp_path, kills=20, seed=2) >= 10
     assert trials(tmp_path) == trials(sound)
     assert metrics(tmp_path) == metrics(sound)
 
