@@ -104,6 +104,7 @@ class ArmRun:
     def measure(self, measured: Measured, plan: Plan) -> None:
         """Run the trials of one condition that are not there yet."""
         experiment, ranks = self.experiment, self.experiment.ranks
+        keys = {trial_key(self.name, measured.name, cell) for cell in plan.cells}
         stage = Stage(
             f"trials/{self.name}/{measured.name}",
             {"arm": self._fingerprint, "plan": _digest(plan), "phrases": self._phrases(measured)},
@@ -111,6 +112,7 @@ class ArmRun:
             MODULES,
             collective=True,
             discard=lambda: self.store.drop(lambda trial: trial.condition == measured.name),
+            is_whole=lambda: keys <= self.store.keys(),
         )
 
         def work() -> None:

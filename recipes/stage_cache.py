@@ -27,6 +27,7 @@ class Stage:
         modules: the modules that make it; those they import count as well.
         collective: whether all processes work on it; else the main process does, and the others wait.
         discard: takes away what was made of other inputs, where that is not simply the outputs.
+        is_whole: whether the rows that it makes are all in a file that several stages share.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     modules: tuple[str, ...]
     collective: bool = False
     discard: Callable[[], None] | None = None
+    is_whole: Callable[[], bool] | None = None
 
 
 class StageCache:
@@ -93,6 +95,7 @@ class StageCache:
     def _is_done(self, stage: Stage, fingerprint: str) -> bool:
         record = self._records.get(stage.name, {})
         is_there = all((self.directory / output).exists() for output in stage.outputs)
+        is_there = is_there and (stage.is_whole is None or stage.is_whole())
         return record.get("fingerprint") == fingerprint and bool(record.get("done")) and is_there
 
     def _has_output(self, stage: Stage) -> bool:

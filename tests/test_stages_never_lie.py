@@ -216,6 +216,17 @@ def test_only_unsteered_trials_know_another_judge_too(inputs, monkeypatch, tmp_p
     assert only.first_due(monkeypatch) == "trials/base"
 
 
+def test_trials_that_were_removed_are_run_again(inputs, monkeypatch):
+    """A damaged file says of itself that it may be deleted; what stands in `stages.json` must not deny it."""
+    file = inputs.folder / "quickstart" / "trials" / "base.jsonl"
+    before = file.read_text()
+    file.write_text(before.rpartition("\n{")[0] + "\n")
+    assert inputs.first_due(monkeypatch) == "trials/base/unsteered"
+    file.unlink()
+    assert main(inputs.words) == 0
+    assert sorted(file.read_text().splitlines()) == sorted(before.splitlines())
+
+
 def test_starting_a_finished_run_changes_no_record(inputs):
     stages = inputs.folder / "quickstart" / "stages.json"
     before = json.loads(stages.read_text())
