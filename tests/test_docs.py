@@ -22,7 +22,7 @@ PAGES = sorted(
 LINK = re.compile(r"\]\(([^)\s]+)\)|--8<-- \"([^\"]+)\"")
 SECTIONS = "model|sae|latents|judge|llm|prompts|engine|sampling|calibration|data|train|eval"
 KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})(?:\.[a-z_]+)+(?![\w(/])")
-SUFFIXES = (".md", ".generate", ".json", ".jsonl", ".py", ".safetensors")
+SUFFIXES = (".md", ".md", ".generate", ".json", ".jsonl", ".py", ".safetensors")
 """Of files, and of the method of a model."""
 HISTORY = ROOT / "CHANGELOG.md"
 """It names keys that are gone."""
