@@ -71,10 +71,11 @@ def describe(
     """
     labelled = [label(tokenizer, row, policy) for row in rows] if tokenizer else []
     topics = (str(row.meta["topic"]) for row in rows if "topic" in row.meta)
+    noun = "vectors" if any(row.steering and row.steering.vector for row in rows) else "latents"
     return [
         _sources(rows),
         _coverage("topics", "Topics of the prompts", topics),
-        _coverage("latents", "Latents that steered", _latents(rows)),
+        _coverage(noun, f"{noun.capitalize()} that steered", _latents(rows)),
         *_lengths(_tokens(labelled) if labelled else _characters(rows), "tokens" if labelled else "characters"),
         *([_trained(rows, labelled)] if labelled else []),
         _scores(rows),
@@ -215,7 +216,8 @@ def _latents(rows: Sequence[Transcript]) -> Iterator[str]:
     steered = [row.steering for row in rows if row.steering]
     several = len({steering.sae or steering.vector for steering in steered}) > 1
     for steering in steered:
-        what = "vector" if steering.latent is None else str(steering.latent)
+        unnamed = "" if steering.label else "vector"
+        what = unnamed if steering.latent is None else str(steering.latent)
         origin = steering.sae.id if steering.sae else steering.vector.file if steering.vector else ""
         yield " ".join(filter(None, (what, steering.label, f"({origin})" if several else "")))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_gen.description import describe
 from data_gen.sources import SteerableLatent
 from esr_train.errors import InputError
 from esr_train.files import read_json, write_json, write_jsonl
@@ -276,6 +277,8 @@ def test_a_row_names_the_file_and_its_vector_and_is_trained_under_that_one(tmp_p
     assert set(written) == {"vector", "layer", "label", "strength"}
     assert set(written["vector"]) == {"file", "sha256"}
     assert from_json(to_json(row)) == row
+    (counted,) = (part for part in describe([row]) if part.name == "vectors")
+    assert counted.counts == {"tea": 1}
     (found,) = row_vectors([VectorSource.of(steering)])
     torch.testing.assert_close(found, vectors(SUBJECTS)[SUBJECTS.index("tea")].add(raw=1.0).vector)
     with pytest.raises(InputError, match=r"none of the 12 here is called 'coffee'"):
