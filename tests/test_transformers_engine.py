@@ -1,12 +1,15 @@
 """The transformers engine against a decoder written naively: one row, no cache, one hook."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from esr_train.errors import RunError
 from esr_train.models import decoder_layers
+from esr_train.steering import decoding
 from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.hook import SteeringHook
@@ -135,6 +138,67 @@ def test_small_batches_give_the_same_completions_in_the_same_order(family, batch
     assert apart == together
     assert sum(rows for rows, _ in told) == 5
     assert sum(tokens for _, tokens in told) == sum(len(c.token_ids) for c in together)
+
+
+@pytest.mark.parametrize("batch_rows", [3, 20])
+def test_rows_that_take_the_places_of_others_generate_what_they_would_alone(
+    family, early_stops, monkeypatch, batch_rows
+):
+    """Memory for keys and values grows on the way, and is used again."""
+    monkeypatch.setattr(decoding, "ROOM", 3)
+    requests = [replace(request, id=f"{n}-{request.id}") for n in range(6) for request in steered_requests()]
+    sampling = Sampling(temperature=0, max_new_tokens=30)
+    engine = TransformersEngine(family.model, family.tokenizer, batch_rows=batch_rows)
+    together = engine.generate(requests, sampling)
+    alone = TransformersEngine(family.model, family.tokenizer, batch_rows=1).generate(steered_requests(), sampling)
+    assert {len(c.token_ids) for c in alone} > {30}, "some rows must end before others for this test to say anything"
+    assert [replace(c, id=c.id[2:]) for c in together] == alone * 6
+
+
+def widen_window(family, monkeypatch) -> None:
+    """Gemma's own one is shorter than the prompts: there its own attention goes on."""
+    if family.name == "gemma":
+        monkeypatch.setattr(family.model.config, "sliding_window", 4096)
+
+
+def test_grouped_attention_gives_the_tokens_of_the_models_own(family, monkeypatch):
+    engine, sampling = TransformersEngine(family.model, family.tokenizer), Sampling(temperature=0, max_new_tokens=40)
+    calls = []
+    widen_window(family, monkeypatch)
+    grouped = ALL_ATTENTION_FUNCTIONS["esr_grouped"]
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping, "esr_grouped", lambda *a, **b: (calls.append(1), grouped(*a, **b))[1]
+    )
+    found = engine.generate(steered_requests(), sampling)
+    assert calls
+    monkeypatch.setattr(decoding, "_FAMILIES", ())
+    calls.clear()
+    assert engine.generate(steered_requests(), sampling) == found
+    assert not calls
+    assert family.model.config._attn_implementation == "eager"
+
+
+def test_a_reply_longer_than_a_sliding_window_is_that_of_naive_decoding(family, monkeypatch):
+    if family.name != "gemma":
+        pytest.skip("has no sliding window")
+    prompts = [len(encode_prompt(family.tokenizer, r.prompt, None, r.prefix)[0]) for r in steered_requests()]
+    monkeypatch.setattr(family.model.config, "sliding_window", max(prompts) + 10)
+    requests = steered_requests()
+    completions = TransformersEngine(family.model, family.tokenizer).generate(requests, Sampling(0, max_new_tokens=30))
+    stops = frozenset([family.tokenizer.eos_token_id])
+    assert [list(c.token_ids) for c in completions] == [naive(family, request, stops, 30) for request in requests]
+
+
+def test_a_failing_step_leaves_the_models_own_attention(family, monkeypatch):
+    widen_window(family, monkeypatch)
+
+    def broken(*_):
+        if family.model.config._attn_implementation != "eager":
+            raise RuntimeError("on purpose")
+
+    with family.model.lm_head.register_forward_hook(broken), pytest.raises(RuntimeError, match="on purpose"):
+        TransformersEngine(family.model, family.tokenizer).generate(steered_requests(), GREEDY)
+    assert family.model.config._attn_implementation == "eager"
 
 
 def test_seeds_decide_what_is_drawn(family):

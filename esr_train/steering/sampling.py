@@ -79,6 +79,12 @@ def row_seeds(seeds: Sequence[int], device: torch.device | str) -> torch.Tensor:
     return torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64, device=device)
 
 
+def filled_up(texts: Sequence[Sequence[int]], device: torch.device | str) -> torch.Tensor:
+    """Texts of token ids as [rows, longest]; a repetition penalty sees no token that a row would not have alone."""
+    longest = max(map(len, texts))
+    return torch.tensor([[*text, *[text[0]] * (longest - len(text))] for text in texts], device=device)
+
+
 def next_tokens(
     logits: torch.Tensor, ids: torch.Tensor, sampling: Sampling, seeds: torch.Tensor, steps: torch.Tensor
 ) -> torch.Tensor:

@@ -1,18 +1,19 @@
 """Generation with transformers: a different intervention in every batch row, one KV cache, left padding.
 
-The loop is our own rather than `model.generate`: rows that have ended leave the batch (and the cache) at once
-instead of being computed to the end of the longest reply, and every token that is fed is known, so that
-steered tokens can be held against what was asked.
+The loop is our own rather than `model.generate`: rows that have ended leave the batch (and the cache) at once and
+others take their places, instead of being computed to the end of the longest reply; and every token that is fed is
+known, so that steered tokens can be held against what was asked.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from esr_train.models import bare_model
+from esr_train.steering.decoding import KeyValueCache, one_token_each
 from esr_train.steering.engine import (
     Completion,
     Encoding,
@@ -25,7 +26,7 @@ from esr_train.steering.engine import (
     not_finite,
 )
 from esr_train.steering.hook import SteeringHook, steering
-from esr_train.steering.sampling import next_tokens, row_seeds
+from esr_train.steering.sampling import filled_up, next_tokens, row_seeds
 from esr_train.steering.scoring import Text, score_texts
 from esr_train.template import stop_ids
 
@@ -47,7 +48,7 @@ class TransformersEngine:
     Args:
         model: Llama or Gemma-2, a PEFT model of one, in any wrapper that lets `model(...)` run alone.
         tokenizer: the model's.
-        batch_rows: rows per batch. Requests are sorted by prompt length into batches.
+        batch_rows: most rows that run at once. The longest prompts come first; others follow as rows end.
     """
 
     name = "transformers"
@@ -65,20 +66,29 @@ class TransformersEngine:
         Args:
             requests: each under its own interventions.
             sampling: the same for all; each row draws from its own seed.
-            progress: called after each batch with its rows and generated tokens.
+            progress: called when rows have ended, with their number and generated tokens.
 
         Raises:
             InputError: an intervention that does not fit the model.
             RunError: a row that was not steered at exactly the tokens it asked for, or whose logits are not finite.
         """
         rows = [_Row(index, r, encoded(self.tokenizer, r)) for index, r in enumerate(requests)]
-        completions: dict[int, Completion] = {}
-        for batch in self._batches(rows):
-            with steering(self.model, [row.request.interventions for row in batch]) as hook:
-                _decode(_Batch(self.model, batch, sampling), hook, self._stop_ids)
-            completions |= self._checked(batch, hook)
-            if progress:
-                progress(len(batch), sum(len(row.generated) for row in batch))
+        # Longest first: what needs most memory fails at once, not at the end; and no later prompt is wider than a row.
+        rows.sort(key=lambda row: -len(row.prompt.ids))
+        with steering(self.model, [row.request.interventions for row in rows]) as hook:
+            self._run(rows, _Decoder(self.model, sampling, hook, self._stop_ids), progress)
+            counts = hook.counts()
+        completions = {
+            row.index: checked_completion(
+                self.tokenizer,
+                row.request,
+                row.prompt,
+                row.generated,
+                row.finish,
+                {layer: tokens[number] for layer, tokens in counts.items()},
+            )
+            for number, row in enumerate(rows)
+        }
         return [completions[index] for index in range(len(rows))]
 
     @torch.no_grad()
@@ -96,113 +106,150 @@ class TransformersEngine:
         values = score_texts(self.model, texts, self.batch_rows)
         return [values[index] for index in range(len(texts))]
 
-    def _batches(self, rows: list[_Row]) -> list[list[_Row]]:
-        # Longest first: the batch that needs most memory fails at once, not at the end.
-        rows = sorted(rows, key=lambda row: -len(row.prompt.ids))
-        return [rows[start : start + self.batch_rows] for start in range(0, len(rows), self.batch_rows)]
-
-    def _checked(self, batch: Sequence[_Row], hook: SteeringHook) -> dict[int, Completion]:
-        """Index -> completion, if every row was steered as it asked."""
-        counts = hook.counts()
-        return {
-            row.index: checked_completion(
-                self.tokenizer,
-                row.request,
-                row.prompt,
-                row.generated,
-                row.finish,
-                {layer: tokens[number] for layer, tokens in counts.items()},
-            )
-            for number, row in enumerate(batch)
-        }
+    def _run(self, rows: Sequence[_Row], decoder: "_Decoder", progress: Progress | None) -> None:
+        """Let every row generate to its end; others take the places of those that have ended, some at a time."""
+        waiting, running = list(enumerate(rows)), None
+        at_once = max(1, self.batch_rows // 8)
+        while waiting or running:
+            free = min(self.batch_rows - len(running.rows) if running else self.batch_rows, len(waiting))
+            if free and (running is None or free >= min(at_once, len(waiting))):
+                drawn = decoder.read(waiting[:free])
+                waiting = waiting[free:]
+                ended, going = decoder.take(drawn)
+                running = going if running is None else running.joined(going)
+            else:
+                assert running is not None
+                decoder.step(running)
+                ended, running = decoder.take(running)
+            if ended and progress:
+                progress(len(ended), sum(len(row.generated) for row in ended))
 
 
-class _Batch:
-    """The tensors of the rows that are still generating, left-padded to one width."""
+@dataclass(frozen=True)
+class _Tensors:
+    """What is known of running rows: [rows] int64 each."""
 
-    def __init__(self, model: Any, rows: Sequence[_Row], sampling: Sampling) -> None:
-        self.model, self.sampling = model, sampling
-        self.rows = list(rows)
-        device = next(model.parameters()).device
-        self.width = max(len(row.prompt.ids) for row in rows)
-        pads = [self.width - len(row.prompt.ids) for row in rows]
-        # Padding repeats the row's own first token: attention leaves it out, and a repetition penalty, which
-        # reads all ids, then sees no token that the row would not have alone.
-        padded = [[row.prompt.ids[0]] * pad + row.prompt.ids for row, pad in zip(rows, pads, strict=True)]
-        self.ids = torch.tensor(padded, device=device)
-        column = torch.arange(self.width, device=device)
-        self.mask = (column >= torch.tensor(pads, device=device)[:, None]).long()
-        starts = [pad + row.prompt.reply_start for row, pad in zip(rows, pads, strict=True)]
-        self.reply = column >= torch.tensor(starts, device=device)[:, None]
-        self.row_index = torch.arange(len(rows), device=device)[:, None]
-        self.seeds = row_seeds([row.request.seed for row in rows], device)
-        self.cache = DynamicCache(config=bare_model(model).config)
+    number: torch.Tensor
+    """In the hook."""
+    seed: torch.Tensor
+    step: torch.Tensor
+    """Tokens drawn so far."""
+    position: torch.Tensor
+    """Of the next token to be fed, from 0."""
+    pad: torch.Tensor
+    """Positions in the cache before the row's first token."""
+    token: torch.Tensor
+    """The last one drawn, not yet fed."""
 
-    def set_prompt_rows(self, hook: SteeringHook) -> None:
-        """Tell the hook whose the prompts' tokens are; padding is nobody's."""
-        hook.set_rows(torch.where(self.mask.bool(), self.row_index, -1), self.reply)
+    def of(self, rows: torch.Tensor) -> "_Tensors":
+        return _Tensors(*(getattr(self, each.name)[rows] for each in fields(self)))
 
-    def next_tokens(self, fed: torch.Tensor) -> torch.Tensor:
-        """Feed `fed`, the last positions of `ids`; the next token of every row, [rows], -1: logits not finite."""
-        steps = torch.full_like(self.seeds, self.ids.shape[1] - self.width)
-        return next_tokens(self.logits(fed, 1)[:, -1], self.ids, self.sampling, self.seeds, steps)
+    def and_those(self, other: "_Tensors") -> "_Tensors":
+        return _Tensors(*(torch.cat([getattr(self, each.name), getattr(other, each.name)]) for each in fields(self)))
 
-    def logits(self, fed: torch.Tensor, last: int) -> torch.Tensor:
-        """Feed `fed`, the last positions of `ids`; logits at its `last` positions, [rows, last, vocabulary]."""
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-        logits: torch.Tensor = self.model(
-            input_ids=fed,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=last,
-        ).logits
-        return logits
 
-    def append(self, tokens: torch.Tensor) -> None:
-        """Put one token a row behind `ids`."""
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
+@dataclass
+class _Running:
+    """Rows that are generating, and their cache, in which they all end at the same position."""
+
+    rows: list[_Row]
+    now: _Tensors
+    cache: KeyValueCache
+    changed: bool = True
+    """Whether the hook has yet to know these rows."""
 
     def keep(self, going: Sequence[int]) -> None:
-        """Drop every row whose number is not in `going`, from the cache too."""
-        chosen = torch.tensor(going, device=self.ids.device)
-        self.rows = [self.rows[number] for number in going]
-        self.ids, self.mask = self.ids[chosen], self.mask[chosen]
-        self.row_index, self.seeds = self.row_index[chosen], self.seeds[chosen]
-        self.cache.batch_select_indices(chosen)
+        """Drop every row whose number is not in `going`, which rises; the last ones move to the places of others."""
+        count = len(going)
+        holes = sorted(set(range(count)) - set(going))
+        movers = [number for number in going if number >= count]
+        order = list(range(count))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        self.rows = [self.rows[number] for number in order]
+        self.now = self.now.of(torch.tensor(order, device=self.now.pad.device))
+        first = int(self.now.pad.min())
+        self.now = replace(self.now, pad=self.now.pad - first)
+        self.cache.keep(holes, movers, count, first)
+        self.changed = True
+
+    def joined(self, other: "_Running | None") -> "_Running":
+        """With other rows behind these."""
+        if other is None:
+            return self
+        more = self.cache.get_seq_length() - other.cache.get_seq_length()
+        now = self.now.and_those(replace(other.now, pad=other.now.pad + more))
+        self.cache.add(other.cache)
+        return _Running(self.rows + other.rows, now, self.cache)
 
 
-def _decode(batch: _Batch, hook: SteeringHook, stops: frozenset[int]) -> None:
-    """Let every row generate to its end."""
-    batch.set_prompt_rows(hook)
-    fed = batch.ids
-    for step in range(batch.sampling.max_new_tokens):
-        tokens = batch.next_tokens(fed)
-        going = _take(batch.rows, tokens.tolist(), stops)
-        if not going or step + 1 == batch.sampling.max_new_tokens:
-            return
-        batch.append(tokens)
-        shrinks = len(going) < len(batch.rows)
-        if shrinks:
-            batch.keep(going)
-        if shrinks or step == 0:
-            hook.set_rows(batch.row_index, torch.ones_like(batch.row_index, dtype=torch.bool))
+@dataclass(frozen=True)
+class _Decoder:
+    """Feeds a model, and draws tokens."""
+
+    model: Any
+    sampling: Sampling
+    hook: SteeringHook
+    stops: frozenset[int]
+
+    def read(self, numbered: Sequence[tuple[int, _Row]]) -> _Running:
+        """Read the prompts of rows, given with their numbers in the hook, and draw their first tokens."""
+        rows, device = [row for _, row in numbered], next(self.model.parameters()).device
+        width = max(len(row.prompt.ids) for row in rows)
+        pads = [width - len(row.prompt.ids) for row in rows]
+        # Attention leaves padding out: any token will do.
+        padded = [[row.prompt.ids[0]] * pad + row.prompt.ids for row, pad in zip(rows, pads, strict=True)]
+        table = [[number, pad, pad + row.prompt.reply_start] for (number, row), pad in zip(numbered, pads, strict=True)]
+        number, pad, start = torch.tensor(table, device=device).unbind(1)
+        column = torch.arange(width, device=device)
+        real, position = column >= pad[:, None], (column - pad[:, None]).clamp(min=0)
+        self.hook.set_rows(torch.where(real, number[:, None], -1), column >= start[:, None])
+        seed, cache = row_seeds([row.request.seed for row in rows], device), KeyValueCache(self.model)
+        zero = torch.zeros_like(seed)
+        running = _Running(rows, _Tensors(number, seed, zero, position[:, -1] + 1, pad, zero), cache)
+        self._feed(running, torch.tensor(padded, device=device), real.long(), position)
+        return running
+
+    def step(self, running: _Running) -> None:
+        """Feed every row its last token and draw the next one."""
+        now = running.now
+        if running.changed:
+            self.hook.set_rows(now.number[:, None], torch.ones_like(now.number[:, None], dtype=torch.bool))
         else:
-            hook.next_step()
-        fed = batch.ids[:, -1:]
+            self.hook.next_step()
+        running.changed = False
+        running.now = replace(now, position=now.position + 1)
+        with one_token_each(self.model, now.pad, running.cache.get_seq_length() + 1) as mask:
+            self._feed(running, now.token[:, None], mask, now.position[:, None])
 
+    def take(self, running: _Running) -> tuple[list[_Row], _Running | None]:
+        """Hand rows the tokens drawn: those that have ended, and what is left."""
+        going = []
+        for number, (row, token) in enumerate(zip(running.rows, running.now.token.tolist(), strict=True)):
+            if token < 0:
+                raise not_finite(row.request, len(row.generated))
+            row.generated.append(token)
+            if token in self.stops:
+                row.finish = "stop"
+            elif len(row.generated) < self.sampling.max_new_tokens:
+                going.append(number)
+        ended = [row for number, row in enumerate(running.rows) if number not in set(going)]
+        if ended and going:
+            running.keep(going)
+        return ended, running if going else None
 
-def _take(rows: Sequence[_Row], tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
-    """Hand each row its token; the numbers of the rows that go on."""
-    going = []
-    for number, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-        if token < 0:
-            raise not_finite(row.request, len(row.generated))
-        row.generated.append(token)
-        if token in stops:
-            row.finish = "stop"
-        else:
-            going.append(number)
-    return going
+    def _feed(self, running: _Running, ids: torch.Tensor, mask: Any, positions: torch.Tensor) -> None:
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=running.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        now = running.now
+        given = ids[:, :0]
+        if self.sampling.repetition_penalty != 1.0:
+            given = filled_up([[*row.prompt.ids, *row.generated] for row in running.rows], ids.device)
+        token = next_tokens(logits, given, self.sampling, now.seed, now.step)
+        running.now = replace(now, step=now.step + 1, token=token)

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from esr_train.steering.engine import Sampling
-from esr_train.steering.sampling import next_tokens, row_seeds
+from esr_train.steering.sampling import filled_up, next_tokens, row_seeds
 from esr_train.steering.vllm.vllm_worker import KEY
 
 
@@ -83,12 +83,10 @@ class SeededSampling(LogitsProcessor):
         return groups
 
     def _ids(self, sampling: Sampling, rows: Sequence[_Row]) -> torch.Tensor:
-        """Every row's tokens so far, filled up with its own first one; only a repetition penalty reads them."""
+        """Every row's tokens so far, which only a repetition penalty reads."""
         if sampling.repetition_penalty == 1.0:
             return torch.empty(len(rows), 0, dtype=torch.long)
-        texts = [[*row.prompt, *row.output] for row in rows]
-        longest = max(map(len, texts))
-        return torch.tensor([text + text[:1] * (longest - len(text)) for text in texts], device=self._device)
+        return filled_up([[*row.prompt, *row.output] for row in rows], self._device)
 
 
 def _row(params: SamplingParams, prompt: Sequence[int] | None, output: Sequence[int]) -> _Row | None:
