@@ -50,7 +50,7 @@ def test_shipped_variants_hold_the_prompt_and_others_are_refused_by_name():
 
 def recipe(tmp_path: Path, arms: str, evaluation: str = "{}") -> Recipe:
     path = tmp_path / "r.yaml"
-    path.write_text(f"name: r\nmodel: {{path: m}}\neval: {evaluation}\narms: {arms}\n")
+    path.write_text(f"name: r\nmodel: {{path: m}}\nsae: {{release: s, id: t}}\neval: {evaluation}\narms: {arms}\n")
     return read_recipe(path)
 
 

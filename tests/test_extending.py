@@ -40,7 +40,16 @@ def run(assets, tmp_path_factory) -> Path:
     new_run(folder, assets)
     common = [*command(assets, folder, folder / "prompts.jsonl")[1:], f"plugins={json.dumps([*map(str, PLUGINS)])}"]
     planted = f"data={{planted: {{rows: 6, texts: {folder / 'detours.txt'}}}, min_answer_score: 0}}"
-    rows = ["data", "generate", *common, planted, "sae=null", "eval.conditions=[unsteered]", "name=rows"]
+    rows = [
+        "data",
+        "generate",
+        *common,
+        planted,
+        "sae=null",
+        "train.live=null",
+        "eval.conditions=[unsteered]",
+        "name=rows",
+    ]
     trials = [
         *("run", *common, "arms={asked: {of: base, prompt: '{prompt} Please.'}}", "judges=[{kind: overlap}]"),
         *("name=trials", "eval={trials: 8, conditions: [steered, unsteered, opposite], bootstrap: 20}"),

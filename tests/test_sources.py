@@ -74,7 +74,13 @@ def test_the_built_in_sources_are_registered_with_the_sections_that_recipes_have
 
 
 def test_a_source_from_outside_makes_rows_that_a_recipe_asks_for(plugin, assets, tmp_path):
-    overrides = ["data.steered.rows=0", "data.normal.rows=0", "data.echo={rows: 5, word: hoot}", f"runs={tmp_path}"]
+    overrides = [
+        "train.live=null",
+        "data.steered.rows=0",
+        "data.normal.rows=0",
+        "data.echo={rows: 5, word: hoot}",
+        f"runs={tmp_path}",
+    ]
     recipe = ROOT / "recipes" / "tiny" / "quickstart.yaml"
     assert data(["generate", str(recipe), "sae=null", "eval.conditions=[unsteered]", *overrides]) == 0
     rows = read_transcripts(tmp_path / "quickstart" / "data" / "tuned.jsonl")
