@@ -2,6 +2,11 @@
 
     python benchmarks/train.py                  every variant, each in a process of its own; writes results/train.md
     python benchmarks/train.py --rows 64        smaller
+    python benchmarks/train.py --before TREE [--rounds 3]
+                                                with live injection: this tree against another checkout of the project
+                                                and plain TRL, in alternation; printed
+    python benchmarks/train.py --before TREE --model FOLDER --data FILE.jsonl
+                                                the same with a real model (bfloat16) on its own rows
 
 Plain TRL is `SFTTrainer` with its defaults and prompt-completion masking. To have the same objective, ours trains the
 whole reply (`train.loss: unmasked`) in the first rows of the table; the last row masks the detours, as our recipes do.
@@ -13,14 +18,18 @@ import math
 import os
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, os.environ.get("TRAINED_TREE", str(ROOT)))
 RESULTS = ROOT / "benchmarks" / "results" / "train.md"
 MAX_LENGTH, ROWS_OF_A_STEP, LAYER = 1024, 8, 2
 VOCABULARY = 4096
@@ -46,32 +55,43 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", type=Path, help="folder of a real model")
+    parser.add_argument("--data", type=Path, help="its training rows (with --model)")
+    parser.add_argument("--before", type=Path, help="another checkout of the project")
+    parser.add_argument("--rounds", type=int, default=3, help="with --before")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
-        print(json.dumps(measure(options.variant, options.rows, options.epochs)))
+        print(json.dumps(measure_real(options) if options.model else measure(options)))
+        return
+    if options.before:
+        print(alternate(options))
         return
     load = os.getloadavg()
-    found = {name: in_process(name, options) for name in VARIANTS}
+    found = {name: in_process(name, options, ROOT) for name in VARIANTS}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(page(found, options, load, os.getloadavg()), encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
 
-def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """A variant's figures, measured in a process of its own so that its peak memory is its own."""
+def in_process(name: str, options: argparse.Namespace, tree: Path) -> dict[str, float]:
+    """A variant's figures with a checkout's code, in a process of its own so that its peak memory is its own."""
     threads = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     arguments = ["--variant", name, "--rows", str(options.rows), "--epochs", str(options.epochs)]
+    if options.model:
+        arguments += ["--model", str(options.model.resolve()), "--data", str(options.data.resolve())]
     command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    paths = {"PYTHONPATH": str(tree), "TRAINED_TREE": str(tree)}
+    done = subprocess.run(command, env={**os.environ, **threads, **paths}, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(variant: str, rows: int, epochs: int) -> dict[str, float]:
+def measure(options: argparse.Namespace) -> dict[str, float]:
     """Train one variant: real tokens a second, seconds, peak memory above the start's, held-out loss."""
-    with tempfile.TemporaryDirectory() as folder:
+    variant, rows, epochs = options.variant, options.rows, options.epochs
+    with tempfile.TemporaryDirectory() as folder, processor_time() as spent:
         os.chdir(folder)
         kept = transcripts(rows + 32)
         write_world(kept)
@@ -84,6 +104,7 @@ def measure(variant: str, rows: int, epochs: int) -> dict[str, float]:
         return {
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            "cpu": spent[0],
             "peak_gib": peak,
             "loss": loss_on(model, held_out, "unmasked"),
             "loss_masked": loss_on(model, held_out, "masked"),
@@ -91,6 +112,75 @@ def measure(variant: str, rows: int, epochs: int) -> dict[str, float]:
             "longest": max(lengths(training)),
             "mean": tokens / epochs / rows,
         }
+
+
+@contextmanager
+def processor_time() -> Iterator[list[float]]:
+    """Collects the processor seconds of every training loop, which other work on the machine disturbs least."""
+    from transformers import Trainer
+
+    spent: list[float] = []
+    train = Trainer.train
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        begun = time.process_time()
+        result = train(*arguments, **options)
+        spent.append(time.process_time() - begun)
+        return result
+
+    Trainer.train = timed
+    yield spent
+
+
+def alternate(options: argparse.Namespace) -> str:
+    """Plain TRL and two checkouts in turn, as a Markdown table: the median of the rounds, and the ratios' range."""
+    trees = {"plain TRL": ROOT, "before": options.before.resolve(), "after": ROOT}
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(options.rounds):
+        rounds.append({})
+        for name, tree in trees.items():
+            rounds[-1][name] = in_process("trl" if name == "plain TRL" else "live", options, tree)
+            print(name, rounds[-1][name], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    lines = [
+        "| variant | real tokens/s | against before | against plain TRL | processor seconds | the same, against before "
+        "| against plain TRL | peak memory (GiB) | held-out loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in trees:
+        speeds = [each[name]["tokens_per_second"] for each in rounds]
+        ratios = [
+            ratio_range([(each[name][key] / each[base][key]) ** sign for each in rounds])
+            for key, sign in (("tokens_per_second", 1), ("cpu", -1))
+            for base in ("before", "plain TRL")
+        ]
+        middle = [statistics.median(each[name][key] for each in rounds) for key in ("cpu", "peak_gib", "loss")]
+        lines.append(
+            f"| {name} | {statistics.median(speeds):,.0f} | {ratios[0]} | {ratios[1]} | {middle[0]:,.0f} "
+            f"| {ratios[2]} | {ratios[3]} | {middle[1]:.2f} | {middle[2]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def ratio_range(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def measure_real(options: argparse.Namespace) -> dict[str, float]:
+    """Train one variant on a real model's own rows; figures as `measure`'s, and the loop's seconds of the processor."""
+    from esr_train.transcript import read_transcripts
+
+    rows = read_transcripts(options.data)
+    training, held_out = rows[: options.rows], rows[-16:]
+    REAL.update(path=str(options.model), dtype="bfloat16", attn_implementation="eager")
+    COMMON.update(gradient_checkpointing=False, learning_rate=1e-3)
+    with tempfile.TemporaryDirectory() as folder, processor_time() as spent:
+        os.chdir(folder)
+        before = memory()
+        run = train_trl if options.variant == "trl" else train_ours
+        seconds, model = run(training, options.variant, 1)
+        peak, tokens = memory() - before, sum(lengths(training))
+        loss = loss_on(model, held_out, "unmasked")
+    return {"tokens_per_second": tokens / seconds, "seconds": seconds, "cpu": spent[0], "peak_gib": peak, "loss": loss}
 
 
 def memory() -> float:
@@ -159,13 +249,16 @@ def recipe(variant: str, epochs: int) -> Any:
         **extra,
     }
     train = {"args": args, "lora": LORA, "max_length": MAX_LENGTH, "loss": loss}
-    model = {"path": "model", "dtype": "float32", "attn_implementation": "sdpa", "device": "cpu"}
+    model = {"path": "model", "dtype": "float32", "attn_implementation": "sdpa", "device": "cpu", **REAL}
     return Recipe.model_validate(
         {"name": "bench", "model": model, "train": {**train, **({"live": {}} if live else {})}}
     )
 
 
-COMMON = {
+REAL: dict[str, str] = {}
+"""What a real model's run says of the model instead."""
+
+COMMON: dict[str, Any] = {
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0,
@@ -198,9 +291,13 @@ def train_trl(rows: list[Any], variant: str, epochs: int) -> tuple[float, Any]:
 
     said = [{"prompt": turn("user", row.prompt), "completion": turn("assistant", row.content)} for row in rows]
     common = {**COMMON, "max_length": MAX_LENGTH, "per_device_train_batch_size": ROWS_OF_A_STEP}
-    args = SFTConfig("trl", use_cpu=True, bf16=False, num_train_epochs=epochs, disable_tqdm=True, **common)
+    section = recipe("grouped", epochs).model
+    half = section.dtype == "bfloat16"
+    loading = {"dtype": section.dtype, "attn_implementation": section.attn_implementation} if REAL else None
+    options = {"use_cpu": True, "bf16": half, "disable_tqdm": True, "model_init_kwargs": loading}
+    args = SFTConfig("trl", num_train_epochs=epochs, **options, **common)
     lora = LoraConfig(task_type="CAUSAL_LM", **LORA)
-    trainer = SFTTrainer("model", args=args, train_dataset=Dataset.from_list(said), peft_config=lora)
+    trainer = SFTTrainer(section.path, args=args, train_dataset=Dataset.from_list(said), peft_config=lora)
     seconds = trainer.train().metrics["train_runtime"]
     return seconds, trainer.model.eval()
 
