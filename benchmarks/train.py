@@ -70,7 +70,9 @@ def main() -> None:
     load = os.getloadavg()
     found = {name: in_process(name, options, ROOT) for name in VARIANTS}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(page(found, options, load, os.getloadavg()), encoding="utf-8")
+    # Sections behind the page are of other runs.
+    _, heading, sections = RESULTS.read_text(encoding="utf-8").partition("\n## ") if RESULTS.exists() else ("",) * 3
+    RESULTS.write_text(page(found, options, load, os.getloadavg()) + heading + sections, encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
 
