@@ -136,8 +136,9 @@ def test_a_run_killed_again_and_again_ends_in_the_same_metrics(finished, assets,
     assert (run.folder / "metrics.json").read_bytes() == wanted
 
 
-def test_several_seeds_share_the_base_s_thresholds_and_end_in_one_report(assets, tmp_path):
+def test_several_seeds_share_the_base_s_thresholds_and_end_in_one_report(finished, assets, tmp_path):
     run = new_run(tmp_path, assets)
+    shutil.copytree(finished.folder, run.folder)  # what the seeds share is there
     small = ("train.args.max_steps=3", f"eval={{trials: {TRIALS}, conditions: [steered], bootstrap: 50}}")
     result = dying(Run(run.folder, [*run.words, *small, "seeds=[3, 4]", "workers=2"]), 0)
     assert result.returncode == 0, result.stderr[-3000:]
