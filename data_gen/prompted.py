@@ -82,23 +82,20 @@ def _by_the_model_itself(context: Context) -> Make:
             for prompt, rng in zip(group, rngs, strict=True)
         ]
         completions = context.generate(asked)
-        detours, answers = completions[: len(rngs)], completions[len(rngs) :]
-        rows = []
+        rows: dict[int, _Row] = {}
+        trimmed = {}
         for number, rng, prompt, other, detour, answer in zip(
-            numbers, rngs, chosen, others, detours, answers, strict=True
+            numbers, rngs, chosen, others, completions[: len(rngs)], completions[len(rngs) :], strict=True
         ):
-            texts = (
-                cut_sentences(detour.text.strip(), rng.randint(*SENTENCES)),
-                context.cues.draw(rng, other.topic),
-                (context.whole(answer) or "").strip(),
-            )
-            rows.append(_Row(f"prompted-{context.seed}-{number:07d}", prompt, other.topic, texts))
-        outcomes = _judged(context, context.model, rows)
+            if (text := context.whole(answer)) is not None:
+                cut = cut_sentences(detour.text.strip(), rng.randint(*SENTENCES))
+                texts = (cut, context.cues.draw(rng, other.topic), text.strip())
+                rows[number] = _Row(f"prompted-{context.seed}-{number:07d}", prompt, other.topic, texts)
+                trimmed[number] = answer.finish_reason != "stop"
+        judged = dict(zip(rows, _judged(context, context.model, [*rows.values()]), strict=True))
         return [
-            Outcome(None, TOO_LONG)
-            if context.whole(answer) is None
-            else replace(outcome, trimmed=answer.finish_reason != "stop")
-            for outcome, answer in zip(outcomes, answers, strict=True)
+            replace(judged[number], trimmed=trimmed[number]) if number in judged else Outcome(None, TOO_LONG)
+            for number in numbers
         ]
 
     return make

@@ -17,7 +17,7 @@ from esr_train.models import hidden_size
 from esr_train.provenance import digest
 from esr_train.steering.engine import Engine, Request, Sampling
 from esr_train.steering.readout import hidden_states, with_bos
-from esr_train.template import chat_template, prompt_text
+from esr_train.template import chat_template, reply_text
 from esr_train.values import typed
 from eval.cells import Prompt, derived_seed
 from eval.store import RowStore
@@ -116,8 +116,9 @@ def sample_replies(
         for batch in _batches(asked, rows):
             keyed = {digest([model, prompt.text, asdict(sampling), seed]): (prompt, seed) for prompt, seed in batch}
             missing = {key: value for key, value in keyed.items() if key not in known}
-            store.append((reply.key, reply) for reply in _generate(engine, missing, sampling))
-            known = store.by_key()
+            replies = {reply.key: reply for reply in _generate(engine, missing, sampling)}
+            store.append(replies.items())
+            known |= replies
             made += [known[key] for key in keyed]
             bar.update(min(sum(_length(tokenizer, known[key]) - skip for key in keyed), tokens - bar.n))
             if bar.n >= tokens:
@@ -142,12 +143,7 @@ def _generate(engine: Engine, asked: dict[str, tuple[Prompt, int]], sampling: Sa
 
 
 def _length(tokenizer: Any, reply: Reply) -> int:
-    return len(with_bos(tokenizer, conversation(tokenizer, reply))) - 1
-
-
-def conversation(tokenizer: Any, reply: Reply) -> str:
-    """Prompt and reply as the model reads them."""
-    return prompt_text(tokenizer, reply.prompt) + chat_template(tokenizer).reply_space + reply.reply
+    return len(with_bos(tokenizer, reply_text(tokenizer, reply.prompt, reply.reply))) - 1
 
 
 def skipped(tokenizer: Any) -> int:
@@ -163,7 +159,7 @@ def to_read(tokenizer: Any, replies: Iterable[Reply], plain: Iterable[str], seed
     """
     skip = skipped(tokenizer)
     texts = [
-        Text(conversation(tokenizer, reply), skip if number % WHOLE else 0, _held_out(reply.prompt))
+        Text(reply_text(tokenizer, reply.prompt, reply.reply), skip if number % WHOLE else 0, _held_out(reply.prompt))
         for number, reply in enumerate(replies)
     ]
     texts += [Text(piece, 0, _held_out(piece)) for piece in plain if len(with_bos(tokenizer, piece)) > 1]

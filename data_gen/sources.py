@@ -248,14 +248,18 @@ def normal(context: Context, section: NormalSection) -> Make:
         seeds = [candidate_rng(context.seed, "normal", number).randrange(SEEDS) for number in numbers]
         requests = [Request("", prompt.text, seed=seed) for prompt, seed in zip(chosen, seeds, strict=True)]
         completions = context.generate(requests)
-        texts = [(context.whole(completion) or "").strip() for completion in completions]
-        scores = context.scores([JudgeItem(p.text, text) for p, text in zip(chosen, texts, strict=True)])
-        outcomes = []
-        for number, prompt, completion, text, score in zip(numbers, chosen, completions, texts, scores, strict=True):
-            reason = TOO_LONG if context.whole(completion) is None else context.answer_fault(score)
+        answers = {
+            number: (prompt, text.strip(), completion.finish_reason != "stop")
+            for number, prompt, completion in zip(numbers, chosen, completions, strict=True)
+            if (text := context.whole(completion)) is not None
+        }
+        scores = context.scores([JudgeItem(prompt.text, text) for prompt, text, _ in answers.values()])
+        outcomes = dict.fromkeys(numbers, Outcome(None, TOO_LONG))
+        for (number, (prompt, text, trimmed)), score in zip(answers.items(), scores, strict=True):
+            reason = context.answer_fault(score)
             row = None if reason else _normal_row(context, number, prompt, text, score)
-            outcomes.append(Outcome(row, reason, trimmed=completion.finish_reason != "stop"))
-        return outcomes
+            outcomes[number] = Outcome(row, reason, trimmed)
+        return list(outcomes.values())
 
     return make
 

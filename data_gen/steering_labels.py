@@ -13,11 +13,11 @@ from data_gen.latent_naming import LatentLabel
 from esr_train.errors import InputError
 from esr_train.provenance import digest
 from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
-from esr_train.steering.engine import Engine, Request, Sampling, Scorer
+from esr_train.steering.engine import Engine, Request, Sampling
 from esr_train.steering.readout import hidden_states
 from esr_train.values import typed
 from eval.cells import Prompt, derived_seed
-from eval.judging.likelihood import ABOUT, NEUTRAL
+from eval.judging.likelihood import ABOUT, NEUTRAL, log_probabilities
 from eval.store import RowStore
 
 PER_TOPIC = 8
@@ -177,6 +177,7 @@ def label_by_steering(
     asked = _of_different_topics(prompts)
     sampling = Sampling(temperature=0.6, max_new_tokens=TOKENS)
     store = RowStore(path, lambda row: typed(Reading, row), _written)
+    known = store.by_key()
     labels: dict[int, tuple[Candidate, Reading]] = {}
     for strength in STRENGTHS:
         left = [each for each in candidates if each.latent not in labels]
@@ -185,11 +186,10 @@ def label_by_steering(
         with tqdm(total=len(left), desc=f"steer at {strength}", unit="latent", mininterval=1) as bar:
             for start in range(0, len(left), AT_ONCE):
                 part = left[start : start + AT_ONCE]
-                known = store.keys()
-                missing = [each for each in part if key(each) not in known]
-                store.append((key(each), reading) for each, reading in zip(missing, steer(missing, key), strict=True))
-                rows = store.by_key()
-                labels |= {each.latent: (each, rows[key(each)]) for each in part if rows[key(each)].topic}
+                read = {each.key: each for each in steer([each for each in part if key(each) not in known], key)}
+                store.append(read.items())
+                known |= read
+                labels |= {each.latent: (each, known[key(each)]) for each in part if known[key(each)].topic}
                 bar.update(len(part))
                 bar.set_postfix_str(f"{len(labels)} labelled")
     if not labels:
@@ -256,7 +256,6 @@ class _Steerer:
         self, candidates: Sequence[Candidate], replies: Sequence[Sequence[str]]
     ) -> dict[tuple[str, str], float]:
         """(Topic, reply) -> nats a token that a question about the topic adds to the reply."""
-        assert isinstance(self.engine, Scorer)
         pairs = [
             (topic, text)
             for candidate, texts in zip(candidates, replies, strict=True)
@@ -264,14 +263,9 @@ class _Steerer:
             if text.strip()
             for topic in candidate.topics
         ]
-        asked = list(
-            dict.fromkeys([(ABOUT.format(label=t), text) for t, text in pairs] + [(NEUTRAL, x) for _, x in pairs])
-        )
-        if not asked:
-            return {}
-        requests = [Request(str(number), prompt) for number, (prompt, _) in enumerate(asked)]
-        values = self.engine.log_probabilities(requests, [text for _, text in asked])
-        mean = {pair: sum(each) / len(each) for pair, each in zip(asked, values, strict=True)}
+        asked = [(ABOUT.format(label=t), text) for t, text in pairs] + [(NEUTRAL, text) for _, text in pairs]
+        found = log_probabilities(self.engine, asked)
+        mean = {pair: sum(values) / len(values) for pair, values in found.items()}
         return {(t, text): mean[ABOUT.format(label=t), text] - mean[NEUTRAL, text] for t, text in pairs}
 
 

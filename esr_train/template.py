@@ -147,6 +147,15 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | N
     return _conversation(tokenizer, prompt, system)[0]
 
 
+def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str = "") -> str:
+    """A conversation as the model reads it, up to the end of its reply, which `reply` begins or is.
+
+    Raises:
+        InputError: if the template refuses or rewrites a message.
+    """
+    return prompt_text(tokenizer, prompt) + chat_template(tokenizer).reply_space + reply
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None, prefix: str = ""
 ) -> tuple[list[int], int]:

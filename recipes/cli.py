@@ -184,9 +184,9 @@ def _train_sae(options: argparse.Namespace, command: str) -> None:
     from recipes.experiment import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
-    from recipes.sae_making import Request, make_sae, said
+    from recipes.sae_making import Wanted, make_sae, said
 
-    asked = Request(
+    asked = Wanted(
         command,
         options.layer,
         options.width,

@@ -32,9 +32,12 @@ from recipes.resources import Resources, located, open_resources
 MORE_SUBJECTS = SUBJECTS.with_name("more-subjects.txt")
 """Everyday subjects beside the 96; none is a topic of the shipped prompts."""
 
+CANDIDATES = 384
+"""Latents that are steered unless the caller says how many."""
+
 
 @dataclass(frozen=True)
-class Request:
+class Wanted:
     """What is asked for.
 
     Args:
@@ -61,7 +64,7 @@ class Request:
         return self.out.with_name(f"{self.out.name}.replies.jsonl")
 
 
-def make_sae(recipe: Recipe, asked: Request) -> Quality:
+def make_sae(recipe: Recipe, asked: Wanted) -> Quality:
     """Train, measure and save an SAE; `training.json` beside its weights says how it was made and how good it is.
 
     Raises:
@@ -87,7 +90,7 @@ def make_sae(recipe: Recipe, asked: Request) -> Quality:
     return quality
 
 
-def _replies(resources: Resources, asked: Request) -> list[Reply]:
+def _replies(resources: Resources, asked: Wanted) -> list[Reply]:
     recipe = resources.recipe
     pools = resources.prompts() if recipe.prompts else None
     files = [located(file) for file in asked.subjects] or [SUBJECTS, MORE_SUBJECTS]
@@ -108,7 +111,7 @@ def _replies(resources: Resources, asked: Request) -> list[Reply]:
 
 
 def _told(
-    recipe: Recipe, asked: Request, texts: Sequence[Text], replies: Sequence[Reply], states: int, quality: Quality
+    recipe: Recipe, asked: Wanted, texts: Sequence[Text], replies: Sequence[Reply], states: int, quality: Quality
 ) -> dict[str, Any]:
     """JSON values of `training.json`."""
     held_out = sum(text.held_out for text in texts)
@@ -127,10 +130,6 @@ def _told(
         "versions": versions(),
         "hardware": hardware(),
     }
-
-
-CANDIDATES = 384
-"""Latents that are steered unless the caller says how many."""
 
 
 def label_sae(recipe: Recipe, texts: Path, column: str, latents: int | None, out: Path) -> list[LatentLabel]:
@@ -169,7 +168,7 @@ def _topic(where: str, row: Mapping[str, Any]) -> str:
     return topic.strip()
 
 
-def said(quality: Quality, asked: Request) -> str:
+def said(quality: Quality, asked: Wanted) -> str:
     """What the command prints at its end."""
     return (
         f"{asked.out}: {quality.variance_explained:.1%} of the variance explained, {quality.l0:.1f} latents active a "

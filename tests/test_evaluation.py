@@ -30,7 +30,7 @@ OTHERS = ("random_direction", "random_latents", "unsteered_continues", "steered_
 EVERY = FULL | dict.fromkeys((*SWEEP, *OTHERS), CONTROLS)
 FIGURES = {
     "rates", "first_scores", "last_scores", "first_vs_last", "restart_position", "restart_likelihood", "boost_sweep",
-    "prompt_variants", "ablations", "thresholds",
+    "prompt_variants", "ablations", "thresholds", "training_loss", "unsteered_scores",
 }  # fmt: skip
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

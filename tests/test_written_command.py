@@ -37,6 +37,7 @@ def test_a_recipe_s_writer_is_asked_and_its_rows_are_kept(assets, tmp_path, monk
         f"runs={tmp_path}",
         "data.steered.rows=0",
         "data.normal.rows=0",
+        "train.live=null",
         "llm.concurrency=2",
         f"data.cues={tmp_path / 'cues.txt'}",
     ]

@@ -233,7 +233,8 @@ class _Decoder:
                 row.finish = "stop"
             elif len(row.generated) < self.sampling.max_new_tokens:
                 going.append(number)
-        ended = [row for number, row in enumerate(running.rows) if number not in set(going)]
+        left = set(going)
+        ended = [row for number, row in enumerate(running.rows) if number not in left]
         if ended and going:
             running.keep(going)
         return ended, running if going else None

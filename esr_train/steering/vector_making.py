@@ -13,7 +13,7 @@ from esr_train.steering.directions import SteeringVector
 from esr_train.steering.engine import Engine, Request, Sampling
 from esr_train.steering.readout import hidden_states, measure_residual_norm, with_bos
 from esr_train.steering.transformers_engine import TransformersEngine
-from esr_train.template import prompt_text
+from esr_train.template import reply_text
 
 Method = Literal["mean", "pca"]
 ASKED = (
@@ -127,7 +127,7 @@ def own_replies(
     with tqdm(total=len(requests), desc="ask about subjects", unit="reply", mininterval=1) as bar:
         short = replace(sampling, max_new_tokens=REPLY_TOKENS)
         done = engine.generate(requests, short, lambda finished, _: _advance(bar, finished))
-    replies = [Reply(prompt_text(tokenizer, prompt), each.text) for prompt, each in zip(prompts, done, strict=True)]
+    replies = [Reply(reply_text(tokenizer, prompt), each.text) for prompt, each in zip(prompts, done, strict=True)]
     count = len(ASKED)
     return {subject: replies[count * number : count * (number + 1)] for number, subject in enumerate(subjects)}
 

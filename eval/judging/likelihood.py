@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,8 @@ from esr_train.steering.engine import Engine, Request, Scorer
 from eval.judging.judge import Attempt, JudgeContext, JudgeItem, Judgement, register_judge
 from eval.judging.prose import bodies, degenerate, novelty, recovers
 
+Asked = tuple[str, str]
+"""A prompt, and a text that may answer it."""
 NEUTRAL = "Write something."
 """The question about nothing."""
 ABOUT = "Tell me about {label}."
@@ -100,7 +102,7 @@ class LikelihoodJudge:
         said = [[passages(body.text) for body in bodies(item.response)] for item in items]
         texts = [[text for attempt in each for text in attempt] for each in said]
         asked = [(item.prompt, text) for item, those in zip(items, texts, strict=True) for text in those]
-        found = self._log_probabilities([*asked, *((NEUTRAL, text) for _, text in asked)])
+        found = self._log_probabilities(asked + [(NEUTRAL, text) for _, text in asked])
         return [
             [_read(item.prompt, attempt, found) for attempt in each] for item, each in zip(items, said, strict=True)
         ]
@@ -116,15 +118,8 @@ class LikelihoodJudge:
         found = self._log_probabilities([pair for pairs in asked for pair in pairs])
         return [sum(sum(found[pair]) for pair in pairs) if pairs else None for pairs in asked]
 
-    def _log_probabilities(self, asked: Iterable[tuple[str, str]]) -> dict[tuple[str, str], tuple[float, ...]]:
-        """(Prompt, passage) -> log-probability of each of the passage's tokens."""
-        pairs = list(dict.fromkeys(asked))
-        if not pairs:
-            return {}
-        engine = self._open_engine()
-        assert isinstance(engine, Scorer)
-        requests = [Request(str(number), prompt) for number, (prompt, _) in enumerate(pairs)]
-        return dict(zip(pairs, engine.log_probabilities(requests, [text for _, text in pairs]), strict=True))
+    def _log_probabilities(self, asked: Sequence[Asked]) -> dict[Asked, tuple[float, ...]]:
+        return log_probabilities(self._open_engine(), asked) if asked else {}
 
     def _judgement(self, item: JudgeItem, read: Sequence[Sequence[Passage]], about: float | None) -> Judgement:
         parts = bodies(item.response)
@@ -136,6 +131,23 @@ class LikelihoodJudge:
             flags["hijacked"] = about is not None and _is_hijacked(read[-1], about)
         scored = tuple(Attempt(*part.range, attempt_score(attempt)) for part, attempt in zip(parts, read, strict=True))
         return Judgement(scored, self.name, _as_raw(read), flags)
+
+
+def log_probabilities(engine: Engine, asked: Sequence[Asked]) -> dict[Asked, tuple[float, ...]]:
+    """(Prompt, text) -> log-probability (nats) of each token of the text at the beginning of a reply, each read once.
+
+    Args:
+        engine: that scores texts; nothing steers it.
+        asked: prompts and texts, which may come more than once.
+
+    Raises:
+        InputError: if the model's chat template does not take a prompt.
+        RunError: if the model's logits are not finite.
+    """
+    assert isinstance(engine, Scorer)
+    pairs = list(dict.fromkeys(asked))
+    requests = [Request(str(number), prompt) for number, (prompt, _) in enumerate(pairs)]
+    return dict(zip(pairs, engine.log_probabilities(requests, [text for _, text in pairs]), strict=True))
 
 
 def passages(text: str) -> list[str]:
