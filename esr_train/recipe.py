@@ -99,6 +99,12 @@ class SaeSection(Section):
     )
 
 
+class ReadSection(Section):
+    """What is read at the tokens of replies: of which SAE, if not of the one that steers."""
+
+    sae: SaeSection | None = Field(None, description="its latents are read, and may be at another layer; null: `sae`")
+
+
 class VectorsSection(Section):
     """Vectors that steer in place of an SAE's latents; their names in the file are their labels."""
 
@@ -484,6 +490,7 @@ class Recipe(Section):
     model: ModelSection
     sae: SaeSection | None = None
     vectors: VectorsSection | None = None
+    read: ReadSection = ReadSection()
     latents: LatentsSection = LatentsSection()
     judge: Judge = LexicalJudgeSection()
     judges: tuple[Judge, ...] = Field((), description="further judges of the same trials: how far do they agree?")

@@ -237,6 +237,13 @@ class Resources:
         section = required(self.recipe.sae, "sae")
         return self.once("sae", lambda: load_sae(SaeRef(section.release, section.id)))
 
+    def read_sae(self) -> LoadedSae:
+        """The SAE whose latents are read: `read.sae`, or else the recipe's."""
+        section = self.recipe.read.sae
+        if section is None:
+            return self.sae()
+        return self.once("read sae", lambda: load_sae(SaeRef(section.release, section.id)))
+
     def source(self) -> DirectionSource:
         """What steers: the recipe's vectors, or else its SAE."""
         return self.vectors() if self.recipe.vectors else self.sae()

@@ -13,7 +13,7 @@ pytest.importorskip(
 )
 
 from esr_train.errors import InputError, RunError
-from esr_train.models import decoder_layers, load_model, load_tokenizer
+from esr_train.models import load_model, load_tokenizer
 from esr_train.recipe import ModelSection
 from esr_train.steering.direction_files import load_sae
 from esr_train.steering.directions import Add
@@ -23,6 +23,7 @@ from esr_train.steering.interventions import Ablate, Clamp
 from esr_train.steering.layer_edits import Layer
 from esr_train.steering.readout import measure_residual_norm
 from esr_train.steering.sampling import next_tokens, row_seeds
+from esr_train.steering.token_reading import Activations, Projections, States
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.steering.vllm.vllm_engine import VllmEngine
 from esr_train.steering.vllm.vllm_server import VllmServer
@@ -290,26 +291,23 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(side):
     assert side.vllm.generate(requests, GREEDY) == side.transformers.generate(requests, GREEDY)
 
 
-def test_latents_are_read_at_every_token_that_was_fed(side):
-    sae, latents = side.sae, [3, 5]
-    requests = side.requests(12)
-    found = side.vllm.read(requests, GREEDY, sae, latents)
-    assert [completion for completion, _ in found] == side.transformers.generate(requests, GREEDY)
-    for number in (0, 1, 2):
-        request, (completion, activations) = requests[number], found[number]
-        ids, _ = encode_prompt(side.tokenizer, request.prompt, None, request.prefix)
-        fed = torch.tensor([[*ids, *completion.token_ids[:-1]]])
-        kept: list[torch.Tensor] = []
-        with SteeringHook(side.transformers.model, [request.interventions]) as hook, torch.no_grad():
-            reply = torch.arange(fed.shape[1])[None] >= _reply_start(side, request)
-            hook.set_rows(torch.zeros_like(fed), reply)
-            layer = decoder_layers(side.transformers.model)[sae.layer]
-            handle = layer.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0]))
-            side.transformers.model(fed)
-            handle.remove()
-        torch.testing.assert_close(activations, sae.encode(kept[0])[:, latents], atol=1e-4, rtol=1e-4)
-    with pytest.raises(InputError, match="there is no latent"):
-        side.vllm.read(requests, GREEDY, sae, [sae.n_latents])
+def test_what_is_read_of_replies_is_what_the_transformers_engine_reads(side):
+    """Each row under its own steering, generated ids and given texts, at the SAE's layer and at another one."""
+    sae, requests = side.sae, side.requests(24)
+    replies = [completion.token_ids for completion in side.transformers.generate(requests, GREEDY)]
+    replies[::3] = [" Wait, choose the archer instead."] * len(replies[::3])
+    directions = torch.randn(3, sae.d_model, generator=torch.Generator().manual_seed(0))
+    probes = [Activations(sae, (3, 5, 900)), Projections(0, directions), States(sae.layer), States(0)]
+    found, wanted = (list(engine.read(requests, replies, probes)) for engine in (side.vllm, side.transformers))
+    for values, others in zip(found, wanted, strict=True):
+        for value, other in zip(values, others, strict=True):
+            torch.testing.assert_close(value, other, atol=1e-3, rtol=1e-3)
+    plain = list(side.vllm.read([Request(r.id, r.prompt, None, r.prefix) for r in requests], replies, probes))
+    changed = [not torch.allclose(a[2], b[2], atol=0.1) for a, b in zip(found, plain, strict=True)]
+    assert sum(changed) > 8
+    assert not any(changed[::6])
+    with pytest.raises(InputError, match="there is no layer 99"):
+        list(side.vllm.read(requests, replies, [States(99)]))
 
 
 def test_log_probabilities_are_the_transformers_engines(side):
@@ -322,10 +320,6 @@ def test_log_probabilities_are_the_transformers_engines(side):
     changed = sum(abs(sum(a) - sum(b)) > 0.01 for a, b in zip(found, plain, strict=True))
     assert changed > 8, "the interventions must be at work"
     assert side.vllm.generate(requests, GREEDY) == side.transformers.generate(requests, GREEDY)
-
-
-def _reply_start(side, request: Request) -> int:
-    return encode_prompt(side.tokenizer, request.prompt, None, request.prefix)[1]
 
 
 def test_an_unknown_release_is_refused_with_the_supported_range(side, monkeypatch):

@@ -16,6 +16,7 @@ from esr_train.errors import RunError
 from esr_train.steering.direction_files import load_sae
 from esr_train.steering.directions import Add, Positions
 from esr_train.steering.interventions import Ablate, Intervention
+from esr_train.steering.token_reading import Activations, Projections
 from esr_train.steering.vllm.vllm_engine import VllmEngine
 from esr_train.steering.vllm.vllm_worker import SUPPORTED, SteeringExtension, Wanted, _Steps, packed, unsupported
 
@@ -51,10 +52,10 @@ class Runner:
     def _sample(self, logits: torch.Tensor) -> None:
         pass
 
-    def add(self, name: str, *interventions: Intervention, reply_start: int = 2, read: Any = None) -> None:
+    def add(self, name: str, *interventions: Intervention, reply_start: int = 2, probes: Any = ()) -> None:
         self.requests[name] = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"esr": {"key": name}}))
-        if interventions or read:
-            self.steps.expected[name] = Wanted(reply_start, interventions, read)
+        if interventions or probes:
+            self.steps.expected[name] = Wanted(reply_start, interventions, probes)
 
     def step(self, padding: int = 0, **scheduled: tuple[int, int]) -> list[list[float]]:
         """Run requests, each from a position on for some tokens; what each layer added to each token."""
@@ -98,7 +99,7 @@ def test_packed_tokens_get_their_own_requests_vectors(runner, worker):
     assert second == [0, 0, 0, 7, 7, 7, 0]
     assert runner.step(c=(3, 1), a=(2, 1), b=(1, 1)) == [[5, 2, 0], [7, 0, 0]]
     assert runner.step(c=(4, 1), a=(3, 1), b=(2, 1)) == [[5, 2, 0], [7, 0, 0]]
-    assert worker.esr_take(["a", "b", "c"]) == [("a", [(0, 4)], None, None), ("c", [(0, 3), (1, 5)], None, None)]
+    assert worker.esr_take(["a", "b", "c"]) == [("a", [(0, 4)], None, []), ("c", [(0, 3), (1, 5)], None, [])]
 
 
 def test_chunks_count_once_and_a_preempted_request_counts_from_the_start(runner, worker):
@@ -108,7 +109,7 @@ def test_chunks_count_once_and_a_preempted_request_counts_from_the_start(runner,
     assert runner.step(b=(0, 2), a=(2, 2))[0] == [3, 3, 1, 1]
     runner.step(b=(2, 1))
     assert runner.step(a=(0, 5), b=(3, 1))[0] == [1, 1, 1, 1, 1, 3]
-    assert worker.esr_take(["a", "b"]) == [("a", [(0, 5)], None, None), ("b", [(0, 4)], None, None)]
+    assert worker.esr_take(["a", "b"]) == [("a", [(0, 5)], None, []), ("b", [(0, 4)], None, [])]
 
 
 def test_slots_are_used_again_and_their_old_vectors_are_gone(runner, worker):
@@ -160,14 +161,16 @@ def test_what_is_wanted_passes_between_processes_with_saes_by_name(runner, worke
     saved.save_model(tmp_path / "one")
     sae = load_sae(str(tmp_path), "one")
     table = torch.arange(3.0 * WIDTH).reshape(3, WIDTH)
-    message = packed({"a": Wanted(2, (Add(0, table[1]), Ablate(sae, (3, 5)))), "b": Wanted(1, (), (sae, (4,)))})
+    message = packed(
+        {"a": Wanted(2, (Add(0, table[1]), Ablate(sae, (3, 5)))), "b": Wanted(1, (), (Activations(sae, (4,)),))}
+    )
     assert len(message) < 2000
     assert worker.esr_expect(message) is None
     found = worker.esr.expected
     assert torch.equal(found["a"].interventions[0].vector, table[1])
     assert found["a"].interventions[1].latents == (3, 5)
-    assert found["a"].interventions[1].sae is found["b"].read[0]
-    assert torch.equal(found["b"].read[0].row(4), sae.row(4))
+    assert found["a"].interventions[1].sae is found["b"].probes[0].sae
+    assert torch.equal(found["b"].probes[0].sae.row(4), sae.row(4))
     JumpReLUSAE(saved.cfg).save_model(tmp_path / "one")
     assert "is not the one that was asked for" in extension(Runner()).esr_expect(message)
 
@@ -181,17 +184,21 @@ def test_a_layer_that_returns_something_else_fails_the_request(runner, worker, m
     assert "layer 0: ValueError" in error
 
 
-def test_latents_are_read_behind_the_steering_and_from_the_start_after_a_preemption(runner, worker):
-    sae = SimpleNamespace(layer=0, encode=lambda hidden: hidden * torch.tensor([1.0, 10, 100, 1000]))
-    runner.add("a", add(2.0, positions="generated"), read=(sae, (2, 0)))
+def test_probes_read_behind_the_steering_and_from_the_start_after_a_preemption(runner, worker):
+    encode = lambda hidden: hidden * torch.tensor([1.0, 10, 100, 1000])  # noqa: E731
+    sae = SimpleNamespace(layer=0, encode=encode, check_use=lambda *_: None)
+    directions = torch.tensor([[1.0, 1, 1, 1]])
+    runner.add("a", add(2.0, positions="generated"), probes=(Activations(sae, (2, 0)), Projections(1, directions)))
     runner.add("b", add())
     runner.step(b=(0, 1), a=(0, 2))
     runner.step(a=(0, 3), b=(1, 1))
     runner.step(a=(3, 1), b=(2, 1))
     runner.step(a=(4, 1), b=(3, 1))
     (_, counts, error, read), (_, _, _, nothing) = worker.esr_take(["a", "b"])
-    assert (counts, error, nothing) == ([(0, 3)], None, None)
-    assert read == [[100, 1], [100, 1], [300, 3], [300, 3], [300, 3]]
+    assert (counts, error, nothing) == ([(0, 3)], None, [])
+    latents, projected = (torch.frombuffer(bytearray(data), dtype=torch.float32).view(shape) for shape, data in read)
+    assert latents.tolist() == [[100, 1], [100, 1], [300, 3], [300, 3], [300, 3]]
+    assert projected.tolist() == [[4]] * 5
 
 
 def test_a_step_without_a_placement_is_left_alone(runner, worker):

@@ -5,7 +5,7 @@ others take their places, instead of being computed to the end of the longest re
 known, so that steered tokens can be held against what was asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from esr_train.steering.engine import (
 from esr_train.steering.hook import SteeringHook, steering
 from esr_train.steering.sampling import filled_up, next_tokens, row_seeds
 from esr_train.steering.scoring import Text, score_texts
+from esr_train.steering.token_reading import Probe, Reply, read_with_hooks
 from esr_train.template import stop_ids
 
 
@@ -105,6 +106,12 @@ class TransformersEngine:
         texts = [Text(index, each, *encoded_with(self.tokenizer, each, text)) for index, (each, text) in pairs]
         values = score_texts(self.model, texts, self.batch_rows)
         return [values[index] for index in range(len(texts))]
+
+    def read(
+        self, requests: Sequence[Request], replies: Sequence[Reply], probes: Sequence[Probe]
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        """See `Reader.read`; what is read stays on the model's device, `batch_rows` replies at a time."""
+        return read_with_hooks(self.model, self.tokenizer, requests, replies, probes, self.batch_rows)
 
     def _run(self, rows: Sequence[_Row], decoder: "_Decoder", progress: Progress | None) -> None:
         """Let every row generate to its end; others take the places of those that have ended, some at a time."""

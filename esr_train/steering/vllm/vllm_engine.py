@@ -19,7 +19,6 @@ from esr_train.adapters import check_adapter
 from esr_train.errors import InputError, RunError
 from esr_train.models import model_source
 from esr_train.recipe import ModelSection
-from esr_train.steering.directions import LoadedSae
 from esr_train.steering.engine import (
     Completion,
     Encoding,
@@ -31,8 +30,9 @@ from esr_train.steering.engine import (
     encoded_with,
 )
 from esr_train.steering.interventions import check_intervention
+from esr_train.steering.token_reading import Probe, Reply, check_probe, with_reply
 from esr_train.steering.vllm.vllm_server import LORA_MODULES, NOT_SERVED, VllmServer
-from esr_train.steering.vllm.vllm_worker import KEY, Report, Wanted, packed
+from esr_train.steering.vllm.vllm_worker import KEY, ReadValues, Report, Wanted, packed
 from esr_train.template import stop_ids
 
 
@@ -47,10 +47,10 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What has come of a request: activations [tokens][latents], and token -> log-probability at each prompt token."""
+    """What has come of a request: what each probe read, and token -> log-probability at each prompt token."""
 
     completion: Completion
-    activations: list[list[float]] | None
+    read: Sequence[ReadValues]
     prompt: list[Any] | None
 
 
@@ -111,27 +111,20 @@ class VllmEngine:
         return [_scored(answer, whole.ids[-tail:]) for answer, (whole, tail) in zip(answers, wholes, strict=True)]
 
     def read(
-        self, requests: Sequence[Request], sampling: Sampling, sae: LoadedSae, latents: Sequence[int]
-    ) -> list[tuple[Completion, torch.Tensor]]:
-        """As `generate`, and what some latents said meanwhile: for relevance filters and monitors.
-
-        Args:
-            requests: each under its own interventions; what is read has passed those of the SAE's layer.
-            sampling: the same for all.
-            sae: whose encoder reads.
-            latents: indices in the SAE's dictionary.
-
-        Returns:
-            For each request the completion and activations [tokens, latents] float32 of every token that was fed:
-            the prompt, the prefix and the generated tokens but the last.
-
-        Raises:
-            InputError: a latent that the SAE does not have; else as `generate`.
-            RunError: as `generate`, and if a token was not read.
-        """
-        sae.check_use("read", tuple(latents))
-        rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
-        return [_read(answer) for answer in self._answers(rows, sampling, read=(sae, tuple(latents)))]
+        self, requests: Sequence[Request], replies: Sequence[Reply], probes: Sequence[Probe]
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        """See `Reader.read`; what is read is on the CPU, as many replies at a time as vLLM runs at once."""
+        config = self.server.config
+        for probe in probes:
+            check_probe(probe, int(config.num_hidden_layers), int(config.hidden_size))
+        at_once = self.server.rows
+        for start in range(0, len(requests), at_once):
+            batch = requests[start : start + at_once]
+            pairs = zip(batch, replies[start : start + at_once], strict=True)
+            texts = [with_reply(self.tokenizer, request, reply) for request, reply in pairs]
+            rows = self._rows(batch, [whole for whole, _ in texts])
+            answers = self._answers(rows, _ONE_TOKEN, probes=tuple(probes))
+            yield from (_read(answer, tail) for answer, (_, tail) in zip(answers, texts, strict=True))
 
     def _rows(self, requests: Sequence[Request], prompts: Sequence[Encoding]) -> list[_Row]:
         call = next(self._calls)
@@ -142,7 +135,7 @@ class VllmEngine:
         rows: Sequence[_Row],
         sampling: Sampling,
         progress: Progress | None = None,
-        read: tuple[LoadedSae, tuple[int, ...]] | None = None,
+        probes: tuple[Probe, ...] = (),
         scored: bool = False,
     ) -> list[_Answer]:
         """What comes of the rows; `scored`: with the log-probabilities of the prompts' tokens."""
@@ -151,9 +144,9 @@ class VllmEngine:
         if not rows:
             return []
         wanted = {
-            row.key: Wanted(row.prompt.reply_start, row.request.interventions, read)
+            row.key: Wanted(row.prompt.reply_start, row.request.interventions, probes)
             for row in rows
-            if row.request.interventions or read
+            if row.request.interventions or probes
         }
         with self.server.watched():
             problems = self.server.llm.collective_rpc("esr_expect", args=(packed(wanted),))
@@ -205,10 +198,10 @@ class VllmEngine:
         if not errors and any(other != counts[0] for other in counts[1:]):
             raise RunError("the ranks of the tensor-parallel model did not steer the same tokens")
         reports = {key: (key, steered, errors.get(key), read) for key, steered, _, read in ranks[0]}
-        return {key: (key, [], error, None) for key, error in errors.items()} | reports
+        return {key: (key, [], error, []) for key, error in errors.items()} | reports
 
     def _answer(self, row: _Row, output: Any, report: Report | None) -> _Answer:
-        _, _, error, activations = report or (row.key, [], None, None)
+        _, _, error, read = report or (row.key, [], None, [])
         if error:
             raise RunError(f"request {row.request.id!r} {error}. The completion is not a valid trial.")
         reply = output.outputs[0]
@@ -216,7 +209,7 @@ class VllmEngine:
         counts = {} if report is None else _counts(report)
         generated = list(reply.token_ids)
         completion = checked_completion(self.tokenizer, row.request, row.prompt, generated, finish, counts)
-        return _Answer(completion, activations, output.prompt_logprobs)
+        return _Answer(completion, read, output.prompt_logprobs)
 
 
 def _stops(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -259,13 +252,14 @@ def _finished(engine: Any, progress: Progress | None) -> Iterator[tuple[str, Any
             yield output.request_id, output
 
 
-def _read(answer: _Answer) -> tuple[Completion, torch.Tensor]:
-    """A completion and the activations at every token that was fed."""
-    completion, activations = answer.completion, answer.activations or []
-    fed = completion.prompt_tokens + len(completion.token_ids) - 1
-    if len(activations) != fed:
-        raise RunError(f"request {completion.id!r}: {len(activations)} tokens were read, {fed} were fed")
-    return completion, torch.tensor(activations)
+def _read(answer: _Answer, tail: int) -> tuple[torch.Tensor, ...]:
+    """What every probe read at the last `tail` tokens of a prompt."""
+    completion = answer.completion
+    found = tuple(torch.frombuffer(bytearray(data), dtype=torch.float32).view(*shape) for shape, data in answer.read)
+    if any(len(values) != completion.prompt_tokens for values in found):
+        tokens = [len(values) for values in found]
+        raise RunError(f"request {completion.id!r}: {tokens} tokens were read, {completion.prompt_tokens} were fed")
+    return tuple(values[-tail:] for values in found)
 
 
 def _scored(answer: _Answer, tokens: Sequence[int]) -> tuple[float, ...]:

@@ -30,17 +30,20 @@ import torch
 
 from esr_train.errors import InputError
 from esr_train.steering.direction_files import load_sae
-from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
+from esr_train.steering.directions import LoadedSae
 from esr_train.steering.interventions import Intervention, layer_of
 from esr_train.steering.layer_edits import Layer, TokenRows
+from esr_train.steering.token_reading import Probe
 from esr_train.transcript import SaeRef
 
 KEY = "esr"
 SUPPORTED = ">=0.32,<0.33"
 """Releases of vLLM on which the extension was held against the transformers engine."""
 FAMILIES = ("LlamaForCausalLM", "Gemma2ForCausalLM")
-Report = tuple[str, list[tuple[int, int]], str | None, list[list[float]] | None]
-"""A request's key, (layer, steered tokens) pairs, what went wrong, and its activations [positions][latents]."""
+ReadValues = tuple[tuple[int, int], bytes]
+"""What a probe read: its shape [tokens fed, width], and the float32 values, which are many."""
+Report = tuple[str, list[tuple[int, int]], str | None, list[ReadValues]]
+"""A request's key, (layer, steered tokens) pairs, what went wrong, and what each of its probes read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +53,12 @@ class Wanted:
     Args:
         reply_start: the index of the first token that belongs to the reply.
         interventions: applied in order.
-        read: an SAE and the latents whose activations are read at every token; None: nothing is read.
+        probes: what is read at every token.
     """
 
     reply_start: int
     interventions: tuple[Intervention, ...]
-    read: tuple[LoadedSae, tuple[int, ...]] | None = None
+    probes: tuple[Probe, ...] = ()
 
 
 def packed(wanted: dict[str, Wanted]) -> bytes:
@@ -157,13 +160,14 @@ class _Running:
     row: int
     wanted: Wanted
     layers: dict[int, list[Intervention]] = field(default_factory=dict)
-    activations: list[torch.Tensor] = field(default_factory=list)
+    read: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """By the probe's number, in pieces."""
     error: str | None = None
 
     @property
-    def reads_at(self) -> int | None:
-        """The layer at which it is read."""
-        return None if self.wanted.read is None else self.wanted.read[0].layer
+    def reads_at(self) -> set[int]:
+        """The layers at which it is read."""
+        return {probe.layer for probe in self.wanted.probes}
 
     def fail(self, message: str) -> None:
         """Keep what went wrong first."""
@@ -268,7 +272,7 @@ class _Steps:
             running = by_row[row]
             if start:
                 running.fail(f"vLLM went on at token {start}, which is not where it had stopped")
-            running.activations.clear()
+            running.read.clear()
             for number in running.layers:
                 self._layers[number].restart(row)
 
@@ -295,8 +299,8 @@ class _Steps:
                 running.layers.setdefault(layer_of(intervention), []).append(intervention)
             for number, interventions in running.layers.items():
                 self._layer(number).assign(running.row, interventions)
-            if running.reads_at is not None:
-                self._layer(running.reads_at)
+            for number in running.reads_at:
+                self._layer(number)
         except Exception as error:
             running.fail(f"its interventions could not be set up: {error!r}")
 
@@ -314,10 +318,10 @@ class _Steps:
             hidden, residual = output
             steered = layer.steer(hidden, residual)
             for running, first, last in self._readers(layer.number):
-                self._read(running, steered[first:last].float() + residual[first:last].float())
+                _read(running, layer.number, steered[first:last].float() + residual[first:last].float())
         except Exception as error:
             for running in self._running.values():
-                if layer.number in (*running.layers, running.reads_at):
+                if layer.number in {*running.layers, *running.reads_at}:
                     running.fail(f"layer {layer.number}: {error!r}")
             return None
         return steered, residual
@@ -326,13 +330,8 @@ class _Steps:
         """Who reads at a layer, and from which to which of the step's tokens."""
         for name, first, last in zip(self._names, self._bounds, self._bounds[1:], strict=False):
             running = self._running.get(name)
-            if running is not None and running.reads_at == layer:
+            if running is not None and layer in running.reads_at:
                 yield running, int(first), int(last)
-
-    def _read(self, running: _Running, states: torch.Tensor) -> None:
-        assert running.wanted.read is not None
-        sae, latents = running.wanted.read
-        running.activations += [sae.encode(piece)[:, list(latents)] for piece in states.split(ENCODED_AT_ONCE)]
 
     def _retire(self, name: str) -> None:
         running = self._running.pop(name)
@@ -362,7 +361,7 @@ class _Steps:
         for key in keys:
             running, counts = done.get(key, (None, {}))
             error = "got logits that are not finite" if key in broken else running.error if running else None
-            read = torch.cat(running.activations).tolist() if running and running.activations else None
+            read = [_values(running.read[number]) for number in sorted(running.read)] if running else []
             if running or error:
                 reports.append((key, [(layer, next(numbers)) for layer in counts], error, read))
         return reports
@@ -373,3 +372,16 @@ class _Steps:
         keys = [key for step, _ in steps for key in step]
         finite = torch.cat([values for _, values in steps]).tolist() if steps else []
         return {key for key, value in zip(keys, finite, strict=True) if not value}
+
+
+def _read(running: _Running, layer: int, states: torch.Tensor) -> None:
+    """Read a request's next tokens with the probes at a layer; states are [tokens, d_model] float32."""
+    for number, probe in enumerate(running.wanted.probes):
+        if probe.layer == layer:
+            # A copy: what is read may be the states themselves, which the next layers change.
+            running.read.setdefault(number, []).append(probe.of(states).clone())
+
+
+def _values(pieces: list[torch.Tensor]) -> ReadValues:
+    whole = torch.cat(pieces).float().cpu()
+    return (whole.shape[0], whole.shape[1]), whole.numpy().tobytes()
