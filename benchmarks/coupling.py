@@ -60,11 +60,10 @@ def pushed_logits(folder: str) -> dict[float, tuple[Any, Any]]:
         found = []
         for number, text in enumerate(texts):
             vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(number))
-            with (
-                steering(model, [(Add(LAYER, push * norm * vector / vector.norm()),) if push else ()]),
-                torch.no_grad(),
-            ):
-                found.append(model(torch.tensor([text])).logits[0, -1].float())
+            add, ids = Add(LAYER, push * norm * vector / vector.norm()), torch.tensor([text])
+            with steering(model, [(add,) if push else ()]) as hook, torch.no_grad():
+                hook.set_rows(torch.zeros_like(ids))
+                found.append(model(ids).logits[0, -1].float())
         return torch.stack(found)
 
     plain = logits(0.0)

@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a model")
     parser.add_argument("--before", type=Path, help="another checkout of the project")
-    parser.add_argument("--rows", type=int, nargs="+", default=[48])
+    parser.add_argument("--rows", type=int, nargs="+", default=[48], help="the other tree takes the first number")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens of every row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
@@ -106,7 +106,7 @@ def variants(options: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any]
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for rows in options.rows:
         asked = {"rows": rows, "tokens": options.tokens}
-        trees = ["now", *(["before"] if options.before else [])]
+        trees = ["now", *(["before"] if options.before and rows == options.rows[0] else [])]
         for tree in trees:
             found[f"{tree}, {rows} rows, sampled, steered"] = tree, {**asked, "temperature": 0.6, "steered": True}
             found[f"{tree}, {rows} rows, greedy, steered"] = tree, {**asked, "temperature": 0.0, "steered": True}
@@ -136,10 +136,10 @@ def table(options: argparse.Namespace) -> str:
         shares = [statistics.median(base[clock] / own[clock] for base, own in pairs) for clock in (0, 1)]
         rate = 1 / statistics.median(clock for clock, _ in spent)
         lines.append(f"| {name} | {rate:,.0f} | {shares[0]:.3f} | {shares[1]:.3f} |")
-    for rows in options.rows if options.before else ():
-        name = f"{rows} rows, greedy, steered"
+    if options.before:
+        name = f"{options.rows[0]} rows, greedy, steered"
         same = sum(a == b for a, b in zip(made[f"now, {name}"], made[f"before, {name}"], strict=True))
-        lines.append(f"\n{same} of {rows} greedy rows have the tokens that the other tree gives them.")
+        lines.append(f"\n{same} of {options.rows[0]} greedy rows have the tokens that the other tree gives them.")
     return "\n".join(lines)
 
 

@@ -239,7 +239,7 @@ def _labels(options: argparse.Namespace) -> None:
     with open_resources(recipe) as resources:
         model, tokenizer, sae = resources.base_model(), resources.tokenizer(), resources.sae()
         check_fits(sae, model)
-        rows = recipe.engine.batch_rows
+        rows = recipe.engine.chunk()
         labels = label_latents(model, tokenizer, sae, texts, options.latents, recipe.seed, rows)
     if options.namer:
         writer = open_writer(recipe, options.out.with_suffix(LEDGER), None, options.namer, temperature=0.0)

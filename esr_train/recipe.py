@@ -241,15 +241,25 @@ class SamplingSection(Section):
     repetition_penalty: Positive = Field(1.0, description="1: none")
 
 
+CHUNK = 128
+"""Rows that are handed over, read or saved at once where their number is not given."""
+
+
 class EngineSection(Section):
     """What generates, and how many rows at once."""
 
     kind: Literal["transformers", "vllm"] = Field("transformers", description="what generates")
-    batch_rows: AtLeastOne = Field(32, description="rows generated at once")
+    batch_rows: AtLeastOne | None = Field(
+        None, description="rows generated at once; none: as many as memory and measured speed allow"
+    )
     tensor_parallel: AtLeastOne = Field(1, description="vllm: accelerators that share the model")
     positions: Literal["all", "generated"] = Field(
         "all", description="which tokens are steered, in generation, calibration and training"
     )
+
+    def chunk(self) -> int:
+        """Rows that are handed over, read or saved at once."""
+        return self.batch_rows or CHUNK
 
 
 class CalibrationSection(Section):

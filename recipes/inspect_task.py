@@ -41,4 +41,4 @@ def steering(recipe: str, arm: str = "base", condition: str = "steered") -> Task
                 raise InputError(f"there is no condition {condition!r} here", "condition", f"Take one of {names}.")
             # The plan may need the base model; the arm's own engine takes its place afterwards.
             plan = run.plan(measured[condition])
-            return cells_task(run.arm(), condition, plan, rows=read.engine.batch_rows)
+            return cells_task(run.arm(), condition, plan, rows=read.engine.chunk())

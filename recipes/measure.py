@@ -126,7 +126,7 @@ class ArmRun:
                     plan,
                     self.store,
                     readings=self._readings(measured, arm),
-                    chunk_rows=experiment.recipe.engine.batch_rows,
+                    chunk_rows=experiment.recipe.engine.chunk(),
                     observer=bar,
                     ranks=ranks,
                 )

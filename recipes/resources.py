@@ -56,7 +56,7 @@ class Servers:
             engine = self.recipe.engine
             self._tested[model.path] = VllmServer(
                 model,
-                rows=engine.batch_rows,
+                rows=engine.chunk(),
                 tensor_parallel=engine.tensor_parallel,
                 lora_rank=self._rank() if model.path == self.recipe.model.path else 0,
                 memory=self._memory,

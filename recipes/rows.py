@@ -63,7 +63,7 @@ def _generate(
     path = experiment.directory / f"{stem}.jsonl"
     # A writer is paid for each answer, so one process asks it, and not for many more rows than wanted.
     ranks = ALONE if writer else experiment.ranks
-    chunk = min(section.rows, 2 * experiment.recipe.llm.concurrency) if writer else experiment.recipe.engine.batch_rows
+    chunk = min(section.rows, 2 * experiment.recipe.llm.concurrency) if writer else experiment.recipe.engine.chunk()
 
     def work() -> None:
         meter = Meter()

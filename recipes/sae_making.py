@@ -80,7 +80,7 @@ def make_sae(recipe: Recipe, asked: Wanted) -> Quality:
         model, tokenizer = resources.base_model(), resources.tokenizer()
         check_layer(model, asked.layer, "--layer")
         texts = to_read(tokenizer, replies, plain, recipe.seed)
-        rows = recipe.engine.batch_rows
+        rows = recipe.engine.chunk()
         states = read_states(model, tokenizer, texts, asked.layer, asked.tokens, rows, asked.out.parent)
         settings = SaeSettings(asked.layer, asked.width, asked.active, recipe.seed, recipe.model.path)
         trained = fit(states, settings, str(model.device))
@@ -104,7 +104,7 @@ def _replies(resources: Resources, asked: Wanted) -> list[Reply]:
     model = model_hashes(recipe.model)
     # Some are held out, and a text is read up to its end.
     wanted = asked.tokens * 11 // 10
-    rows = recipe.engine.batch_rows
+    rows = recipe.engine.chunk()
     return sample_replies(
         resources.base(), resources.tokenizer(), model, prompts, sampling, wanted, asked.replies, rows
     )
@@ -151,7 +151,7 @@ def label_sae(recipe: Recipe, texts: Path, column: str, latents: int | None, out
         pools, sae, tokenizer = resources.prompts(), resources.sae(), resources.tokenizer()
         rows = [(str(row[column]), _topic(where, row)) for where, row in read_rows(texts, column)]
         subjects = [row for row in rows if row[1] not in pools.topics]
-        model, at_once = resources.base_model(), recipe.engine.batch_rows
+        model, at_once = resources.base_model(), recipe.engine.chunk()
         check_fits(sae, model)
         active = active_latents(model, tokenizer, sae, resources.rendered(pools.all_prompts), at_once)
         found = find_candidates(model, tokenizer, sae, subjects, active, latents or CANDIDATES, at_once)

@@ -174,7 +174,7 @@ def _active_on_prompts(experiment: Experiment) -> tuple[frozenset[int], list[str
     if sae.not_encoded:
         return frozenset(), [f"latents that are active on a prompt are not left out: {sae.not_encoded}"]
     texts = resources.rendered(pools.all_prompts)
-    mask = active_latents(resources.base_model(), resources.tokenizer(), sae, texts, recipe.engine.batch_rows)
+    mask = active_latents(resources.base_model(), resources.tokenizer(), sae, texts, recipe.engine.chunk())
     return frozenset(mask.nonzero().flatten().tolist()), []
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MakeProbe = Callable[[Any, Any], "Probe"]
 """What the trainer is given: makes the probe from the model in training and its tokenizer."""
+PROBED_AT_ONCE = 32
+"""Rows, where the recipe gives no number: a training fills the memory that they could have."""
 
 
 def calibrated_probe(recipe: Recipe, directory: Path) -> MakeProbe:
@@ -56,7 +58,7 @@ def calibrated_probe(recipe: Recipe, directory: Path) -> MakeProbe:
     cells = make_cells(resources.prompts().validation, list(directions.values()), section.trials, recipe.seed)
     norms = {latent.direction.latent: latent.threshold for latent in latents}
     steerer = Steerer(directions, norms, recipe.engine.positions)
-    return probing(resources.judge(), cells, steerer, resources.sampling(), recipe.engine.batch_rows)
+    return probing(resources.judge(), cells, steerer, resources.sampling(), recipe.engine.batch_rows or PROBED_AT_ONCE)
 
 
 def probing(judge: Judge, cells: Sequence[Cell], steerer: Steerer, sampling: Sampling, batch_rows: int) -> MakeProbe:

@@ -70,13 +70,13 @@ def make(recipe: Recipe, wanted: Wanted) -> list[str]:
 def _of_subjects(resources: Resources, subjects: Sequence[str], layer: int) -> MadeVectors:
     recipe, tokenizer = resources.recipe, resources.tokenizer()
     replies = own_replies(resources.base(), tokenizer, subjects, resources.sampling(), recipe.seed)
-    return vectors_of_replies(resources.base_model(), tokenizer, replies, layer, recipe.engine.batch_rows)
+    return vectors_of_replies(resources.base_model(), tokenizer, replies, layer, recipe.engine.chunk())
 
 
 def _between(resources: Resources, wanted: Wanted, layer: int) -> MadeVectors:
     positive, negative = required(wanted.positive, "--positive"), required(wanted.negative, "--negative")
     texts = _lines(positive, "--positive"), _lines(negative, "--negative")
-    model, rows = resources.base_model(), resources.recipe.engine.batch_rows
+    model, rows = resources.base_model(), resources.recipe.engine.chunk()
     vector = difference_of_means(
         model, resources.tokenizer(), *texts, layer, label=positive.stem, method=wanted.method, rows=rows
     )

@@ -17,6 +17,10 @@ from esr_train.models import bare_model
 
 ROOM = 64
 """Positions by which the memory for keys and values grows."""
+TOKENS_AT_ONCE = {"cpu": 1024}
+"""Tokens of prompts or texts that one pass reads, by device. On a CPU the activations of more leave its caches and the
+memory that malloc keeps, which costs a third of the time; elsewhere `READ_ELSEWHERE`."""
+READ_ELSEWHERE = 16384
 _GROUPED = "esr_grouped"
 _FAMILIES = ("llama", "gemma2")
 """Model types whose attention `grouped_attention` computes."""
@@ -26,11 +30,14 @@ class KeyValues(DynamicLayer):
     """One decoder layer's keys and values [rows, heads, positions, head_dim]: views of memory that has room for more.
 
     All positions of all rows are kept: where a model's window is shorter, its mask says so.
+
+    Args:
+        most: rows that there will be at most, if there may be more than at first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 0) -> None:
         super().__init__()
-        self._rows = self._start = self._stop = 0
+        self._most, self._rows, self._start, self._stop = most, 0, 0, 0
         self._memory: list[torch.Tensor] = []
 
     def update(
@@ -69,7 +76,7 @@ class KeyValues(DynamicLayer):
 
     def _new(self, like: torch.Tensor, length: int) -> torch.Tensor:
         rows, heads, _, width = like.shape
-        return like.new_empty(rows, heads, length + ROOM, width)
+        return like.new_empty(max(rows, self._most), heads, length + ROOM, width)
 
     def _grow(self, more: int) -> None:
         length = self._stop - self._start
@@ -87,12 +94,13 @@ class KeyValueCache(DynamicCache):
 
     Args:
         model: in any wrapper.
+        most: rows that there will be at most, if there may be more than at first.
 
     Raises:
         InputError: for a model that keeps something else.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, most: int = 0) -> None:
         super().__init__(config=bare_model(model).config)
         for layer in self.layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -102,7 +110,7 @@ class KeyValueCache(DynamicCache):
                     "model.path",
                     "Use a causal language model of the Llama or Gemma-2 family.",
                 )
-        self.memories = [KeyValues() for _ in self.layers]
+        self.memories = [KeyValues(most) for _ in self.layers]
         self.layers = list(self.memories)
 
     def keep(self, holes: Sequence[int], movers: Sequence[int], rows: int, first: int) -> None:
@@ -114,6 +122,11 @@ class KeyValueCache(DynamicCache):
         """Put another one's rows behind these; both end at the same position, and the other one is no longer."""
         for memory, those in zip(self.memories, other.memories, strict=True):
             memory.add(those)
+
+
+def rows_at_once(model: Any, width: int) -> int:
+    """How many rows of `width` tokens one pass should read."""
+    return max(1, TOKENS_AT_ONCE.get(next(model.parameters()).device.type, READ_ELSEWHERE) // max(1, width))
 
 
 def grouped_attention(

@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from esr_train.models import bare_model
+from esr_train.steering.decoding import rows_at_once
 from esr_train.steering.engine import Encoding, Request, check_steered, not_finite
 from esr_train.steering.hook import steering
 
@@ -84,25 +85,26 @@ def score_texts(model: Any, texts: Sequence[Text], batch_rows: int) -> dict[int,
     # Longest first: the batch that needs most memory fails at once, not at the end.
     ordered = sorted(groups.values(), key=lambda group: -len(group[0].beginning))
     found: dict[int, tuple[float, ...]] = {}
-    for start in range(0, len(ordered), batch_rows):
-        those = ordered[start : start + batch_rows]
+    while ordered:
+        count = min(batch_rows, rows_at_once(model, len(ordered[0][0].beginning)))
+        those, ordered = ordered[:count], ordered[count:]
         read = _read_beginnings(model, [group[0] for group in those])
         rows = [(number, text) for number, group in enumerate(those) for text in group]
-        for batch in _batches(rows, batch_rows, read.following.shape[-1]):
+        for batch in _batches(rows, batch_rows, model, read.following.shape[-1]):
             found |= _score_tails(model, read, batch)
     return found
 
 
-def _batches(rows: Sequence[tuple[int, Text]], most: int, vocabulary: int) -> Iterator[list[tuple[int, Text]]]:
-    """Batches of tails of like lengths, each within `most` rows and the logits that may be computed at once."""
-    batch: list[tuple[int, Text]] = []
-    for row in sorted(rows, key=lambda row: -row[1].tail):
-        if batch and (len(batch) == most or (len(batch) + 1) * batch[0][1].tail * vocabulary > LOGITS):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _batches(
+    rows: Sequence[tuple[int, Text]], most: int, model: Any, vocabulary: int
+) -> Iterator[list[tuple[int, Text]]]:
+    """Batches of tails of like lengths, each within `most` rows and what may be read and computed at once."""
+    left = sorted(rows, key=lambda row: -row[1].tail)
+    while left:
+        tail = left[0][1].tail
+        count = max(1, min(most, rows_at_once(model, tail), LOGITS // (tail * vocabulary)))
+        yield left[:count]
+        left = left[count:]
 
 
 def _read_beginnings(model: Any, texts: Sequence[Text]) -> _Beginnings:

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from esr_train.models import bare_model
-from esr_train.steering.decoding import KeyValueCache, one_token_each
+from esr_train.steering.batch_size import SIZES, choose_rows
+from esr_train.steering.decoding import KeyValueCache, one_token_each, rows_at_once
 from esr_train.steering.engine import (
     Completion,
     Encoding,
@@ -30,6 +31,9 @@ from esr_train.steering.sampling import filled_up, next_tokens, row_seeds
 from esr_train.steering.scoring import Text, score_texts
 from esr_train.steering.token_reading import Probe, Reply, read_with_hooks
 from esr_train.template import stop_ids
+
+READ_AT_ONCE = 32
+"""Texts that are scored or read at once where the number of rows is not given."""
 
 
 @dataclass
@@ -49,13 +53,15 @@ class TransformersEngine:
     Args:
         model: Llama or Gemma-2, a PEFT model of one, in any wrapper that lets `model(...)` run alone.
         tokenizer: the model's.
-        batch_rows: most rows that run at once. The longest prompts come first; others follow as rows end.
+        batch_rows: most rows that run at once. The longest prompts come first; others follow as rows end. None: as
+            many as memory and measured speed allow (see `batch_size`).
     """
 
     name = "transformers"
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_rows: int = 32) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_rows: int | None = 32) -> None:
         self.model, self.tokenizer, self.batch_rows = model, tokenizer, batch_rows
+        self._chosen: dict[int, int] = {}
         self._stop_ids = stop_ids(tokenizer, bare_model(model).generation_config)
 
     @torch.no_grad()
@@ -77,7 +83,8 @@ class TransformersEngine:
         # Longest first: what needs most memory fails at once, not at the end; and no later prompt is wider than a row.
         rows.sort(key=lambda row: -len(row.prompt.ids))
         with steering(self.model, [row.request.interventions for row in rows]) as hook:
-            self._run(rows, _Decoder(self.model, sampling, hook, self._stop_ids), progress)
+            at_once = self._rows_at_once(rows, sampling.max_new_tokens)
+            _run(rows, _Decoder(self.model, sampling, hook, self._stop_ids), at_once, progress)
             counts = hook.counts()
         completions = {
             row.index: checked_completion(
@@ -104,32 +111,41 @@ class TransformersEngine:
         """
         pairs = enumerate(zip(requests, continuations, strict=True))
         texts = [Text(index, each, *encoded_with(self.tokenizer, each, text)) for index, (each, text) in pairs]
-        values = score_texts(self.model, texts, self.batch_rows)
+        values = score_texts(self.model, texts, self.batch_rows or READ_AT_ONCE)
         return [values[index] for index in range(len(texts))]
 
     def read(
         self, requests: Sequence[Request], replies: Sequence[Reply], probes: Sequence[Probe]
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """See `Reader.read`; what is read stays on the model's device, `batch_rows` replies at a time."""
-        return read_with_hooks(self.model, self.tokenizer, requests, replies, probes, self.batch_rows)
+        return read_with_hooks(self.model, self.tokenizer, requests, replies, probes, self.batch_rows or READ_AT_ONCE)
 
-    def _run(self, rows: Sequence[_Row], decoder: "_Decoder", progress: Progress | None) -> None:
-        """Let every row generate to its end; others take the places of those that have ended, some at a time."""
-        waiting, running = list(enumerate(rows)), None
-        at_once = max(1, self.batch_rows // 8)
-        while waiting or running:
-            free = min(self.batch_rows - len(running.rows) if running else self.batch_rows, len(waiting))
-            if free and (running is None or free >= min(at_once, len(waiting))):
-                drawn = decoder.read(waiting[:free])
-                waiting = waiting[free:]
-                ended, going = decoder.take(drawn)
-                running = going if running is None else running.joined(going)
-            else:
-                assert running is not None
-                decoder.step(running)
-                ended, running = decoder.take(running)
-            if ended and progress:
-                progress(len(ended), sum(len(row.generated) for row in ended))
+    def _rows_at_once(self, rows: Sequence[_Row], max_new_tokens: int) -> int:
+        if self.batch_rows or len(rows) <= SIZES[0]:
+            return self.batch_rows or len(rows)
+        # Up to a power of two: requests of about the same length are measured once.
+        positions = 1 << (len(rows[0].prompt.ids) + max_new_tokens - 1).bit_length()
+        if positions not in self._chosen:
+            self._chosen[positions] = choose_rows(self.model, positions)
+        return self._chosen[positions]
+
+
+def _run(rows: Sequence[_Row], decoder: "_Decoder", batch_rows: int, progress: Progress | None) -> None:
+    """Let every row generate to its end; others take the places of those that have ended, some at a time."""
+    waiting, running = list(enumerate(rows)), None
+    at_once = max(1, batch_rows // 8)
+    while waiting or running:
+        free = min(batch_rows - len(running.rows) if running else batch_rows, len(waiting))
+        if free and (running is None or free >= min(at_once, len(waiting))):
+            # The cache that others join has room for all.
+            ended, running = decoder.read(waiting[:free], running, batch_rows)
+            waiting = waiting[free:]
+        else:
+            assert running is not None
+            decoder.step(running)
+            ended, running = decoder.take(running)
+        if ended and progress:
+            progress(len(ended), sum(len(row.generated) for row in ended))
 
 
 @dataclass(frozen=True)
@@ -199,8 +215,28 @@ class _Decoder:
     hook: SteeringHook
     stops: frozenset[int]
 
-    def read(self, numbered: Sequence[tuple[int, _Row]]) -> _Running:
-        """Read the prompts of rows, given with their numbers in the hook, and draw their first tokens."""
+    def read(
+        self, numbered: Sequence[tuple[int, _Row]], running: _Running | None, most: int
+    ) -> tuple[list[_Row], _Running | None]:
+        """Read the prompts of rows, given with their numbers in the hook, and draw their first tokens.
+
+        Args:
+            numbered: the rows, longest prompts first.
+            running: those that are generating already; the others come behind them.
+            most: rows there will ever be at once.
+
+        Returns:
+            Rows that have ended with their first token, and what is running.
+        """
+        ended: list[_Row] = []
+        pieces = rows_at_once(self.model, len(numbered[0][1].prompt.ids))
+        for start in range(0, len(numbered), pieces):
+            short, going = self.take(self._read(numbered[start : start + pieces], 0 if running else most))
+            ended += short
+            running = going if running is None else running.joined(going)
+        return ended, running
+
+    def _read(self, numbered: Sequence[tuple[int, _Row]], most: int) -> _Running:
         rows, device = [row for _, row in numbered], next(self.model.parameters()).device
         width = max(len(row.prompt.ids) for row in rows)
         pads = [width - len(row.prompt.ids) for row in rows]
@@ -211,7 +247,7 @@ class _Decoder:
         column = torch.arange(width, device=device)
         real, position = column >= pad[:, None], (column - pad[:, None]).clamp(min=0)
         self.hook.set_rows(torch.where(real, number[:, None], -1), column >= start[:, None])
-        seed, cache = row_seeds([row.request.seed for row in rows], device), KeyValueCache(self.model)
+        seed, cache = row_seeds([row.request.seed for row in rows], device), KeyValueCache(self.model, most)
         zero = torch.zeros_like(seed)
         running = _Running(rows, _Tensors(number, seed, zero, position[:, -1] + 1, pad, zero), cache)
         self._feed(running, torch.tensor(padded, device=device), real.long(), position)
