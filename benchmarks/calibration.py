@@ -1,4 +1,4 @@
-"""What early stopping saves in calibration: error against responses, on latents whose thresholds are known.
+"""What a threshold costs: error and interval against responses, on latents whose thresholds are known.
 
     python benchmarks/calibration.py > benchmarks/results/calibration.md
 
@@ -7,62 +7,92 @@ responses are drawn from a beta distribution around it, mostly near 0 or 100. Th
 """
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from eval.calibration import GRID_POINTS, PRIOR_WIDTH, quantile, still_wide, updated
+from eval.calibration import GRID_POINTS, flat_prior, pooled_prior, quantile, still_wide, updated, weighted
 
-LATENTS, PROMPTS, TARGET, BOUNDS = 1000, 4, 30.0, (0.1, 2.0)
-FIXED = (6, 8, 10, 12, 15, 20)
-STOPPED = ((10, 0.4), (10, 0.3), (15, 0.4), (15, 0.3), (20, 0.4), (20, 0.3))
+LATENTS, TARGET, SEEDS = 96, 30.0, 8
+World = Callable[[np.random.Generator], np.ndarray]
+WORLDS: dict[str, tuple[World, tuple[float, float]]] = {
+    "alike: 0.36, log spread 0.17 (as on SmolLM2)": (
+        lambda rng: np.exp(rng.normal(np.log(0.36), 0.17, LATENTS)),
+        (0.1, 1.5),
+    ),
+    "wide: 0.4 to 1.3": (lambda rng: rng.uniform(0.4, 1.3, LATENTS), (0.1, 2.0)),
+    "two kinds: 0.35 or 0.9": (
+        lambda rng: rng.choice([0.35, 0.9], LATENTS) * np.exp(rng.normal(0, 0.1, LATENTS)),
+        (0.1, 1.5),
+    ),
+}
 
 
-def world(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Thresholds 0.4-1.3 and slopes 0.02-0.2 residual norms (log-uniform), [latents] each."""
-    return rng.uniform(0.4, 1.3, LATENTS), np.exp(rng.uniform(np.log(0.02), np.log(0.2), LATENTS))
+@dataclass(frozen=True)
+class Plan:
+    """A way to calibrate: rounds, responses in each, and whether latents share a fitted prior."""
+
+    pooled: bool
+    rounds: int
+    prompts: int
+    stop_width: float | None = None
 
 
-def calibrated(rounds: int, stop_width: float | None, seed: int) -> tuple[float, np.ndarray]:
-    """Responses per latent and the relative errors of the thresholds, [latents]."""
-    rng = np.random.default_rng(seed)
-    thresholds, slopes = world(np.random.default_rng(0))
-    grid = np.linspace(*BOUNDS, GRID_POINTS)
-    prior = np.exp(-0.5 * ((grid - sum(BOUNDS) / 2) / (PRIOR_WIDTH * (BOUNDS[1] - BOUNDS[0]))) ** 2)
-    posterior = np.tile(prior / prior.sum(), (LATENTS, 1))
-    asked = 0
-    for _ in range(rounds):
+PLANS = (
+    Plan(False, 4, 2),
+    Plan(False, 6, 3),
+    Plan(False, 12, 3),
+    Plan(True, 4, 2),
+    Plan(True, 5, 2),
+    Plan(True, 6, 3),
+    Plan(True, 12, 3),
+    Plan(True, 12, 3, 0.4),
+)
+
+
+def calibrated(
+    world: World, bounds: tuple[float, float], plan: Plan, seed: int
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Responses a latent, relative errors, and widths of 90 % intervals, negative where they miss; [latents] each."""
+    rng, made = np.random.default_rng(seed), np.random.default_rng(1000 + seed)
+    thresholds, slopes = world(made), np.exp(made.uniform(np.log(0.02), np.log(0.15), LATENTS))
+    grid = np.linspace(*bounds, GRID_POINTS)
+    flat, evidence = flat_prior(grid), np.ones((LATENTS, GRID_POINTS))
+    posterior, asked = weighted(flat, evidence), 0
+    for _ in range(plan.rounds):
         at = quantile(posterior, grid, 0.5)
-        for place in still_wide(posterior, grid, stop_width):
+        for place in still_wide(posterior, grid, plan.stop_width):
             push = (at[place] - thresholds[place]) / slopes[place] + np.log((100 - TARGET) / TARGET)
             mean = 1 / (1 + np.exp(np.clip(push, -30, 30)))
-            scores = 100 * rng.beta(2 * mean + 1e-9, 2 * (1 - mean) + 1e-9, PROMPTS)
-            posterior[place] = updated(posterior[place], grid, at[place], scores.tolist(), TARGET)
-            asked += PROMPTS
-    return asked / LATENTS, np.abs(quantile(posterior, grid, 0.5) / thresholds - 1)
+            scores = 100 * rng.beta(2 * mean + 1e-9, 2 * (1 - mean) + 1e-9, plan.prompts)
+            evidence[place] = updated(evidence[place], grid, at[place], scores.tolist(), TARGET)
+            asked += plan.prompts
+        posterior = weighted(pooled_prior(evidence, grid, flat) if plan.pooled else flat, evidence)
+    low, median, high = (quantile(posterior, grid, share) for share in (0.05, 0.5, 0.95))
+    inside = (low <= thresholds) & (thresholds <= high)
+    return asked / LATENTS, np.abs(median / thresholds - 1), np.where(inside, 1, -1) * (high - low) / median
 
 
 def main() -> int:
-    """Print a table of fixed budgets and of early stopping, with what each saves at equal error."""
-    rows = [(f"{rounds} rounds", *calibrated(rounds, None, 1)) for rounds in FIXED]
-    spent = [responses for _, responses, _ in rows]
-    fixed = {"mean": [e.mean() for *_, e in rows], "rms": [np.sqrt((e**2).mean()) for *_, e in rows]}
-    rows += [(f"at most {rounds}, stop at {stop}", *calibrated(rounds, stop, 1)) for rounds, stop in STOPPED]
-    print("# Early stopping in calibration\n\n`python benchmarks/calibration.py`; simulated responses.\n")
-    print("| rounds | responses per latent | mean error | rms error | saved at equal mean | saved at equal rms |")
-    print("|---|---|---|---|---|---|")
-    for number, (name, responses, errors) in enumerate(rows):
-        found = {"mean": errors.mean(), "rms": np.sqrt((errors**2).mean())}
-        saved = ["" if number < len(FIXED) else _saved(found[k], responses, fixed[k], spent) for k in found]
-        print(f"| {name} | {responses:.1f} | {found['mean']:.2%} | {found['rms']:.2%} | {saved[0]} | {saved[1]} |")
+    """Print a table of plans in every world."""
+    print("# What a threshold costs\n\n`python benchmarks/calibration.py`; simulated responses, target 30,")
+    print(f"{LATENTS} latents, {SEEDS} seeds. Errors and widths of the 90 % interval are shares of the threshold.\n")
+    print(
+        "| thresholds | prior | rounds x responses | responses per latent | mean error | rms error | width | covers |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (world, bounds) in WORLDS.items():
+        for plan in PLANS:
+            asked, errors, widths = zip(*(calibrated(world, bounds, plan, seed) for seed in range(SEEDS)), strict=True)
+            error, width = np.concatenate(errors), np.concatenate(widths)
+            stop = "" if plan.stop_width is None else f", stop at {plan.stop_width}"
+            print(
+                f"| {name} | {'pooled' if plan.pooled else 'own'} | {plan.rounds} x {plan.prompts}{stop} "
+                f"| {np.mean(asked):.1f} | {error.mean():.1%} | {np.sqrt((error**2).mean()):.1%} "
+                f"| {np.abs(width).mean():.2f} | {(width > 0).mean():.1%} |"
+            )
     return 0
-
-
-def _saved(error: float, responses: float, errors: list[float], spent: list[float]) -> str:
-    """Share of responses saved against the fixed budget that reaches the same error (log-linear in between)."""
-    if error < min(errors):
-        return f"more than {1 - responses / spent[-1]:.0%}"
-    needed = np.exp(np.interp(-np.log(error), -np.log(errors), np.log(spent)))
-    return f"{1 - responses / needed:.0%}"
 
 
 if __name__ == "__main__":

@@ -32,6 +32,14 @@ PRIOR_WIDTH = 0.5
 BOUND_MARGIN = 0.05
 """A threshold nearer to a bound than this share of their distance is flagged."""
 LEAST_PROBABILITY = 1e-6
+POOLED_FROM = 8
+"""Latents from which on they share a prior that is fitted to all of them."""
+APART = 0.1
+"""Weight of the prior that is not fitted, for latents that are unlike the others."""
+LEAST_SPREAD = 0.05
+"""Least standard deviation of the fitted prior, in log strength."""
+FITTINGS = 50
+"""Steps of expectation maximisation after each round."""
 
 
 Scores = tuple[float, ...]
@@ -117,8 +125,10 @@ def calibrate(
 
     Probabilistic bisection (Waeber, Frazier & Henderson 2011): the posterior of each threshold lives on a
     grid over `section.bounds`, its prior is Gaussian around their middle, and each round asks at the posterior's
-    median. With `section.stop_width` a round leaves out the latents whose posterior is already that narrow. To
-    recalibrate for a tuned model, call this with its arm (and wider bounds if it resists).
+    median. From eight latents on, a prior is fitted to all of them after each round (`pooled_prior`), which saves
+    about half of the responses (benchmarks/results/calibration.md). With `section.stop_width` a round leaves out the
+    latents whose posterior is already that narrow. To recalibrate for a tuned model, call this with its arm (and
+    wider bounds if it resists).
 
     Args:
         arm: the model; its sampling is taken with `section.max_new_tokens`.
@@ -142,8 +152,9 @@ def calibrate(
     if not latents:
         return []
     grid = np.linspace(low, high, GRID_POINTS)
-    prior = np.exp(-0.5 * ((grid - (low + high) / 2) / (PRIOR_WIDTH * (high - low))) ** 2)
-    posterior = np.tile(prior / prior.sum(), (len(latents), 1))
+    flat = flat_prior(grid)
+    evidence = np.ones((len(latents), GRID_POINTS))
+    posterior = weighted(flat, evidence)
     lockstep = _Lockstep(arm, tuple(latents), section, positions, seed, store, progress)
     seen = np.zeros(len(latents), dtype=int)
     for number in range(section.rounds):
@@ -153,8 +164,9 @@ def calibrate(
             progress((len(latents) - len(open_indices)) * section.prompts, 0)
         scores = lockstep.scores(f"round {number}", open_indices, asked_at, prompts.search, section.prompts)
         for index, new in zip(open_indices, scores, strict=True):
-            posterior[index] = updated(posterior[index], grid, asked_at[index], new, section.target)
+            evidence[index] = updated(evidence[index], grid, asked_at[index], new, section.target)
             seen[index] += len(new)
+        posterior = weighted(pooled_prior(evidence, grid, flat), evidence)
     thresholds = _thresholds(latents, posterior, grid, seen)
     if not section.verify:
         return thresholds
@@ -164,6 +176,45 @@ def calibrate(
         replace(threshold, verified=float(np.mean(scores)) if scores else None, verified_n=len(scores))
         for threshold, scores in zip(thresholds, checked, strict=True)
     ]
+
+
+def flat_prior(grid: np.ndarray) -> np.ndarray:
+    """A nearly flat prior [points] around the middle of the bounds."""
+    low, high = grid[0], grid[-1]
+    prior: np.ndarray = np.exp(-0.5 * ((grid - (low + high) / 2) / (PRIOR_WIDTH * (high - low))) ** 2)
+    return prior / prior.sum()
+
+
+def weighted(prior: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+    """Posteriors [latents, points] of a prior [points] and each latent's evidence [latents, points]."""
+    posterior: np.ndarray = prior * evidence
+    return posterior / posterior.sum(axis=1, keepdims=True)
+
+
+def pooled_prior(evidence: np.ndarray, grid: np.ndarray, flat: np.ndarray) -> np.ndarray:
+    """The prior [points] that thresholds of one model share: a Gaussian in log strength, and a tenth of `flat`.
+
+    Mean and spread are those under which the evidence of all latents is likeliest (empirical Bayes by expectation
+    maximisation). Where few latents are calibrated it is `flat`.
+
+    Args:
+        evidence: [latents, points], how likely each latent's scores are for each threshold.
+        grid: [points], in `norm` units.
+        flat: [points], a prior that is not fitted.
+    """
+    if len(evidence) < POOLED_FROM:
+        return flat
+    place = np.log(grid)
+    mean = float(flat @ place)
+    spread = float(np.sqrt(flat @ (place - mean) ** 2))
+    for _ in range(FITTINGS):
+        fitted = np.exp(-0.5 * ((place - mean) / spread) ** 2) / grid
+        fitted *= (1 - APART) / fitted.sum()
+        shares = fitted * evidence / ((fitted + APART * flat) @ evidence.T)[:, None]
+        mass = shares.sum()
+        mean = float((shares @ place).sum() / mass)
+        spread = max(LEAST_SPREAD, float(np.sqrt((shares @ (place - mean) ** 2).sum() / mass)))
+    return fitted + APART * flat
 
 
 def still_wide(posterior: np.ndarray, grid: np.ndarray, stop_width: float | None) -> list[int]:

@@ -115,6 +115,30 @@ def test_the_posterior_interval_holds_most_thresholds():
     assert np.median([each.high - each.low for each in found]) < 0.5
 
 
+def test_latents_that_are_alike_need_few_responses_together():
+    alike = [FakeDirection(number, 0.5 + 0.02 * (number % 5), None, slope=0.08) for number in range(64)]
+    section = SECTION.model_copy(update={"rounds": 4, "prompts": 2, "verify": 0})
+    alone = [
+        each for start in range(0, 64, 4) for each in measured(FakeEngine(), alike[start : start + 4], section=section)
+    ]
+    together = measured(FakeEngine(), alike, section=section)
+    apart, pooled = (
+        np.mean([abs(each.norm - latent.threshold) for each, latent in zip(found, alike, strict=True)])
+        for found in (alone, together)
+    )
+    assert pooled < 0.6 * apart
+    assert (
+        np.mean([each.low <= latent.threshold <= each.high for each, latent in zip(together, alike, strict=True)]) > 0.9
+    )
+
+
+def test_one_latent_unlike_the_others_is_still_found():
+    odd = [FakeDirection(number, 1.6 if number == 7 else 0.5, None, slope=0.05) for number in range(40)]
+    found = measured(FakeEngine(), odd, section=SECTION.model_copy(update={"verify": 0}))
+    assert abs(found[7].norm - 1.6) < 0.2
+    assert max(abs(each.norm - 0.5) for each in found if each.latent != 7) < 0.15
+
+
 def test_latents_whose_answers_say_much_stop_early_and_lie_within_the_width():
     """What that saves at equal error is measured by `benchmarks/calibration.py`."""
     mixed = [FakeDirection(n, 0.4 + 0.9 * n / 120, None, slope=0.02 if n % 2 else 0.15) for n in range(120)]
