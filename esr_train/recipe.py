@@ -463,6 +463,9 @@ class ArmSection(Section):
     adapter: str | None = Field(None, description="folder of a finished adapter")
     model: str | None = Field(None, description="hub id or folder of a whole model, such as a merged one")
     merged: bool = Field(False, description="the adapter is merged into the model before it is measured")
+    scale: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="share of the adapter that is at work: 0 is the base model, 1 the tuned one"
+    )
     prompt: str | None = Field(
         None, description="a shipped prompt variant by name, or a text with {prompt} and perhaps {label}"
     )
@@ -483,6 +486,8 @@ class ArmSection(Section):
             raise ValueError(f"it is not trained, because {named[0]} is set: remove data and train")
         if self.merged and (self.model or self.of == "base"):
             raise ValueError("there is no adapter to merge: remove merged")
+        if self.scale != 1 and (self.model or self.of == "base"):
+            raise ValueError("there is no adapter to scale: remove scale")
         if self.prompt is not None and "{" in self.prompt and "{prompt}" not in self.prompt:
             raise ValueError("the prompt variant leaves out {prompt}")
         return self

@@ -28,7 +28,16 @@ from recipes.steering_latents import (
     calibrate_base,
     choose_latents,
 )
-from recipes.weights import BASE, Weights, given_weights, latent_frequency, merge_arm, needs_frequency, train_arm
+from recipes.weights import (
+    BASE,
+    Weights,
+    given_weights,
+    latent_frequency,
+    merge_arm,
+    needs_frequency,
+    scale_arm,
+    train_arm,
+)
 
 Sources = Mapping[str, Mapping[str, Rows]]
 """Arm -> source -> its generated rows."""
@@ -91,7 +100,9 @@ def arm_weights(experiment: Experiment, arm: str, shared: Shared, sources: Sourc
     else:
         given = given_weights(experiment, arm)
         weights = given or train_arm(experiment, arm, mix_rows(experiment, arm, sources[arm], shared))
-    return merge_arm(experiment, section.of or arm, weights) if section.merged else weights
+    weights = scale_arm(experiment, arm, weights, section.scale)
+    whole = section.scale == 1
+    return merge_arm(experiment, section.of if section.of and whole else arm, weights) if section.merged else weights
 
 
 def _parts(run: Experiment) -> list[Experiment]:

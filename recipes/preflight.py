@@ -17,7 +17,7 @@ from recipes.experiment import is_finished
 from recipes.resources import Resources, located
 from recipes.weights import adapter_folder
 
-KINDS = ("latents", "calibrate", "frequency", "data", "train", "merge", "trials", "retention", "report")
+KINDS = ("latents", "calibrate", "frequency", "data", "train", "scale", "merge", "trials", "retention", "report")
 """What names of stages begin with."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from esr_train.adapter_scale import scale_adapter
 from esr_train.adapters import check_adapter, is_complete, merge
 from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
@@ -114,6 +115,30 @@ def train_from_files(recipe: Recipe, directory: Path, arm: str) -> None:
     train(recipe, arm, directory, calibrated_probe(section, directory) if section.train.probe else None)
 
 
+def scale_arm(experiment: Experiment, name: str, weights: Weights, scale: float) -> Weights:
+    """An arm's adapter at a share of its strength, unless that is done; at 0 the base model.
+
+    Raises:
+        InputError: if the arm has no adapter, or one that is more than LoRA.
+    """
+    if scale == 1:
+        return weights
+    if scale == 0:
+        return BASE
+    adapter, folder = weights.adapter, experiment.directory / "scaled" / name
+    if adapter is None:
+        raise InputError("there is no adapter to scale", f"arms.{name}")
+
+    def work() -> None:
+        # A scaled adapter is moved into its folder whole.
+        if not folder.exists():
+            scale_adapter(adapter, scale, folder)
+
+    inputs = {"adapter": weights.fingerprint, "scale": scale}
+    stage = Stage(f"scale/{name}", inputs, (f"scaled/{name}",), ("esr_train.adapter_scale",))
+    return Weights(experiment.cache.do(stage, work), folder)
+
+
 def merge_arm(experiment: Experiment, name: str, weights: Weights) -> Weights:
     """Merge an arm's adapter into the model, unless that is done.
 
@@ -147,6 +172,8 @@ def form(recipe: Recipe, arm: str) -> str:
         parts = [f"the model {section.model}"]
     else:
         parts = ["adapter, merged into the weights" if section.merged else "adapter, not merged"]
+    if section.scale != 1:
+        parts.append(f"the adapter at {section.scale:g} of its strength")
     if section.prompt:
         parts.append(f"prompt variant: {' '.join(section.prompt.split())}")
     if section.edit:

@@ -43,6 +43,8 @@ def changes(assets: Path, runs: Path, prompts: Path) -> list[str]:
     arms = {
         "tuned": {},
         "merged": {"of": "tuned", "merged": True, "conditions": ["steered", "unsteered"]},
+        "half": {"of": "tuned", "scale": 0.5, "conditions": ["unsteered"]},
+        "off": {"of": "tuned", "scale": 0, "conditions": ["unsteered"]},
         "asked": {"of": "tuned", "prompt": "{prompt} Check it.", "conditions": ["steered"]},
         "ablated": {"of": "tuned", "edit": edit, "conditions": ["steered"]},
         "control": {"of": "tuned", "edit": edit | {"matched_random": True}, "conditions": ["steered"]},
@@ -141,6 +143,16 @@ def test_a_condition_steers_as_its_name_says(finished):
     merged = {row.key: row.response for row in read_trials(finished / "trials" / "merged.jsonl")}
     same = [merged[row.key.replace("tuned", "merged")] == row.response for row in rows if row.condition in FULL]
     assert sum(same) > 0.8 * len(same) == 0.8 * 2 * TRIALS
+
+
+def test_an_adapter_that_is_switched_off_leaves_the_base_model_token_for_token(finished):
+    def replies(arm: str) -> dict[int, str]:
+        trials = read_trials(finished / "trials" / f"{arm}.jsonl")
+        return {row.cell.seed: row.response for row in trials if row.condition == "unsteered"}
+
+    base, half, off, tuned = map(replies, ("base", "half", "off", "tuned"))
+    assert off == base
+    assert len({str(each) for each in (base, half, tuned)}) == 3
 
 
 def test_the_control_arm_ablates_other_latents(finished):
