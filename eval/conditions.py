@@ -35,6 +35,7 @@ class Setting:
             whose threshold lies at a bound are left out.
         stand_ins: latent -> direction of a random latent of like activation frequency and decoder norm.
         value: of a sweep's condition, such as the multiple of `boost_x1.5`.
+        adapted: latent -> a direction of equal norm that was optimised against the arm.
     """
 
     arm: str
@@ -45,6 +46,7 @@ class Setting:
     own_thresholds: Callable[[], Mapping[int, float]]
     stand_ins: Callable[[], Mapping[int, "Direction"]]
     value: float = 1.0
+    adapted: Callable[[], Mapping[int, "Direction"]] = dict
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,35 @@ def _by_random_latents(setting: Setting) -> Plan:
     return Plan(tuple(with_latents(setting.cells, stand_ins)), steerer)
 
 
+def _generated_only(setting: Setting) -> Plan:
+    return Plan(tuple(setting.cells), replace(setting.steerer, positions="generated"))
+
+
+def _two_directions(setting: Setting) -> Plan:
+    """Every latent with the next one: pushes that add up to the threshold's length."""
+    directions = setting.steerer.directions
+    order = sorted({cell.latent for cell in setting.cells if cell.latent is not None})
+    parts = {
+        latent: (directions[latent], directions[other])
+        for latent, other in zip(order, [*order[1:], *order[:1]], strict=True)
+        if other != latent
+    }
+    return Plan(tuple(setting.cells), replace(setting.steerer, parts=parts))
+
+
+def _three_layers(setting: Setting) -> Plan:
+    """The same direction at its own layer and the two before it, where there are so many."""
+    parts = {
+        latent: tuple(replace(each, layer=layer) for layer in range(max(0, each.layer - 2), each.layer + 1))
+        for latent, each in setting.steerer.directions.items()
+    }
+    return Plan(tuple(setting.cells), replace(setting.steerer, parts=parts))
+
+
+def _adaptive(setting: Setting) -> Plan:
+    return Plan(tuple(setting.cells), replace(setting.steerer, directions=setting.adapted()))
+
+
 def _unsteered_continues(setting: Setting) -> Plan:
     return _continued(setting, "steered", setting.cells, replace(setting.steerer, off=True))
 
@@ -221,6 +252,10 @@ for _condition in (
         _by_random_latents,
         needs_frequency=True,
     ),
+    Condition("generated_only", "Steered from the reply's first token on", _generated_only),
+    Condition("two_directions", "Steered along two directions at once, of equal norm together", _two_directions),
+    Condition("three_layers", "Steered at three layers at once, of equal norm together", _three_layers),
+    Condition("adaptive", "Steered along directions of equal norm, optimised against the arm", _adaptive),
     Condition(
         "unsteered_continues",
         "Unsteered, going on from the base model's steered beginning",

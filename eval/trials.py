@@ -1,5 +1,6 @@
 """Run cells through an engine and a judge into a store that a kill cannot corrupt."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -32,12 +33,15 @@ class Steerer:
         norms: latent index -> its threshold in `norm` units.
         positions: which tokens are steered.
         off: do not steer after all; the strength is then that of the text which a cell goes on from.
+        parts: latent index -> directions that steer together in its place, each with the threshold's length over the
+            square root of their number.
     """
 
     directions: Mapping[int, "Direction"]
     norms: Mapping[int, float]
     positions: Positions = "all"
     off: bool = False
+    parts: Mapping[int, Sequence["Direction"]] = field(default_factory=dict)
 
     def strength(self, cell: Cell) -> "Strength | None":
         """The cell's strength in both units; None for an unsteered cell.
@@ -54,8 +58,9 @@ class Steerer:
         strength = self.strength(cell)
         if cell.latent is None or strength is None or self.off:
             return Request(id=key, prompt=cell.prompt, seed=cell.seed)
-        add = self.directions[cell.latent].add(strength.norm, self.positions)
-        return Request(id=key, prompt=cell.prompt, interventions=(add,), seed=cell.seed)
+        parts = self.parts.get(cell.latent, (self.directions[cell.latent],))
+        adds = tuple(part.add(strength.norm / math.sqrt(len(parts)), self.positions) for part in parts)
+        return Request(id=key, prompt=cell.prompt, interventions=adds, seed=cell.seed)
 
 
 @dataclass(frozen=True)

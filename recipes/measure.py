@@ -17,7 +17,8 @@ from eval.judging.restart_likelihood import BEFORE, read_phrases, restart_reader
 from eval.report.story import finished_line, progress_bar
 from eval.retention import MOST_REPLIES, read_replies, reply_store
 from eval.store import Trial, TrialStore
-from eval.trials import Plan, Readings, run_trials, trial_key
+from eval.trials import Plan, Readings, Steerer, run_trials, trial_key
+from recipes.attacks import Attacked, adapted_directions
 from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe
 from recipes.resources import located
 from recipes.stage_cache import Stage
@@ -98,6 +99,7 @@ class ArmRun:
             own_thresholds=self._own_thresholds,
             stand_ins=partial(self._stand_ins, cells),
             value=measured.value,
+            adapted=partial(self._adapted, cells),
         )
         return measured.condition.plan(setting)
 
@@ -213,6 +215,13 @@ class ArmRun:
         sae, labels = resources.sae(), resources.labels()
         return {latent: sae.direction(other, norm, labels.get(other)) for latent, other in others.items()}
 
+    def _adapted(self, cells: Sequence[Cell]) -> dict[int, Direction]:
+        """Directions of the cells' latents, optimised against the arm."""
+        latents = sorted({cell.latent for cell in cells if cell.latent is not None})
+        attacked = Attacked(self.name, self._fingerprint, self.variant, self.arm)
+        steerer = self.shared.steerer(self.experiment.recipe.engine.positions)
+        return adapted_directions(self.experiment, attacked, steerer, latents)
+
     def _own_thresholds(self) -> dict[int, float]:
         """The arm's own thresholds of the test latents, measured first; those at a bound are left out."""
         experiment = self.experiment
@@ -247,5 +256,15 @@ def _digest(plan: Plan) -> str:
             [cell.key for cell in plan.cells],
             [[latent, steerer.norms[latent], float(steerer.directions[latent].unit[0])] for latent in latents],
             [steerer.positions, steerer.off, dict(plan.prefixes), sorted(plan.copies)],
+            *_parts(steerer, latents),
         ]
     )
+
+
+def _parts(steerer: Steerer, latents: Sequence[int]) -> list[Any]:
+    """What steers together in a latent's place, if anything does."""
+    return [
+        [latent, [[part.layer, float(part.unit[0])] for part in steerer.parts[latent]]]
+        for latent in latents
+        if latent in steerer.parts
+    ]

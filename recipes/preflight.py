@@ -17,7 +17,19 @@ from recipes.experiment import is_finished
 from recipes.resources import Resources, located
 from recipes.weights import adapter_folder
 
-KINDS = ("latents", "calibrate", "frequency", "data", "train", "scale", "merge", "trials", "retention", "report")
+KINDS = (
+    "latents",
+    "calibrate",
+    "frequency",
+    "attack",
+    "data",
+    "train",
+    "scale",
+    "merge",
+    "trials",
+    "retention",
+    "report",
+)
 """What names of stages begin with."""
 
 
@@ -67,6 +79,7 @@ def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
         yield lambda: read_phrases(located(str(recipe.eval.restart_phrases)))
     for arm in recipe.arms:
         yield partial(_check_arm, recipe, arm)
+        yield partial(_check_attack, recipe, arm)
     for arm in recipe.trained_arms:
         yield partial(_check_training, recipe.for_arm(arm), arm, asks)
 
@@ -117,6 +130,18 @@ def _check_arm(recipe: Recipe, arm: str) -> None:
         adapter_folder(section.adapter, f"arms.{arm}.adapter", recipe.model)
     if section.model:
         model_source(recipe.model.model_copy(update={"path": section.model, "revision": None}))
+
+
+def _check_attack(recipe: Recipe, arm: str) -> None:
+    section = recipe.arms[arm]
+    if "adaptive" not in (recipe.eval.conditions if section.conditions is None else section.conditions):
+        return
+    if recipe.engine.kind != "transformers":
+        what = "the condition `adaptive` optimises directions through the model that transformers runs"
+        raise InputError(what, "eval.conditions", "Take engine.kind transformers, or leave it out.")
+    if section.edit:
+        what = "directions are not optimised against an arm whose latents are edited"
+        raise InputError(what, f"arms.{arm}", "Give it conditions without `adaptive`.")
 
 
 def _check_training(recipe: Recipe, arm: str, asks: bool) -> None:

@@ -1,6 +1,6 @@
 """How the same cells are run under every condition, and where one condition goes on from another."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -92,6 +92,40 @@ def test_random_directions_have_unit_norm_keep_the_latents_scale_and_stand_for_n
     again, other = random_directions(DIRECTIONS, seed=0), random_directions(DIRECTIONS, seed=1)
     assert torch.equal(drawn[0].unit, again[0].unit)
     assert not torch.equal(drawn[0].unit, other[0].unit)
+
+
+def adds(plan: Plan, cell: Cell):
+    return plan.steerer.request(cell, "key").interventions
+
+
+def test_two_directions_at_once_are_as_long_as_one_and_no_latent_is_paired_with_itself():
+    plan = CONDITIONS["two_directions"].plan(setting())
+    for cell in CELLS:
+        both = adds(plan, cell)
+        assert float(sum(add.vector for add in both).norm()) == pytest.approx(0.5 * 5.0)
+        assert both[0].vector[cell.latent] > 0
+    alone = CONDITIONS["two_directions"].plan(setting(cells=[CELLS[0], CELLS[3]]))
+    assert len(adds(alone, CELLS[0])) == 1
+
+
+def test_three_layers_share_the_threshold_s_length_and_none_lies_before_the_first():
+    plan = CONDITIONS["three_layers"].plan(setting())
+    found = adds(plan, CELLS[1])
+    assert [add.layer for add in found] == [0, 1]
+    assert [float(add.vector.norm()) for add in found] == pytest.approx([0.5 * 5.0 / 2**0.5] * 2)
+
+
+def test_steering_may_begin_with_the_reply():
+    plan = CONDITIONS["generated_only"].plan(setting())
+    assert [add.positions for add in adds(plan, CELLS[0])] == ["generated"]
+
+
+def test_adapted_directions_keep_the_threshold_and_the_label():
+    moved = {latent: replace(each, unit=torch.eye(8)[7]) for latent, each in DIRECTIONS.items()}
+    plan = CONDITIONS["adaptive"].plan(setting(adapted=lambda: moved))
+    (add,) = adds(plan, CELLS[2])
+    assert float(add.vector[7]) == pytest.approx(0.5 * 5.0)
+    assert plan.cells[2].label == "topic2"
 
 
 def test_cells_take_the_stand_ins_latent_and_label():

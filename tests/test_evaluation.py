@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from esr_train.files import read_json, write_jsonl
 from esr_train.steering.latent_labels import read_labels
@@ -26,7 +28,8 @@ pytestmark = pytest.mark.slow
 TOPICS, TRIALS, CONTROLS = 12, 10, 6
 FULL = {"steered": TRIALS, "unsteered": TRIALS}
 SWEEP = ("boost_x0.5", "boost_x1.5")
-OTHERS = ("random_direction", "random_latents", "unsteered_continues", "steered_continues", "switched_off")
+ATTACKS = ("generated_only", "two_directions", "three_layers", "adaptive")
+OTHERS = (*ATTACKS, "random_direction", "random_latents", "unsteered_continues", "steered_continues", "switched_off")
 EVERY = FULL | dict.fromkeys((*SWEEP, *OTHERS), CONTROLS)
 FIGURES = {
     "rates", "first_scores", "last_scores", "first_vs_last", "restart_position", "restart_likelihood", "boost_sweep",
@@ -153,6 +156,18 @@ def test_an_adapter_that_is_switched_off_leaves_the_base_model_token_for_token(f
     base, half, off, tuned = map(replies, ("base", "half", "off", "tuned"))
     assert off == base
     assert len({str(each) for each in (base, half, tuned)}) == 3
+
+
+def test_every_arm_is_attacked_along_directions_of_its_own_within_the_base_s_thresholds(finished):
+    found = {arm: load_file(finished / "attacks" / f"{arm}.safetensors") for arm in ("base", "tuned")}
+    losses = {arm: read_json(finished / "attacks" / f"{arm}.json") for arm in found}
+    assert found["base"].keys() == found["tuned"].keys() == losses["base"].keys() == losses["tuned"].keys()
+    assert any(not torch.equal(each, found["tuned"][latent]) for latent, each in found["base"].items())
+    assert all(min(curve) < curve[0] for arm in losses.values() for curve in arm.values())
+    for row in read_trials(finished / "trials" / "tuned.jsonl"):
+        if row.condition == "adaptive":
+            assert row.cell.label
+            assert row.steered_tokens > 0
 
 
 def test_the_control_arm_ablates_other_latents(finished):

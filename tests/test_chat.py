@@ -1,0 +1,92 @@
+"""Talking to a steered model: the base beside an arm, in the terminal and on the page."""
+
+import json
+from http.client import HTTPConnection
+from http.server import ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+import torch
+from test_adapter_is_whole import LORA, adapted
+from test_merge_equals_adapter import base, section  # noqa: F401
+
+from esr_train.adapters import load_adapter
+from esr_train.errors import InputError
+from esr_train.models import load_model
+from esr_train.steering.directions import Direction
+from esr_train.steering.engine import Sampling
+from esr_train.transcript import SaeRef
+from recipes.chat import Chat, handler, talk
+
+SAMPLING = Sampling(temperature=0.6, max_new_tokens=16)
+
+
+@pytest.fixture
+def opened(base, tmp_path, family) -> Chat:  # noqa: F811
+    adapted(base, LORA, tmp_path / "adapter")
+    width, norms = family.model.config.hidden_size, {3: 2.0, 5: 4.0}
+    directions = {
+        number: Direction(1, label, torch.eye(width)[number], 1.0, 10.0, SaeRef("sae", "0"), number)
+        for number, label in ((3, "bread"), (5, "Wool and yarn"))
+    }
+    model = load_adapter(load_model(section(base)), tmp_path / "adapter")
+    return Chat(model, family.tokenizer, "tuned", directions, norms, SAMPLING)
+
+
+def test_both_answer_under_the_same_push_which_is_a_multiple_of_the_threshold(opened):
+    plain, weak, strong = (opened.answers("how to dry wood", 3, strength) for strength in (0, 0.01, 3))
+    assert [each.arm for each in strong] == ["base", "tuned"]
+    assert len({each.text for each in plain}) == 2
+    assert opened.answers("how to dry wood", None, 3) == plain
+    assert plain != strong != weak
+    alone = Chat(opened.model.unload(), opened.tokenizer, None, opened.directions, opened.thresholds, SAMPLING)
+    assert alone.answers("how to dry wood", 3, 3) == strong[:1]
+
+
+def test_a_direction_is_found_by_label_or_number_and_a_near_one_is_suggested(opened):
+    assert [opened.find(name) for name in ("5", "wool AND yarn ", "bread")] == [5, 5, 3]
+    with pytest.raises(InputError, match="Do you mean Wool and yarn"):
+        opened.find("yarn")
+    with pytest.raises(InputError, match="/list"):
+        opened.find("")
+
+
+def test_a_conversation_in_the_terminal(opened, capsys):
+    talk(
+        opened,
+        ["/list", "/with nothing", "/at hard", "/at 2", "/with bread", "how to dry wood", "/off", "", "/quit", "more"],
+    )
+    said = capsys.readouterr().out
+    assert "3: bread, 5: Wool and yarn" in said
+    assert "nothing steers towards" in said
+    assert "is no number" in said
+    assert "base (steered towards bread at 2):" in said
+    assert "tuned (steered towards bread at 2):" in said
+    assert said.rstrip().endswith("not steered")
+
+
+def test_the_page_answers_this_machine_and_refuses_what_it_cannot_read(opened):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(opened))
+    Thread(target=server.serve_forever, daemon=True).start()
+
+    def ask(method: str, path: str, body: object = None, kind: str = "application/json") -> tuple[int, bytes]:
+        connection = HTTPConnection("127.0.0.1", server.server_port)
+        connection.request(method, path, body if isinstance(body, str) else json.dumps(body), {"Content-Type": kind})
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+
+    try:
+        assert b"<title>" in ask("GET", "/")[1]
+        assert json.loads(ask("GET", "/directions")[1])["directions"] == [[3, "bread"], [5, "Wool and yarn"]]
+        status, found = ask("POST", "/answer", {"prompt": "how to dry wood", "direction": "bread", "strength": 3})
+        assert status == 200
+        assert [each["text"] for each in json.loads(found)["answers"]] == [
+            each.text for each in opened.answers("how to dry wood", 3, 3)
+        ]
+        for wrong in ("{", {"prompt": " "}, {"prompt": "a", "direction": "gold"}, {"prompt": "a", "strength": "x"}, []):
+            assert ask("POST", "/answer", wrong)[0] == 400
+        assert ask("POST", "/answer", {"prompt": "a"}, "text/plain")[0] == 400
+        assert ask("GET", "/elsewhere")[0] == 404
+    finally:
+        server.shutdown()
+        server.server_close()
