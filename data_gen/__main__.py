@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from data_gen.mixture import Mixture
     from esr_train.recipe import Recipe
+    from esr_train.segments import Style
+    from esr_train.transcript import Transcript
 
 Commands = argparse._SubParsersAction
 SWEEP = "10,20,30,40,50,60,70,80,90"
@@ -64,7 +66,8 @@ def _add_import_and_export(commands: "Commands[argparse.ArgumentParser]") -> Non
     export = add_command(commands, "export", _export_file, "write transcripts in another format")
     export.add_argument("file", type=Path, help="transcript file")
     export.add_argument("--format", choices=FORMATS, required=True)
-    export.add_argument("--style", choices=("llama3", "gemma"), default="llama3", help="segments: template text")
+    what = "segments: template text; that of the model that made the rows unless given, or else llama3"
+    export.add_argument("--style", choices=("llama3", "gemma", "chatml"), help=what)
     export.add_argument("--out", type=Path, required=True)
 
 
@@ -212,10 +215,36 @@ def _export_file(options: argparse.Namespace) -> None:
     from data_gen.description import read_file
     from esr_train.interchange import export_file
 
-    report = export_file(options.out, read_file(options.file), options.format, options.style)
+    rows = read_file(options.file)
+    style = _style(rows, options.style) if options.format in ("segments", "axolotl") else "llama3"
+    report = export_file(options.out, rows, options.format, style)
     print(f"{report.rows} rows: {options.out}")
     for loss in report.lost or ["nothing"]:
         print(f"lost: {loss}")
+
+
+def _style(rows: "Sequence[Transcript]", asked: "Style | None") -> "Style":
+    """The style in which rows are exported: what is asked for, or that of the model that made them.
+
+    Raises:
+        InputError: if the model that made rows writes another one.
+    """
+    from esr_train.models import load_tokenizer
+    from esr_train.segments import style_of
+    from esr_train.template import chat_template
+
+    for path in sorted({str(row.meta["model"]) for row in rows if "model" in row.meta}):
+        try:
+            own = style_of(chat_template(load_tokenizer(path)).around[-2])
+        except InputError:
+            print(f"not checked against the chat template of {path}, which cannot be loaded")
+            continue
+        if own is None or asked not in (None, own):
+            what = f"the rows were made by {path}, whose chat template is not of the style {asked or 'llama3'}"
+            fix = f"Take --style {own}." if own else "Take --format messages, which has no template text."
+            raise InputError(what, "--style", fix)
+        asked = own
+    return asked or "llama3"
 
 
 def _labels(options: argparse.Namespace) -> None:

@@ -47,6 +47,28 @@ def is_complete(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def adapter_source(path: str) -> Path | None:
+    """The folder of an adapter: a local one, or what the hub has under this id; None if it is neither.
+
+    Raises:
+        InputError: if the hub cannot be asked, or has no adapter under that id.
+    """
+    if (folder := local_path(path)) is not None:
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["adapter_*", "provenance.json"]))
+    except Exception as error:  # The hub's client raises the errors of whichever HTTP library it was built on.
+        raise InputError(
+            f"this is neither a folder nor an adapter that the hub gives ({first_line(error)})",
+            path,
+            "Check the path or id; for a private one run `hf auth login`.",
+        ) from error
+
+
 def check_adapter(folder: Path, section: ModelSection) -> tuple["PeftConfig", dict[str, torch.Tensor]]:
     """Refuse an adapter that cannot be used on a model, before that model is loaded.
 

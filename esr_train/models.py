@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from esr_train.errors import InputError
+from esr_train.errors import InputError, first_line
 from esr_train.recipe import ModelSection
-from esr_train.template import bos_id, padding_token, stop_ids
+from esr_train.template import bos_id, padding_token, stop_ids, use_template
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -129,7 +129,26 @@ def _read_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             # Offsets without white space do not say which token a space belongs to.
             processor.__setstate__(processor.__getstate__().replace(b'"trim_offsets":true', b'"trim_offsets":false'))
             tokenizer.backend_tokenizer.post_processor = processor
+    use_template(tokenizer, template_text(section), section.template_kwargs, "model")
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def template_text(section: ModelSection) -> str | None:
+    """The text of the section's own chat template, if it names one.
+
+    Raises:
+        InputError: if its file cannot be read.
+    """
+    if section.chat_template is None:
+        return None
+    where = f"model.chat_template={section.chat_template}"
+    file = local_path(section.chat_template)
+    if file is None or not file.is_file():
+        raise InputError("the chat template's file does not exist", where, "Check the path.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"the chat template cannot be read ({first_line(error)})", where) from error
 
 
 def choose_device(section: ModelSection) -> torch.device:
@@ -182,10 +201,10 @@ def bare_model(model: Any) -> Any:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a Llama or Gemma-2 model, whatever it is wrapped in.
+    """The decoder layers of a causal language model, whatever it is wrapped in; of a multimodal one the text's.
 
     Raises:
-        InputError: for a model that has none where those families keep them.
+        InputError: for a model that has none where such models keep them.
     """
     found = bare_model(model)
     for name in ("model", "language_model"):
@@ -195,7 +214,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         raise InputError(
             f"{type(bare_model(model)).__name__} has no decoder layers at model.layers",
             "model.path",
-            "Use a causal language model of the Llama or Gemma-2 family.",
+            "Use a causal language model of a family in docs/families.md.",
         )
     return layers
 
@@ -284,7 +303,7 @@ def _check_attention(config: PreTrainedConfig, section: ModelSection) -> None:
 
 def _check_whole(report: Mapping[str, Any]) -> None:
     # transformers fills in missing weights at random and drops surplus layers, with a line in the log.
-    surplus = [name for name in report["unexpected_keys"] if re.fullmatch(r"model\.layers\..*\.weight", name)]
+    surplus = [name for name in report["unexpected_keys"] if re.fullmatch(r"model\.(.*\.)?layers\..*\.weight", name)]
     if wrong := sorted(report["missing_keys"]) + sorted(surplus):
         which = "has no" if report["missing_keys"] else "has a surplus"
         raise ValueError(f"the checkpoint {which} {wrong[0]}, so it does not belong to its config.json")

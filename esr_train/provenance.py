@@ -90,13 +90,21 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 
 
 def model_hashes(section: ModelSection) -> dict[str, str]:
-    """What decides the model that a section names: every file of its folder, or the commit of its hub repository.
+    """What decides the model that a section names: every file of its folder, or the commit of its hub repository; and
+    what the section changes in its chat template.
 
     A hub repository is downloaded first, if it is not there yet, so that what is hashed is what will be loaded.
 
     Raises:
         InputError: if there is no such folder or repository.
     """
+    from esr_train.models import template_text
+
+    changed = [template_text(section), section.template_kwargs]
+    return _source_hashes(section) | ({"chat template": digest(changed)} if any(changed) else {})
+
+
+def _source_hashes(section: ModelSection) -> dict[str, str]:
     from esr_train.models import model_source
 
     source = Path(model_source(section))

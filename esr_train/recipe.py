@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -53,6 +53,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 """Low and high end, both included; numbers are drawn evenly between them."""
 CountRange = Annotated[tuple[Count, Count], AfterValidator(_ordered)]
 """Fewest and most, both included."""
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
 
 def _types(annotation: Any) -> Iterator[Any]:
@@ -87,6 +88,10 @@ class ModelSection(Section):
         "eager", description="the same in training and evaluation; sdpa is refused for Gemma-2"
     )
     device: str | None = Field(None, description="such as cuda:0 or cpu; null takes the first accelerator")
+    chat_template: str | None = Field(None, description="file (Jinja) of a chat template; null: the tokenizer's own")
+    template_kwargs: dict[VariableName, bool | int | float | str | None] | None = Field(
+        None, description="variables of the chat template, such as enable_thinking, with their values"
+    )
 
 
 class SaeSection(Section):
@@ -119,6 +124,9 @@ class LatentsSection(Section):
         256, description="at most so many, each split's share drawn by the seed, before anything is calibrated"
     )
     per_label: AtLeastOne = Field(1, description="at most so many with one label, the first in the file of labels")
+    held_out: bool = Field(
+        True, description="those of the test split are measured; false: all are, which takes that none is trained on"
+    )
 
 
 class JudgeSection(Section):
@@ -460,7 +468,7 @@ class ArmSection(Section):
     data: dict[str, Any] = Field(default_factory=dict, description="what differs from the section `data`")
     train: dict[str, Any] = Field(default_factory=dict, description="what differs from the section `train`")
     of: str | None = Field(None, description="the arm whose weights it has: base, or one with weights of its own")
-    adapter: str | None = Field(None, description="folder of a finished adapter")
+    adapter: str | None = Field(None, description="folder or hub id of a finished adapter")
     model: str | None = Field(None, description="hub id or folder of a whole model, such as a merged one")
     merged: bool = Field(False, description="the adapter is merged into the model before it is measured")
     scale: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -606,9 +614,18 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError("a recipe is a mapping of keys to values", str(path), "See `esr recipes show`.")
+    return parse_recipe(apply_overrides(values, overrides), str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A recipe's values after `key.sub=value` overrides.
+
+    Raises:
+        InputError: for one that is not of that form.
+    """
     for override in overrides:
         _apply(values, override)
-    return parse_recipe(values, str(path))
+    return values
 
 
 def parse_recipe(values: dict[str, Any], where: str = "the recipe") -> Recipe:

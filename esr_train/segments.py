@@ -12,7 +12,7 @@ from esr_train.restarts import split_cue
 from esr_train.transcript import Span, SpanKind, Transcript
 from esr_train.values import typed
 
-Style = Literal["llama3", "gemma"]
+Style = Literal["llama3", "gemma", "chatml"]
 Piece = tuple[bool, str]
 """A stretch of text, and whether it carries loss."""
 
@@ -25,7 +25,17 @@ _HEADERS = (
         re.DOTALL,
     ),
     re.compile(r"(?:<bos>)?<start_of_turn>user\n(?P<prompt>.*?)<end_of_turn>\n<start_of_turn>model\n", re.DOTALL),
+    re.compile(
+        r"(?:<\|im_start\|>system\n(?P<system>.*?)<\|im_end\|>\n)?<\|im_start\|>user\n(?P<prompt>.*?)<\|im_end\|>\n"
+        r"<\|im_start\|>assistant\n",
+        re.DOTALL,
+    ),
 )
+_BEFORE_REPLY: dict[Style, str] = {
+    "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "gemma": "<start_of_turn>model\n",
+    "chatml": "<|im_start|>assistant\n",
+}
 _TURNS = ("<|start_header_id|>", "<start_of_turn>", "<|im_start|>")
 _DATE_HEADER = re.compile(r"\ACutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n*")
 _CONTROL = re.compile(
@@ -74,6 +84,11 @@ def control_tokens(text: str, start: int = 0) -> list[re.Match[str]]:
     return [match for match in _CONTROL.finditer(text, start) if not (is_html and match[0] == "</s>")]
 
 
+def style_of(before_reply: str) -> Style | None:
+    """The style that a chat template is of, by what it writes between a prompt and a reply; None if it is of none."""
+    return next((style for style, end in _BEFORE_REPLY.items() if before_reply.endswith(end)), None)
+
+
 def to_segments(transcript: Transcript, style: Style = "llama3") -> dict[str, Any]:
     """The transcript as a row of paper segments; one imported from segments, and not changed since, as it was.
 
@@ -109,7 +124,8 @@ def from_segments(row: Any, name: str, line: int, report: ImportReport) -> Trans
     text = "".join(piece for _, piece in pieces)
     header = next((match for pattern in _HEADERS if (match := pattern.match(text))), None)
     if header is None:
-        raise ValueError("the template text is neither Llama 3's nor Gemma's, or the first turn is not a user's")
+        what = "the template text is neither Llama 3's nor Gemma's nor ChatML"
+        raise ValueError(f"{what}, or the first turn is not a user's")
     tokens = control_tokens(text, header.end())
     end = _reply_end(text, header.end(), tokens)
     system = _without_date(header.groupdict().get("system"))
@@ -221,8 +237,11 @@ def _template(transcript: Transcript, style: Style) -> tuple[str, str]:
                 "Move the system text into the prompt and set `system` to null.",
             )
         return f"<bos><start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"
-    turns = [("system", system.strip())] if system is not None else []
-    text = "".join(_llama_head(role) + said + "<|eot_id|>" for role, said in [*turns, ("user", prompt)])
+    turns = [*([("system", system.strip())] if system is not None else []), ("user", prompt)]
+    if style == "chatml":
+        text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+        return f"{text}<|im_start|>assistant\n", "<|im_end|>"
+    text = "".join(_llama_head(role) + said + "<|eot_id|>" for role, said in turns)
     return f"<|begin_of_text|>{text}{_llama_head('assistant')}", "<|eot_id|>"
 
 

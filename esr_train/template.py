@@ -5,9 +5,10 @@ read off probe conversations that the template has rendered.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from difflib import get_close_matches
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,8 @@ DATE = date(2024, 7, 26)
 """The day on which every conversation is rendered: a template that reads the clock would give other ids tomorrow."""
 
 _PROBES = {"system": "qsystemq", "user": "qpromptq", "assistant": "qreplyq"}
+_NO_REASONING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
+"""An empty stretch of reasoning, or the end of one."""
 _NO_SYSTEM = "Move the system text into the prompt and set `system` to null."
 
 
@@ -42,6 +45,8 @@ class ChatTemplate:
         bos_id: the token that begins every conversation and occurs nowhere else in it; None if there is none.
         written: every control token that the template writes up to the end of the reply.
         control: matches control tokens: the special ones, and others that the template writes.
+        reasons: whether a reply begins with the model's reasoning: rows are then written behind the very text that
+            asks for a reply, where the template by itself would have them begin with an empty stretch of it.
     """
 
     around: tuple[str, ...]
@@ -52,6 +57,7 @@ class ChatTemplate:
     bos_id: int | None
     written: frozenset[str]
     control: re.Pattern[str]
+    reasons: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     Raises:
         InputError: if there is no template, or one under which a model cannot be trained and asked in the same words:
             it rewrites messages, ends replies without a token, begins them otherwise in training than in
-            generation, or writes several BOS tokens.
+            generation (but for reasoning that is left empty), or writes several BOS tokens.
     """
     where = str(tokenizer.name_or_path or "tokenizer")
     if not tokenizer.chat_template:
@@ -105,6 +111,39 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     if not tokenizer.is_fast:
         raise InputError("the tokenizer does not say which characters a token stands for", where, "Use a fast one.")
     return _probe(tokenizer, where, str(tokenizer.chat_template), tokenizer.bos_token, len(tokenizer))
+
+
+def use_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, variables: Mapping[str, Any] | None, where: str
+) -> None:
+    """Give a tokenizer another chat template, or its own with some of its variables set.
+
+    They are set at its head, so that whoever gets the tokenizer, saved or not, writes what this one writes.
+
+    Args:
+        tokenizer: is changed.
+        template: Jinja; None keeps its own.
+        variables: such as `enable_thinking`; numbers, texts, true, false or null.
+        where: names the section in messages.
+
+    Raises:
+        InputError: if there is no template, or it does not know a variable.
+    """
+    if template is not None:
+        tokenizer.chat_template = template
+    if not variables:
+        return
+    own: Any = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    known = sorted(set(re.findall(r"\b[a-z]\w+", own or "")))
+    for name in variables:
+        if name not in known:
+            near = get_close_matches(name, known, 3)
+            fix = f"Did you mean {' or '.join(near)}?" if near else "Leave it out."
+            raise InputError(f"the chat template knows no variable {name!r}", f"{where}.template_kwargs", fix)
+    # The plus sign keeps the template's first line break.
+    head = "".join(f"{{% set {name} = {value!r} +%}}" for name, value in variables.items())
+    tokenizer.chat_template = head + own
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -234,11 +273,11 @@ def encode(
 @lru_cache(maxsize=16)
 def _probe(tokenizer: PreTrainedTokenizerBase, where: str, *_: object) -> ChatTemplate:
     """The facts; the further arguments are what they depend on if the tokenizer is changed."""
-    around, reply_space = _around(tokenizer, where, "user")
+    around, begins = _around(tokenizer, where, "user")
     try:
-        around_system, space = _around(tokenizer, where, "system", "user")
+        around_system, begins_system = _around(tokenizer, where, "system", "user")
     except InputError:
-        around_system, space = (), ""
+        around_system, begins_system = (), ("", False)
     # Other added tokens than those in brackets of some kind may be ordinary words or white space.
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     special = _special_tokens(tokenizer)
@@ -255,30 +294,35 @@ def _probe(tokenizer: PreTrainedTokenizerBase, where: str, *_: object) -> ChatTe
     written = {name for text in texts for name in names.findall(text)}
     return ChatTemplate(
         around=around,
-        around_system=around_system if space == reply_space else (),
-        reply_space=reply_space,
+        around_system=around_system if begins_system == begins else (),
+        reply_space=begins[0],
         turn_end=end[0],
         end_of_turn_id=tokenizer.get_added_vocab()[end[1]],
         bos_id=_find_bos(tokenizer, around, end[1], where),
         written=frozenset(written),
         control=_matching({*written, *special}),
+        reasons=begins[1],
     )
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, where: str, *roles: str) -> tuple[tuple[str, ...], str]:
-    """What is written around messages of these roles and a reply; and the white space that the reply begins with."""
+def _around(tokenizer: PreTrainedTokenizerBase, where: str, *roles: str) -> tuple[tuple[str, ...], tuple[str, bool]]:
+    """What is written around messages of these roles and a reply; how the reply begins: white space, and `reasons`."""
     messages = [{"role": role, "content": _PROBES[role]} for role in (*roles, "assistant")]
     pieces = re.split(f"({'|'.join(_PROBES.values())})", _apply(tokenizer, messages, where))
     if pieces[1::2] != [message["content"] for message in messages]:
         raise InputError("the chat template rewrites messages, so they cannot be found in its text", where)
     trained, asked = "".join(pieces[:-2]), _apply(tokenizer, messages[:-1], where, generation=True)
     reply_space = trained.removeprefix(asked)
+    reasons = trained.startswith(asked) and bool(_NO_REASONING.fullmatch(reply_space))
+    if reasons:
+        pieces[-3], reply_space = pieces[-3].removesuffix(reply_space), ""
     if reply_space.strip():
         raise InputError(
             f"the chat template begins a reply with {trained[-80:]!r} in training and with {asked[-80:]!r} where one "
             "is to be generated",
             where,
-            "Use a template that writes the same before a reply in both cases.",
+            "Use a template that writes the same before a reply in both cases; some have a switch for it, see "
+            "model.template_kwargs.",
         )
     if asked.endswith(" "):
         raise InputError(
@@ -287,7 +331,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, where: str, *roles: str) -> tupl
             where,
             "Use a template that asks without that space.",
         )
-    return tuple(pieces[::2]), reply_space
+    return tuple(pieces[::2]), (reply_space, reasons)
 
 
 def _find_bos(tokenizer: PreTrainedTokenizerBase, around: tuple[str, ...], end: str, where: str) -> int | None:
@@ -326,6 +370,10 @@ def _conversation(
 ) -> tuple[str, list[Range]]:
     """A rendered conversation, and where each message's content lies in it; without a reply it waits for one."""
     template = chat_template(tokenizer)
+    if reply is not None and template.reasons:
+        asked, contents = _conversation(tokenizer, prompt, system, None, where)
+        whole = asked + reply + template.around[-1]
+        return whole, [*contents, (len(asked), len(asked) + len(reply))]
     given = {"system": _without_header(system, template), "user": prompt, "assistant": reply}
     messages = [{"role": role, "content": content} for role, content in given.items() if content is not None]
     text = _apply(tokenizer, messages, where, generation=reply is None)
@@ -365,7 +413,7 @@ def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str | None, generation: bool = False
 ) -> str:
     try:
-        # Transcripts hold no reasoning, so a template that can leave out the stretch for it must do so.
+        # Unless a recipe asks for reasoning, a template that can leave it out must do so.
         options: dict[str, Any] = {"strftime_now": DATE.strftime, "enable_thinking": False}
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **options)
     except (TemplateError, TypeError, ValueError) as error:

@@ -35,6 +35,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--arm", help="base, or one of the recipe's arms; unless given all of them, and a report")
     run.add_argument("--redo", action="append", default=[], metavar="STAGE", help="stage to do anew, as trials/tuned")
 
+    what = "measure an adapter that somebody gave you against its base model, and write a report"
+    adapter = add_command(commands, "adapter", _adapter, what)
+    adapter.add_argument("model", help="the base model: hub id, folder, or a name of `esr models fetch`")
+    adapter.add_argument("adapter", help="of that model: hub id or folder")
+    adapter.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as model.dtype=float32")
+    adapter.add_argument("--vectors", metavar="FILE", help="that steer: safetensors, pt, npy or gguf")
+    adapter.add_argument("--layer", type=int, metavar="N", help="whose output they steer; as their file says")
+    adapter.add_argument("--sae", nargs=2, metavar=("RELEASE", "ID"), help="whose latents steer, in place of vectors")
+    adapter.add_argument("--labels", metavar="FILE", help="of the SAE's latents: only labelled ones steer")
+    adapter.add_argument(
+        "--judge", default="likelihood", help="likelihood, lexical or a model, as anthropic/claude-haiku-4-5"
+    )
+    adapter.add_argument("--prompts", metavar="FILE", help="txt, jsonl or csv; 306 how-to questions unless given")
+    adapter.add_argument("--name", help="of the run directory; `adapter-` and the adapter's unless given")
+
     compare = add_command(commands, "compare", _compare, "print the arms of one run, or of several, beside each other")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     compare.add_argument("--all", action="store_true", help="every metric, not only the headline's")
@@ -84,6 +99,24 @@ def _run(options: argparse.Namespace) -> None:
     if ranks.count > 1 and ranks.first:
         print(f"{ranks.count} processes share the cells", flush=True)
     evaluate(recipe, options.arm, ranks, options.redo)
+
+
+def _adapter(options: argparse.Namespace) -> None:
+    from recipes.given_adapter import Given, adapter_recipe
+    from recipes.pipeline import evaluate
+
+    given = Given(
+        options.model,
+        options.adapter,
+        options.vectors,
+        options.layer,
+        tuple(options.sae) if options.sae else None,
+        options.labels,
+        options.judge,
+        options.prompts,
+        options.name,
+    )
+    evaluate(adapter_recipe(given, options.overrides))
 
 
 def _compare(options: argparse.Namespace) -> None:

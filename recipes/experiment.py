@@ -22,6 +22,8 @@ from recipes.resources import Resources, located, open_resources
 from recipes.stage_cache import FILE as STAGES
 from recipes.stage_cache import StageCache
 
+NOT_HERE = {"device", "chat_template", "template_kwargs"}
+"""Settings of the model that change no response, or are counted among its files."""
 LOCK = ".lock"
 """In a run directory: held by the process that writes there."""
 
@@ -116,7 +118,7 @@ def base_inputs(experiment: Experiment) -> dict[str, Any]:
     """What decides the base model's responses: model, engine, sampling, prompts and how they are dealt."""
     recipe, resources = experiment.recipe, experiment.resources
     return {
-        "model": {"settings": recipe.model.model_dump(exclude={"device"}), "files": hashed(resources, recipe.model)},
+        "model": {"settings": recipe.model.model_dump(exclude=NOT_HERE), "files": hashed(resources, recipe.model)},
         "engine": recipe.engine.model_dump(include={"kind", "positions"}),
         "sampling": recipe.sampling.model_dump(),
         "template date": DATE.isoformat(),

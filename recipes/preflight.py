@@ -14,6 +14,7 @@ from eval.conditions import CONDITIONS
 from eval.judging.restart_likelihood import read_phrases
 from eval.llm import InspectLlm
 from recipes.experiment import is_finished
+from recipes.neuronpedia import where_labels_are
 from recipes.resources import Resources, located
 from recipes.weights import adapter_folder
 
@@ -67,6 +68,8 @@ def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
         yield resources.prompts
     if recipe.sae and recipe.sae.labels:
         yield resources.labels
+    if recipe.sae and not recipe.sae.labels and not recipe.vectors:
+        yield lambda: _check_labelled(recipe)
     if recipe.vectors:
         yield lambda: _check_vectors(resources)
     yield resources.judge
@@ -95,6 +98,14 @@ def _check_redo(recipe: Recipe, redo: Sequence[str]) -> None:
                 "--redo",
                 f"Take one of {', '.join(KINDS)}, or of an arm, such as {arms}.",
             )
+
+
+def _check_labelled(recipe: Recipe) -> None:
+    assert recipe.sae is not None
+    steers = any(name != "unsteered" for name in recipe.eval.conditions)
+    if steers or any(sources_steer(recipe.for_arm(arm).data) for arm in recipe.trained_arms):
+        what = "only labelled latents steer, and no labels are named"
+        raise InputError(what, "sae.labels", where_labels_are(recipe.sae.release, recipe.sae.id))
 
 
 def _check_vectors(resources: Resources) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from esr_train.adapters import load_adapter
+from esr_train.adapters import adapter_source, load_adapter
 from esr_train.errors import InputError
 from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.recipe import JudgeSection, ModelSection, PromptsSection, Recipe, judging_model
@@ -105,7 +105,7 @@ class Servers:
         from esr_train.training.settings import lora_config
 
         for name, arm in self.recipe.arms.items():
-            folder = local_path(arm.adapter) if arm.adapter else None
+            folder = adapter_source(arm.adapter) if arm.adapter else None
             if folder and (folder / "adapter_config.json").is_file():
                 yield int(getattr(PeftConfig.from_pretrained(str(folder)), "r", 0))
             else:

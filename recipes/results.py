@@ -243,11 +243,17 @@ def _count(bar: Bar, rows: int) -> None:
     bar(rows, 0)
 
 
+def _unseen(experiment: Experiment, trials: Sequence[Trial], noun: str) -> Notes:
+    if experiment.recipe.latents.held_out:
+        return {"held_out": held_out(experiment, trials, noun)}
+    return {"not known": f"whether what was given was trained on these prompts or {noun}s"}
+
+
 def _notes(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> Notes:
     noun = direction_noun(experiment.recipe)
     return {
         "run": facts(experiment, parts, rows),
-        "held_out": held_out(experiment, rows["base"], noun),
+        **_unseen(experiment, rows["base"], noun),
         f"{noun}s": latent_facts(experiment.directory, noun),
         "form": [f"{arm}: {form(experiment.recipe, arm)}" for arm in rows],
         "seeds": ", ".join(str(part.recipe.seed) for part in parts),

@@ -41,7 +41,7 @@ FUNNELS = {"latents": "data/latents.funnel.json", "thresholds": "data/thresholds
 """Where `esr data stats` finds how many latents were left out, and why."""
 WIDER = 2.0
 """Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
-ALL_MEASURED = "nothing is trained here on the vectors, so all of them are measured"
+ALL_MEASURED = "nothing is trained here on the {}s, so all of them are measured"
 NO_TOPIC, LATER, ZEROS = "label is no topic of the prompts", "beyond latents.per_label", "decoder row of zeros"
 
 
@@ -149,7 +149,7 @@ def _chosen(experiment: Experiment) -> dict[str, Any]:
     choice = choose(directions, active, pools.topics, None if all_measured else splits, recipe.latents.limit)
     _check_dealt(recipe, choice.splits)
     kept = sum(map(len, choice.splits.values()))
-    notes += [ALL_MEASURED] if all_measured else []
+    notes += [ALL_MEASURED.format(direction_noun(recipe))] if all_measured else []
     for note in notes:
         experiment.say(note)
     return {
@@ -179,11 +179,17 @@ def _active_on_prompts(experiment: Experiment) -> tuple[frozenset[int], list[str
 
 
 def _all_are_measured(recipe: Recipe, count: int) -> bool:
-    """Whether all of a recipe's vectors are measured, as none can have been trained on, or there are too few to deal.
+    """Whether all latents or vectors are measured: the recipe says so, or vectors cannot have been trained on or dealt.
 
     Raises:
-        InputError: if they are too few to be divided between training and measurement.
+        InputError: if vectors are too few to be divided between training and measurement, or what is trained on is to
+            be measured.
     """
+    if not recipe.latents.held_out:
+        if _trains_on_directions(recipe):
+            what = "an arm is trained on what steers, which must not be measured then"
+            raise InputError(what, "latents.held_out", "Remove it, or train nothing here.")
+        return True
     if not recipe.vectors:
         return False
     needed = 2 + bool(recipe.prompts and recipe.prompts.splits.validation)

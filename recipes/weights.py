@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esr_train.adapter_scale import scale_adapter
-from esr_train.adapters import check_adapter, is_complete, merge
+from esr_train.adapters import adapter_source, check_adapter, is_complete, merge
 from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
-from esr_train.models import local_path
 from esr_train.provenance import digest, folder_hashes, training_settings
 from esr_train.ranks import alone
 from esr_train.recipe import ModelSection, Recipe
@@ -72,12 +71,12 @@ def given_weights(experiment: Experiment, arm: str) -> Weights | None:
 
 
 def adapter_folder(path: str, where: str, base: ModelSection) -> Path:
-    """The folder of a finished adapter of a model.
+    """The folder of a finished adapter of a model, given by its folder or hub id.
 
     Raises:
         InputError: if there is none, or it was made for another model.
     """
-    folder = local_path(path)
+    folder = adapter_source(path)
     if folder is None or not is_complete(folder):
         raise InputError("there is no finished adapter here", f"{where}={path}", "Train one, or check the path.")
     check_adapter(folder, base)

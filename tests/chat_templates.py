@@ -40,6 +40,7 @@ class Kind:
 CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
 THINK = "<think>\n\n</think>\n\n"
+EMPTY = CHATML.replace("{{ m.content", f"{{{{ {THINK!r} if m.role == 'assistant' }}}}{{{{ m.content")
 NO_SYSTEM = "{{ raise_exception('System role not supported') if m.role == 'system' }}"
 INSTRUCT = NO_SYSTEM + "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}"
 ROWS = "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
@@ -72,6 +73,18 @@ KINDS = {
         begins=f"<|im_start|>assistant\n{{{{ {THINK!r} if enable_thinking is defined and not enable_thinking }}}}",
         plain=("<think>", "</think>"),
         declared=(None, "<|im_end|>", "<|endoftext|>"),
+    ),
+    "ChatML that leaves reasoning empty only in training": Kind(
+        EMPTY,
+        ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        begins="<|im_start|>assistant\n",
+        plain=("<think>", "</think>"),
+    ),
+    "ChatML that begins reasoning and leaves it empty in training": Kind(
+        EMPTY,
+        ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        begins="<|im_start|>assistant\n<think>\n",
+        plain=("<think>", "</think>"),
     ),
     "instructions in brackets": Kind(
         INSTRUCT,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,25 @@ def test_a_share_can_count_trained_tokens(files, recipe_file, llama, tmp_path):
 def test_a_size_that_makes_no_sense_is_refused(files, tmp_path, capsys, extra, message):
     assert data(words("mix", *files, *extra, "--out", tmp_path / "out")) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_rows_are_exported_in_the_style_of_the_model_that_made_them_and_in_no_other(recipe_file, tmp_path, capsys):
+    rows, out, model = tmp_path / "rows.jsonl", tmp_path / "out.jsonl", str(recipe_file.parent / "model")
+    write_transcripts(rows, [replace(correction(0), meta={"model": model})])
+    export = ("export", rows, "--format", "segments", "--out", out)
+    assert data(words(*export)) == 0
+    assert "<|start_header_id|>" in out.read_text()
+    out.unlink()
+    capsys.readouterr()
+    assert data(words(*export, "--style", "chatml")) == 2
+    said = capsys.readouterr().err
+    assert f"--style: the rows were made by {model}, whose chat template is not of the style chatml" in said
+    assert "Take --style llama3" in said
+    assert not out.exists()
+    write_transcripts(rows, [replace(correction(0), meta={"model": "./gone"})])
+    assert data(words(*export, "--style", "chatml")) == 0
+    assert "not checked against the chat template of ./gone" in capsys.readouterr().out
+    assert "<|im_start|>assistant" in out.read_text()
 
 
 def test_an_export_says_what_it_loses(files, tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_oddities_are_reported_with_their_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"segments": [{"label": True, "text": "<s>[INST] How? [/INST]"}]}, "neither Llama 3's nor Gemma's"),
+        ({"segments": [{"label": True, "text": "<s>[INST] How? [/INST]"}]}, "neither Llama 3's nor Gemma's nor ChatML"),
         ({"segments": [{"label": True, "text": "<|begin_of_text|>" + HEAD + "a"}]}, "neither Llama"),
         ({"segments": [{"label": True, "text": HEAD + "a<|eot_id|>" + HEAD[17:]}]}, "more than one prompt"),
         ({"segments": [{"label": False, "text": HEAD}]}, "the reply is empty"),
@@ -191,7 +191,7 @@ def test_own_rows_go_out_under_template_text_and_the_report_says_what_is_lost(tm
     assert "steering: 1 rows" in report.lost
 
 
-@pytest.mark.parametrize("style", ["llama3", "gemma"])
+@pytest.mark.parametrize("style", ["llama3", "gemma", "chatml"])
 def test_own_rows_under_template_text_read_back(tmp_path: Path, style: Any) -> None:
     own = replace(steered(), system=None)
     export_file(tmp_path / "x.jsonl", [own], "segments", style)

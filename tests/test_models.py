@@ -16,7 +16,9 @@ from esr_train.models import (
     load_model,
     load_tokenizer,
 )
+from esr_train.provenance import model_hashes
 from esr_train.recipe import ModelSection
+from esr_train.template import prompt_text
 from tests.chat_templates import KINDS, make_tokenizer
 from tests.conftest import Family, make_family
 
@@ -132,6 +134,26 @@ def test_a_model_without_a_chat_template_can_be_loaded_but_not_talked_to(folders
     assert load_model(section(str(tmp_path)))
     with pytest.raises(InputError, match="no chat template"):
         load_tokenizer(section(str(tmp_path)))
+
+
+def test_a_chat_template_of_one_s_own_takes_the_place_of_the_tokenizer_s_and_changes_what_stages_depend_on(
+    folders, tmp_path
+):
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    plain, mine = section(folders["llama"]), section(folders["llama"], chat_template=str(file))
+    assert prompt_text(load_tokenizer(mine), "Why?") == "<|begin_of_text|>user:Why?<|eot_id|>assistant:"
+    switched = mine.model_copy(update={"template_kwargs": {"add_generation_prompt": True}})
+    found = [model_hashes(each) for each in (plain, mine, switched)]
+    file.write_text(file.read_text() + "\n")
+    found.append(model_hashes(mine))
+    assert len({each.get("chat template") for each in found}) == 4
+    assert all(found[0].items() <= each.items() for each in found)
+    with pytest.raises(InputError, match=r"model\.chat_template=nowhere.*file does not exist"):
+        load_tokenizer(section(folders["llama"], chat_template="nowhere.jinja"))
 
 
 def test_layers_are_found_in_every_wrapper(family: Family):

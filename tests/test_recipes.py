@@ -13,7 +13,8 @@ from esr_train.training.settings import lora_config, sft_config
 from recipes import FOLDER, shipped
 
 ROOT = Path(__file__).parent.parent
-LARGE = ("gemma-2-9b-it", "llama-3.1-8b-instruct", "llama-3-8b-instruct")
+FOURFOLD = ("gemma-2-9b-it", "llama-3.1-8b-instruct", "llama-3-8b-instruct")
+LARGE = (*FOURFOLD, "qwen2.5-7b-instruct")
 KINDS = {"paper.yaml", "onpolicy.yaml", "live.yaml", "qlora.yaml"}
 
 
@@ -25,7 +26,7 @@ def test_no_recipe_is_overlooked():
     found = {path for path in FOLDER.rglob("*.yaml") if "model" in (yaml.safe_load(path.read_text()) or {})}
     assert found == set(shipped().values())
     assert len(found) >= 13
-    for folder in LARGE:
+    for folder in FOURFOLD:
         assert {path.name for path in found if path.parent.name == folder} == KINDS
     assert all((path.parent / "README.md").is_file() for path in found if path.parent.name in LARGE)
 
@@ -67,7 +68,7 @@ def test_the_sae_belongs_to_the_model(folder):
             assert trained_on.rpartition("/")[2] == model
 
 
-@pytest.mark.parametrize("folder", LARGE)
+@pytest.mark.parametrize("folder", FOURFOLD)
 def test_the_four_recipes_of_a_model_are_what_their_names_say(folder):
     paper, onpolicy, live, qlora = (
         load_recipe(FOLDER / folder / f"{kind}.yaml") for kind in ("paper", "onpolicy", "live", "qlora")

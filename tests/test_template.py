@@ -20,6 +20,7 @@ from esr_train.template import (
     prompt_text,
     render,
     stop_ids,
+    use_template,
 )
 from esr_train.transcript import Span, SpanKind, Transcript
 from tests.chat_templates import KINDS, UNUSABLE, make_tokenizer
@@ -179,6 +180,8 @@ FACTS = {
     "ChatML with Llama 3's end of turn in the vocabulary": ("<|im_end|>", None, "<|eot_id|>", True),
     "ChatML whose tokens are not special": ("<|im_end|>", None, "<|endoftext|>", True),
     "ChatML that leaves reasoning out": ("<|im_end|>", None, "<|endoftext|>", True),
+    "ChatML that leaves reasoning empty only in training": ("<|im_end|>", None, "<|endoftext|>", True),
+    "ChatML that begins reasoning and leaves it empty in training": ("<|im_end|>", None, "<|endoftext|>", True),
     "instructions in brackets": ("</s>", "<s>", "<unk>", False),
     "instructions with a space before the end": (" </s>", "<s>", "<unk>", False),
     "a system message in the prompt's turn": ("</s>", "<s>", "<unk>", True),
@@ -293,6 +296,39 @@ def test_a_default_system_message_is_part_of_the_template_and_a_given_one_takes_
     tokenizer = make_tokenizer(KINDS["ChatML as it comes out of GGUF"])
     assert "Be kind." in render(tokenizer, transcript("Smooth it.")).text
     assert "Be kind." not in render(tokenizer, transcript("Smooth it.", system="Be brief.")).text
+
+
+def test_where_a_model_reasons_a_row_begins_with_its_reasoning_as_a_generated_reply_does() -> None:
+    tokenizer = make_tokenizer(KINDS["ChatML that leaves reasoning empty only in training"])
+    labelled = label(tokenizer, transcript("<think>\nA sheet.\n</think>\n\nSmooth it."))
+    assert labelled.text.endswith("<|im_start|>assistant\n<think>\nA sheet.\n</think>\n\nSmooth it.<|im_end|>\n")
+    marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert [token for token in labelled.labels if token in marks] == marks
+
+
+@pytest.mark.parametrize(("value", "before"), [(True, ""), (False, "<think>\n\n</think>\n\n")])
+def test_a_variable_of_the_template_is_set_for_whoever_gets_the_tokenizer(value: bool, before: str) -> None:
+    tokenizer = make_tokenizer(KINDS["ChatML that leaves reasoning out"])
+    use_template(tokenizer, None, {"enable_thinking": value}, "model")
+    assert prompt_text(tokenizer, "How?").endswith(f"<|im_start|>assistant\n{before}")
+    asked = [{"role": "user", "content": "How?"}]
+    plain = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert plain == prompt_text(tokenizer, "How?")
+    labelled = label(tokenizer, transcript("Smooth it."))
+    assert labelled.text.startswith(f"{plain}Smooth it.")
+
+
+def test_setting_variables_leaves_the_template_s_first_line_break_and_every_kind_of_value_as_it_is() -> None:
+    tokenizer = make_tokenizer(KINDS["ChatML"])
+    tokenizer.chat_template = "\n{{ said if said else other }}" + tokenizer.chat_template
+    use_template(tokenizer, None, {"said": None, "other": 'it\'s \n"ü"'}, "model")
+    assert prompt_text(tokenizer, "How?").startswith('\nit\'s \n"ü"<|im_start|>user')
+
+
+def test_a_variable_that_the_template_does_not_know_is_refused_with_a_near_one() -> None:
+    tokenizer = make_tokenizer(KINDS["ChatML that leaves reasoning out"])
+    with pytest.raises(InputError, match=r"model.template_kwargs.*'enable_thinkin'.*Did you mean enable_thinking"):
+        use_template(tokenizer, None, {"enable_thinkin": True}, "model")
 
 
 def test_ids_do_not_depend_on_the_day(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from esr_train.files import read_json, write_json, write_jsonl
 from esr_train.provenance import sha256
 from esr_train.recipe import Recipe, parse_recipe
 from esr_train.steering.direction_files import load_sae
-from esr_train.steering.directions import SteeringVector
+from esr_train.steering.directions import Add, SteeringVector
 from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.vector_files import load_vectors, open_vectors, save_vectors
 from esr_train.training.dataset import VectorSource
@@ -152,6 +152,20 @@ def test_a_lone_vector_is_called_as_its_file_and_two_of_one_name_are_refused(tmp
         open_vectors(tmp_path / "v.safetensors", 1)
     with pytest.raises(InputError, match="there is no vector 1: the file has 1"):
         open_vectors(tmp_path / "joy.npy", 1).direction(1)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list])
+def test_a_vector_may_be_an_array_and_so_may_what_is_added(kind):
+    array = kind(np.arange(1.0, WIDTH + 1))
+    (vector,) = load_vectors(array, 1)
+    expected = torch.arange(1.0, WIDTH + 1)
+    torch.testing.assert_close(vector.add(raw=2.0).vector, 2 * expected)
+    torch.testing.assert_close(Add(1, array).vector.float(), expected)
+    assert [each.label for each in load_vectors(np.eye(2, WIDTH), 1, labels=["a", "b"])] == ["a", "b"]
+    with pytest.raises(InputError, match="does not say for which layer"):
+        load_vectors(array)
+    with pytest.raises(InputError, match=r"the array .*finite and not zero"):
+        load_vectors(np.zeros(WIDTH), 1)
 
 
 def test_every_vector_is_dealt_to_a_split_whether_its_name_is_a_topic_or_not(tmp_path, llama, monkeypatch):

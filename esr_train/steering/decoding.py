@@ -108,7 +108,7 @@ class KeyValueCache(DynamicCache):
                     f"{type(bare_model(model)).__name__} keeps more than keys and values of its tokens "
                     f"({type(layer).__name__}), which is not supported",
                     "model.path",
-                    "Use a causal language model of the Llama or Gemma-2 family.",
+                    "Use a causal language model of a family in docs/families.md.",
                 )
         self.memories = [KeyValues(most) for _ in self.layers]
         self.layers = list(self.memories)

@@ -23,13 +23,17 @@ class Add:
 
     Args:
         layer: index of the decoder layer whose output is changed.
-        vector: [d_model], direction times strength, in residual units.
+        vector: [d_model], direction times strength, in residual units; any array becomes a tensor.
         positions: which tokens are steered.
     """
 
     layer: int
     vector: torch.Tensor
     positions: Positions = "all"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.vector, torch.Tensor):
+            object.__setattr__(self, "vector", torch.as_tensor(self.vector, dtype=torch.float32))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ class SteeringHook:
     """Steers a model's residual stream while the context is open.
 
     Args:
-        model: Llama or Gemma-2, in any wrapper.
+        model: a causal language model, in any wrapper.
         row_interventions: those of each batch row (or of each packed document), applied in order.
 
     Raises:

@@ -35,7 +35,7 @@ def steer(model: Any, steering: Steering | list[Steering]) -> Iterator["SteeredR
     An intervention on `generated` positions leaves the prompt alone: whatever is not fed one by one behind a cache.
 
     Args:
-        model: Llama or Gemma-2, in any wrapper.
+        model: a causal language model, in any wrapper.
         steering: such as `direction.add(0.9)`, `Clamp(sae, 1234, 4.0)` or `Ablate(sae, (7, 9))`; a tuple of them works
             in order. A list has one for each batch row, None where a row is not steered.
 
@@ -149,7 +149,7 @@ def generate(
     """The model's replies to users' messages, rendered by its chat template, all in one batch.
 
     Args:
-        model: Llama or Gemma-2, in any wrapper.
+        model: a causal language model, in any wrapper.
         tokenizer: the model's.
         prompts: one message or several.
         steering: as in `steer`; a list has one for each prompt.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 
 from esr_train.errors import InputError, first_line
 from esr_train.files import replacing
@@ -22,19 +23,19 @@ CONTROL = re.compile(r"direction\.(\d+)")
 
 
 def load_vectors(
-    path: Path | str,
+    path: Path | str | ArrayLike,
     layer: int | None = None,
     *,
     labels: Sequence[str] | None = None,
     model: Any = None,
     tokenizer: Any = None,
 ) -> list[SteeringVector]:
-    """Vectors of one's own from a file.
+    """Vectors of one's own from a file, or an array.
 
     Args:
-        path: `.npy` or `.pt` with one vector [d_model] or several [vectors, d_model], `.pt` or `.safetensors` with
-            named ones, or a `.gguf` control vector, of which the layer's is taken. Of a `.pt` only tensors are read,
-            never code.
+        path: an array or tensor, [d_model] or [vectors, d_model]; or a file: `.npy` or `.pt` with one vector or
+            several of these shapes, `.pt` or `.safetensors` with named ones, or a `.gguf` control vector, of which the
+            layer's is taken. Of a `.pt` only tensors are read, never code.
         layer: the decoder layer whose output they steer, counted from 0; None: as the file says.
         labels: what they stand for, in order; None: their names in the file.
         model: refuse vectors that do not fit it, and measure the layer's residual norm, in which strengths may then
@@ -45,14 +46,15 @@ def load_vectors(
         InputError: what cannot be read, is no vector, is zero or not finite, says another layer or none, or does not
             fit the model.
     """
-    file = _existing(path)
-    layer, named = _read(file, layer)
+    is_file = isinstance(path, Path | str)
+    where = str(path) if is_file else "the array"
+    layer, named = _read(_existing(path), layer) if is_file else _of_array(path, layer)
     if labels is not None and len(labels) != len(named):
-        raise InputError(f"{len(named)} vectors need as many labels, not {len(labels)}", str(path))
+        raise InputError(f"{len(named)} vectors need as many labels, not {len(labels)}", where)
     if model is not None:
         check_layer(model, layer, "layer")
         if (width := hidden_size(model)) != (size := len(named[0][1])):
-            raise InputError(f"the vectors are {size} wide, the model's residual stream {width}", str(path))
+            raise InputError(f"the vectors are {size} wide, the model's residual stream {width}", where)
     norm = None if model is None else measure_residual_norm(model, tokenizer, layer)
     names = labels or [name for name, _ in named]
     return [
@@ -223,7 +225,18 @@ def _of_layer(
     return layer, _named_rows({"": by_layer[layer]}, path)
 
 
-def _named_rows(tensors: Mapping[str, torch.Tensor], path: Path) -> list[tuple[str, torch.Tensor]]:
+def _of_array(array: ArrayLike, layer: int | None) -> tuple[int, list[tuple[str, torch.Tensor]]]:
+    """The layer that an array of vectors is given for, and each of them, without a name where it is the only one."""
+    if layer is None:
+        raise InputError("an array does not say for which layer its vectors are", "layer", "Name the layer.")
+    try:
+        tensor = torch.as_tensor(array)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"this is no array of numbers ({first_line(error)})", "load_vectors") from error
+    return layer, _named_rows({"": tensor}, "the array")
+
+
+def _named_rows(tensors: Mapping[str, torch.Tensor], path: Path | str) -> list[tuple[str, torch.Tensor]]:
     rows: list[tuple[str, torch.Tensor]] = []
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() not in (1, 2):

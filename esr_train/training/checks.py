@@ -147,7 +147,7 @@ def check_packing(model: Any, batch: dict[str, torch.Tensor]) -> None:
     row, ids = batch["row"][:1], batch["input_ids"][:1]
     positions = batch["position_ids"][:1]
     length = int((row[0] >= 0).sum())
-    other = torch.where(row == row[0, 0], (ids + 1) % bare_model(model).config.vocab_size, ids)
+    other = torch.where(row == row[0, 0], (ids + 1) % bare_model(model).config.get_text_config().vocab_size, ids)
     with without_dropout(model):
         logits, changed = (
             model(input_ids=tokens[:, :length], position_ids=positions[:, :length], use_cache=False).logits[0, -1]

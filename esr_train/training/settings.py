@@ -117,7 +117,7 @@ REASONS = {
     "truncation_mode": "Rows are never truncated; raise train.max_length.",
     "eval_packing": "Held-out rows are not packed.",
     "resume_from_checkpoint": "Training continues from the last checkpoint by itself.",
-    "chat_template_path": "The tokenizer's own template is trained; put another into the model's folder.",
+    "chat_template_path": "Set model.chat_template.",
     "dataset_text_field": "Rows come from transcripts; see train.data.",
     "eos_token": "The chat template's end-of-turn token is trained.",
     "use_liger_kernel": "Its layers are not those that are steered and measured.",
@@ -209,6 +209,23 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         raise InputError(f"LoRA refuses these settings ({first_line(error)})", "train.lora") from error
 
 
+def decoder_only(lora: LoraConfig, model: Any) -> LoraConfig:
+    """The settings with `all-linear` meaning the decoder's layers: what else a multimodal model has is left out.
+
+    Args:
+        lora: from `lora_config`; what it excludes stays excluded.
+        model: as loaded.
+    """
+    if lora.target_modules != "all-linear" or model.config.get_text_config() is model.config:
+        return lora
+    layers = decoder_layers(model)
+    name = next(name for name, module in model.named_modules() if module is layers)
+    excluded = lora.exclude_modules or []
+    named = [excluded] if isinstance(excluded, str) else [rf"(?:.*\.)?{re.escape(part)}" for part in sorted(excluded)]
+    lora.exclude_modules = "|".join([rf"(?!{re.escape(name)}\.).*", *(f"(?:{part})" for part in named)])
+    return lora
+
+
 def check_settings(recipe: Recipe, directory: Path) -> SFTConfig:
     """As `sft_config`, and refuse whatever else of the training can be refused before a model is loaded.
 
@@ -252,7 +269,7 @@ def _check_lora(recipe: Recipe, lora: LoraConfig) -> None:
         if number >= layers:
             raise InputError(f"the model has no layer {number}", "train.lora.layers_to_transform", f"It has {layers}.")
     try:
-        tuned = get_peft_model(model, lora)
+        tuned = get_peft_model(model, decoder_only(lora, model))
     except (TypeError, ValueError) as error:
         raise InputError(f"LoRA refuses these settings ({first_line(error)})", "train.lora") from error
     changed = [name.partition(".lora_A")[0] for name, _ in tuned.named_parameters() if ".lora_A" in name]

@@ -31,7 +31,15 @@ from esr_train.training.dataset import TrainingRow, hold_out, packed, read_rows,
 from esr_train.training.injection import COLUMNS, LiveInjection, live_injection
 from esr_train.training.lm_head import score_trained_tokens
 from esr_train.training.saving import check_checkpoint, last_checkpoint, save_adapter
-from esr_train.training.settings import check_settings, is_flash, lora_config, packs, trains_on_cpu, wants_deepspeed
+from esr_train.training.settings import (
+    check_settings,
+    decoder_only,
+    is_flash,
+    lora_config,
+    packs,
+    trains_on_cpu,
+    wants_deepspeed,
+)
 
 ProbeFactory = Callable[[Any, PreTrainedTokenizerBase], Probe]
 """Given the model in training and its tokenizer, makes the behavioural probe."""
@@ -275,7 +283,7 @@ def build_trainer(
             train_dataset=to_dataset(sequences, sources),
             eval_dataset=to_dataset(singly(held_out), sources) if held_out else None,
             processing_class=tokenizer,
-            peft_config=lora_config(recipe),
+            peft_config=decoder_only(lora_config(recipe), model),
             callbacks=[Progress()],
         )
     except ValueError as error:
