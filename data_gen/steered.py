@@ -19,6 +19,7 @@ from data_gen.sources import (
     register_source,
     stem,
 )
+from esr_train.errors import InputError
 from esr_train.recipe import SteeredSection
 from esr_train.restarts import attempts, sentences, split_cue
 from esr_train.steering.engine import Completion, Request
@@ -56,10 +57,20 @@ def steered(context: Context, section: SteeredSection) -> Make:
     """Makes detours under steering, each followed by a cue and by the same model's answer.
 
     A candidate whose detour is refused costs no answer.
+
+    Raises:
+        InputError: if no latent is of another topic than some prompt.
     """
+    labels = {latent.direction.label for latent in context.latents}
+    prompts = [prompt for prompt in context.prompts.train if labels - {prompt.topic}]
+    if not prompts:
+        what = "no prompt can be steered off-topic: " + (
+            f"all stand for {labels.pop()!r}, as the prompts do" if labels else "nothing is left to steer with"
+        )
+        raise InputError(what, "data.steered", "Add prompts of other topics, or latents or vectors.")
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
-        candidates = [_draw(context, section, number) for number in numbers]
+        candidates = [_draw(context, section, prompts, number) for number in numbers]
         _start(context, section, candidates)
         _detour(context, section, candidates)
         again = [each for each in candidates if not each.reason and each.rng.random() < section.second_detour]
@@ -70,10 +81,10 @@ def steered(context: Context, section: SteeredSection) -> Make:
     return make
 
 
-def _draw(context: Context, section: SteeredSection, number: int) -> _Candidate:
-    """A prompt of the training split, a latent of another topic, and a strength."""
+def _draw(context: Context, section: SteeredSection, prompts: Sequence[Prompt], number: int) -> _Candidate:
+    """One of the prompts, a latent of another topic, and a strength."""
     rng = candidate_rng(context.seed, "steered", number)
-    prompt = rng.choice(context.prompts.train)
+    prompt = rng.choice(prompts)
     latent = rng.choice([latent for latent in context.latents if latent.direction.label != prompt.topic])
     return _Candidate(number, rng, prompt, latent, latent.threshold * rng.uniform(*section.strength))
 

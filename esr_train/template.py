@@ -371,9 +371,8 @@ def _conversation(
     """A rendered conversation, and where each message's content lies in it; without a reply it waits for one."""
     template = chat_template(tokenizer)
     if reply is not None and template.reasons:
-        asked, contents = _conversation(tokenizer, prompt, system, None, where)
-        whole = asked + reply + template.around[-1]
-        return whole, [*contents, (len(asked), len(asked) + len(reply))]
+        asked, ranges = _conversation(tokenizer, prompt, system, None, where)
+        return asked + reply + template.around[-1], [*ranges, (len(asked), len(asked) + len(reply))]
     given = {"system": _without_header(system, template), "user": prompt, "assistant": reply}
     messages = [{"role": role, "content": content} for role, content in given.items() if content is not None]
     text = _apply(tokenizer, messages, where, generation=reply is None)

@@ -20,6 +20,7 @@ usage: esr COMMAND ...
   train RECIPE [key=value ...]    train one arm (= accelerate launch -m esr_train RECIPE on one process)
   eval COMMAND ...                calibrate, run trials, compare, report
   recipes COMMAND ...             list, show, copy, validate, explain
+  latents labels ...              what an SAE's latents stand for, from Neuronpedia's exports
   vectors make RECIPE             steering vectors from the activations of the recipe's model
   sae train RECIPE --out FOLDER   train an SAE of the recipe's model on its own conversations
   chat RECIPE [--page PORT]       talk to the model while it is steered, the base beside an arm
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _recipes(rest)
     if name == "models":
         return _models(rest)
+    if name == "latents":
+        return _latents(rest)
     if name == "vectors":
         return _vectors(rest)
     if name == "sae":
@@ -144,6 +147,26 @@ def _models(arguments: Sequence[str]) -> int:
         from recipes.model_fetch import fetch
 
         print(fetch(options.name))
+
+    return guarded(work, options.debug)
+
+
+def _latents(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr latents", description="What an SAE's latents are.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    what = "download what an SAE's latents stand for, as Neuronpedia exports it, for sae.labels"
+    labels = commands.add_parser("labels", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    labels.add_argument("--release", required=True, help="sae-lens release, as in sae.release")
+    labels.add_argument("--id", required=True, help="of the SAE in it, as in sae.id")
+    labels.add_argument("--out", type=Path, required=True, help="folder of batches; what is there is kept")
+    add_debug(labels)
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        from recipes.neuronpedia import fetch_labels
+
+        count = fetch_labels(options.release, options.id, options.out)
+        print(f"{count} latents are labelled; set sae.labels={options.out}")
 
     return guarded(work, options.debug)
 

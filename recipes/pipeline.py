@@ -26,6 +26,7 @@ from recipes.steering_latents import (
     THRESHOLDS,
     Shared,
     calibrate_base,
+    check_steerable,
     choose_latents,
 )
 from recipes.weights import (
@@ -79,6 +80,8 @@ def prepare(experiment: Experiment, evaluates: bool = True) -> Shared:
     steers = evaluates and any(name != "unsteered" for name in recipe.eval.conditions)
     steers = steers or any(sources_steer(recipe.for_arm(arm).data) for arm in recipe.trained_arms)
     calibrated = calibrate_base(experiment, latents) if steers else NOT_CALIBRATED
+    if steers:
+        check_steerable(recipe, calibrated)
     frequency = latent_frequency(experiment) if evaluates and needs_frequency(recipe) else None
     return Shared(latents, calibrated, frequency)
 

@@ -68,7 +68,7 @@ def _tests(recipe: Recipe, redo: Sequence[str]) -> Iterator[Callable[[], Any]]:
         yield resources.prompts
     if recipe.sae and recipe.sae.labels:
         yield resources.labels
-    if recipe.sae and not recipe.sae.labels and not recipe.vectors:
+    if recipe.prompts and recipe.sae and not recipe.sae.labels and not recipe.vectors:
         yield lambda: _check_labelled(recipe)
     if recipe.vectors:
         yield lambda: _check_vectors(resources)

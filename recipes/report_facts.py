@@ -29,11 +29,12 @@ def held_out(experiment: Experiment, trials: Sequence[Trial], noun: str) -> dict
     topics = experiment.resources.prompts().topics
     unseen = sorted(topic for topic, split in topics.items() if split == "test")
     cells = [trial.cell for trial in trials if trial.cell.latent is not None]
-    labels = {cell.label for cell in cells}
-    stand_for = "that stand for these topics" if labels <= {*unseen} else f"that stand for {_some(labels)}"
+    labels = {cell.label for cell in cells if cell.label}
+    named = "these topics" if labels <= {*unseen} else _some(labels)
+    stand_for = f" that stand for {named}" if labels else ""
     return {
         "topics": f"{len(unseen)} of {len(topics)}: {', '.join(unseen)}",
-        f"{noun}s": f"{len({cell.latent for cell in cells})} {noun}s {stand_for}",
+        f"{noun}s": f"{len({cell.latent for cell in cells})} {noun}s{stand_for}",
         "prompts": f"{len({cell.prompt for cell in cells})} prompts on these topics",
     }
 
@@ -79,7 +80,7 @@ def _funnels(experiment: Experiment) -> dict[str, str]:
     return {name: "; ".join(texts) for name, texts in found.items()}
 
 
-def _some(labels: Collection[str | None]) -> str:
-    names = sorted(filter(None, labels))
+def _some(labels: Collection[str]) -> str:
+    names = sorted(labels)
     more = len(names) - MOST_LABELS
-    return ", ".join(names[:MOST_LABELS]) + (f" and {more} other subjects" if more > 0 else "") or "nothing known"
+    return ", ".join(names[:MOST_LABELS]) + (f" and {more} other subjects" if more > 0 else "")

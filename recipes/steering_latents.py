@@ -42,6 +42,7 @@ FUNNELS = {"latents": "data/latents.funnel.json", "thresholds": "data/thresholds
 WIDER = 2.0
 """Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
 ALL_MEASURED = "nothing is trained here on the {}s, so all of them are measured"
+MORE = {"vector": "Name a file with more vectors", "latent": "Label more latents"}
 NO_TOPIC, LATER, ZEROS = "label is no topic of the prompts", "beyond latents.per_label", "decoder row of zeros"
 
 
@@ -213,19 +214,42 @@ def _trains_on_directions(recipe: Recipe) -> bool:
 
 
 def _check_dealt(recipe: Recipe, splits: Mapping[Split, Sequence[Direction]]) -> None:
-    """Refuse vectors of which none is left to train on, or to measure."""
-    if not recipe.vectors:
-        return
+    """Refuse latents or vectors of which none is left to train on, or to measure."""
+    noun = direction_noun(recipe)
+    for split, purpose in _needed(recipe).items():
+        if not splits[split]:
+            raise InputError(
+                f"none of the {sum(map(len, splits.values()))} {noun}s is left {purpose}: they are dealt to splits by "
+                "their labels",
+                "prompts.splits",
+                f"{MORE[noun]}, or change the shares or the seed.",
+            )
+
+
+def _needed(recipe: Recipe) -> dict[Split, str]:
+    """The splits that must have directions, and what for."""
     wanted: dict[Split, str] = {"test": "to measure"}
     if any(sources_steer(recipe.for_arm(arm).data) for arm in recipe.trained_arms):
         wanted["train"] = "to steer training rows with"
-    for split, purpose in wanted.items():
-        if not splits[split]:
+    return wanted
+
+
+def check_steerable(recipe: Recipe, calibrated: Calibrated) -> None:
+    """Refuse to go on where every direction that is needed has its threshold at a bound.
+
+    Raises:
+        InputError: saying at which bounds they lie, and what that means.
+    """
+    noun, (low, high) = direction_noun(recipe), recipe.calibration.bounds
+    for split, purpose in _needed(recipe).items():
+        if not calibrated.steerable[split]:
+            at, count = Counter(threshold.bound for threshold in calibrated.thresholds), len(calibrated.thresholds)
             raise InputError(
-                f"none of the {sum(map(len, splits.values()))} vectors is left {purpose}: they are dealt to splits by "
-                "their labels",
-                "prompts.splits",
-                "Name a file with more vectors, or change the shares or the seed.",
+                f"no {noun} is left {purpose}, as thresholds lie at a bound: {at['low']} of {count} at the low one (at "
+                f"{low:g} residual norms answers are off-topic), {at['high']} at the high one (at {high:g} they "
+                "are not yet)",
+                f"calibration.bounds=[{low:g}, {high:g}]",
+                f"Widen them; where that does not help, the judge or the {noun}s do not fit the model.",
             )
 
 

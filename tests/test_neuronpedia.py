@@ -13,6 +13,7 @@ import pytest
 from esr_train.errors import InputError, RunError
 from esr_train.recipe import parse_recipe
 from esr_train.steering.latent_labels import read_labels
+from recipes.cli import main
 from recipes.neuronpedia import export_of, fetch_labels, where_labels_are
 from recipes.preflight import check
 
@@ -77,8 +78,22 @@ def test_an_sae_without_labels_is_told_apart_from_one_that_the_table_does_not_kn
 
 def test_a_recipe_whose_sae_has_no_labels_is_told_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    values = {"name": "t", "model": {"path": "./gone"}, "sae": {"release": SAE[0], "id": SAE[1]}}
+    values = {
+        "name": "t",
+        "model": {"path": "./gone"},
+        "sae": {"release": SAE[0], "id": SAE[1]},
+        "prompts": {"path": "data_gen/prompts/how-to.jsonl"},
+    }
     command = f"esr latents labels --release {SAE[0]} --id {SAE[1]}"
     with pytest.raises(InputError, match=rf"sae\.labels: .*{command}"):
         check(parse_recipe(values))
     assert command in where_labels_are(*SAE)
+
+
+def test_the_command_prints_what_to_set(exports, tmp_path, monkeypatch, capsys):
+    folder, host = exports
+    batch(folder, 0, (3, "owls"))
+    monkeypatch.setattr("recipes.neuronpedia.fetch_labels", partial(fetch_labels, host=host))
+    words = ["latents", "labels", "--release", SAE[0], "--id", SAE[1], "--out", str(tmp_path / "labels")]
+    assert main(words) == 0
+    assert f"1 latents are labelled; set sae.labels={tmp_path / 'labels'}" in capsys.readouterr().out

@@ -231,3 +231,12 @@ def test_a_detour_is_what_the_model_itself_said_under_the_row_s_own_steering(mak
         assert DETOUR.startswith(detour)
         wanted = LATENTS[0].direction.add(row.steering.strength.norm).vector.norm().item()
         assert any(norm == pytest.approx(wanted, rel=1e-3) for norm in asked)
+
+
+def test_where_no_latent_is_of_another_topic_than_a_prompt_that_is_said(llama):
+    bread = [replace(each, direction=replace(each.direction, label="bread")) for each in LATENTS]
+    context = Context(Scripted(llama.tokenizer), OwlJudge(), Sampling(), "all", "m", 0, llama.tokenizer, POOLS, bread)
+    with pytest.raises(InputError, match=r"no prompt can be steered off-topic: all stand for 'bread'.*other topics"):
+        steered(context, SteeredSection(rows=1))
+    with pytest.raises(InputError, match="nothing is left to steer with"):
+        steered(replace(context, latents=()), SteeredSection(rows=1))

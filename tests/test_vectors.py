@@ -23,14 +23,15 @@ from esr_train.steering.vector_files import load_vectors, open_vectors, save_vec
 from esr_train.training.dataset import VectorSource
 from esr_train.training.injection import load_vectors as row_vectors
 from esr_train.transcript import Span, SpanKind, Transcript, VectorRef, from_json, read_transcripts, to_json
-from eval.cells import read_prompts
+from eval.calibration import Threshold
+from eval.cells import SPLITS, read_prompts
 from eval.store import read_trials
 from recipes.cli import main
 from recipes.experiment import Experiment, source_inputs
 from recipes.preflight import check
 from recipes.resources import Resources
 from recipes.stage_cache import StageCache
-from recipes.steering_latents import choose_latents, latent_facts, threshold_key
+from recipes.steering_latents import Calibrated, check_steerable, choose_latents, latent_facts, threshold_key
 from tests.conftest import Family
 from tests.small_run import new_run
 from tests.test_sae_kinds import experiment as sae_experiment
@@ -338,3 +339,12 @@ def test_a_whole_run_is_steered_by_vectors_and_says_so(assets, tmp_path, capsys)
     before = (run.folder / "metrics.json").stat().st_mtime_ns
     assert main(words) == 0
     assert (run.folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_where_every_threshold_lies_at_a_bound_the_bounds_are_named_and_what_they_mean():
+    recipe = as_recipe({})
+    thresholds = [Threshold(i, "a", 2.0, 3.0, 1.9, 2.0, 20, "high") for i in range(3)]
+    calibrated = Calibrated("f", thresholds, {split: () for split in SPLITS})
+    said = r"calibration\.bounds=\[0\.1, 2\]: no vector is left .* 0 of 3 at the low one .* 3 at the high one"
+    with pytest.raises(InputError, match=said):
+        check_steerable(recipe, calibrated)

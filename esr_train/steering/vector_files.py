@@ -46,9 +46,10 @@ def load_vectors(
         InputError: what cannot be read, is no vector, is zero or not finite, says another layer or none, or does not
             fit the model.
     """
-    is_file = isinstance(path, Path | str)
-    where = str(path) if is_file else "the array"
-    layer, named = _read(_existing(path), layer) if is_file else _of_array(path, layer)
+    if isinstance(path, Path | str):
+        where, (layer, named) = str(path), _read(_existing(path), layer)
+    else:
+        where, (layer, named) = "the array", _of_array(path, layer)
     if labels is not None and len(labels) != len(named):
         raise InputError(f"{len(named)} vectors need as many labels, not {len(labels)}", where)
     if model is not None:
