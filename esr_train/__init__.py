@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from esr_train.steering.engine import Sampling
     from esr_train.steering.interventions import Ablate, Clamp
     from esr_train.steering.latent_labels import read_labels
+    from esr_train.steering.monitor import Monitor, load_monitor, save_monitor, watching
     from esr_train.steering.readout import measure_residual_norm
     from esr_train.steering.steer import generate, steer
     from esr_train.steering.vector_files import load_vectors, save_vectors
@@ -35,6 +36,7 @@ _MODULES = {
     "Ablate": "steering.interventions",
     "Clamp": "steering.interventions",
     "InputError": "errors",
+    "Monitor": "steering.monitor",
     "RunError": "errors",
     "Sampling": "steering.engine",
     "Span": "transcript",
@@ -45,6 +47,7 @@ _MODULES = {
     "label": "masking",
     "load_adapter": "adapters",
     "load_model": "models",
+    "load_monitor": "steering.monitor",
     "load_recipe": "recipe",
     "load_sae": "steering.direction_files",
     "load_tokenizer": "models",
@@ -53,8 +56,10 @@ _MODULES = {
     "measure_residual_norm": "steering.readout",
     "read_labels": "steering.latent_labels",
     "read_transcripts": "transcript",
+    "save_monitor": "steering.monitor",
     "save_vectors": "steering.vector_files",
     "steer": "steering.steer",
+    "watching": "steering.monitor",
     "write_transcripts": "transcript",
 }
 
@@ -62,6 +67,7 @@ __all__ = [
     "Ablate",
     "Clamp",
     "InputError",
+    "Monitor",
     "RunError",
     "Sampling",
     "Span",
@@ -72,6 +78,7 @@ __all__ = [
     "label",
     "load_adapter",
     "load_model",
+    "load_monitor",
     "load_recipe",
     "load_sae",
     "load_tokenizer",
@@ -80,8 +87,10 @@ __all__ = [
     "measure_residual_norm",
     "read_labels",
     "read_transcripts",
+    "save_monitor",
     "save_vectors",
     "steer",
+    "watching",
     "write_transcripts",
 ]
 

@@ -458,6 +458,20 @@ class EditSection(Section):
         return self
 
 
+MonitorAction = Literal["stop", "restart", "unsteer", "log"]
+
+
+class MonitorSection(Section):
+    """A monitor that follows an arm's replies while they are written."""
+
+    file: str = Field(description="written by `esr monitor fit`, such as runs/quickstart/monitor/probe.json")
+    action: MonitorAction = Field(
+        "restart",
+        description="where it sounds. stop: the reply ends; restart: the sentence is cut off, a cue of `data.cues` "
+        "follows and the reply goes on; unsteer: it goes on without steering (the upper bound); log: nothing",
+    )
+
+
 class ArmSection(Section):
     """A model under test. `base` is an arm by itself.
 
@@ -478,6 +492,7 @@ class ArmSection(Section):
         None, description="a shipped prompt variant by name, or a text with {prompt} and perhaps {label}"
     )
     edit: EditSection | None = None
+    monitor: MonitorSection | None = None
     conditions: tuple[str, ...] | None = Field(None, description="some of eval.conditions; null: all of them")
 
     @property

@@ -47,11 +47,13 @@ class Variant:
         prompt: text with {prompt} and perhaps {label} that takes the prompt's place; None leaves it.
         interventions: applied after the cell's steering, in every condition.
         edits: the interventions as trial rows describe them.
+        monitor: what a monitor does to its replies where it sounds, if there is one.
     """
 
     prompt: str | None = None
     interventions: tuple[Intervention, ...] = ()
     edits: Mapping[str, Any] = field(default_factory=dict)
+    monitor: str | None = None
 
     def apply(self, request: Request, label: str | None) -> Request:
         """The request as this arm runs it; `label` is the steering latent's."""
@@ -63,7 +65,9 @@ class Variant:
 
     def to_json(self) -> dict[str, Any] | None:
         """The variant as it stands in a trial row; None where it changes nothing."""
-        return {"prompt": self.prompt, **self.edits} if self.prompt or self.interventions else None
+        watched = {"monitor": self.monitor} if self.monitor else {}
+        changed = self.prompt or self.interventions or watched
+        return {"prompt": self.prompt, **self.edits, **watched} if changed else None
 
 
 PLAIN = Variant()

@@ -235,6 +235,12 @@ def restart_logprob(trial: Trial) -> Value:
     return sum(values) / len(values) if values else Gap.UNDEFINED
 
 
+@metric("alarm_rate", "Monitor sounds", tested=False)
+def alarm_rate(trial: Trial) -> Value:
+    """Whether the arm's monitor sounded in the response; unsteered: its false alarms."""
+    return float(bool(trial.alarms)) if trial.variant and trial.variant.monitor else Gap.UNDEFINED
+
+
 def esr_rate(judged: Sequence[Judged]) -> float:
     """ESR over trials or judgements: the share whose last of several attempts scores higher than the first.
 

@@ -42,12 +42,13 @@ class TrialCell:
 class TrialVariant:
     """What the arm changed beside its weights: the words around the prompt, latents set to zero or to a value.
 
-    Without changed latents `ablate` and `clamp` are None.
+    Without changed latents `ablate` and `clamp` are None, without a monitor `monitor`, which is what it does.
     """
 
     prompt: str | None
     ablate: tuple[int, ...] | None = None
     clamp: Mapping[str, float] | None = None
+    monitor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +65,12 @@ class Trial:
         sampling: how tokens were drawn; None where it is not known (imported trials).
         prefix: characters of the response that were given, not generated.
         response: the whole reply.
-        finish_reason: `stop` or `length`; None where it is not known.
+        finish_reason: `stop`, `length`, or `alarm` where a monitor ended it; None where it is not known.
         tokens, steered_tokens: generated tokens, and tokens (of prompt and reply) that were steered.
         attempts: in order, covering the response; empty where the judge failed.
         cue: whether an explicit restart phrase is in the response.
         restart_token: generated tokens before the second attempt, where they were counted.
+        alarms: generated tokens, from 0, at which a monitor sounded.
         restart_logprobs: at sentence ends of the first attempt (characters) the log-probability (nats) of a restart.
         judge, judge_raw: the judge's name, and its answer as it came.
         flags: the judge's yes/no findings (see `eval.judging.judge.Judgement`).
@@ -91,6 +93,7 @@ class Trial:
     attempts: tuple[Attempt, ...]
     cue: bool
     restart_token: int | None = None
+    alarms: tuple[int, ...] = ()
     restart_logprobs: tuple[tuple[int, float], ...] = ()
     judge: str
     judge_raw: str
@@ -102,8 +105,10 @@ def trial_to_json(trial: Trial) -> dict[str, Any]:
     """The trial as a line of a trial file, keys in the order of the class."""
     row = asdict(trial)
     row["sampling"] = row["sampling"] or {}
-    if trial.variant and trial.variant.ablate is None:
-        row["variant"] = {"prompt": trial.variant.prompt}
+    if trial.variant:
+        row["variant"] = {key: value for key, value in row["variant"].items() if key == "prompt" or value is not None}
+    if not trial.alarms:
+        del row["alarms"]
     return row
 
 

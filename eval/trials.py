@@ -206,6 +206,7 @@ class ConditionRun:
             steered_tokens=completion.steered_tokens,
             attempts=judgement.attempts,
             cue=bool(find_cues(response)),
+            alarms=completion.alarms,
             judge=judgement.judge,
             judge_raw=judgement.raw,
             flags=judgement.flags,

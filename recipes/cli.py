@@ -21,6 +21,7 @@ usage: esr COMMAND ...
   eval COMMAND ...                calibrate, run trials, compare, report
   recipes COMMAND ...             list, show, copy, validate, explain
   latents labels ...              what an SAE's latents stand for, from Neuronpedia's exports
+  monitor fit|eval RUN            what sounds when a reply of a run's model is steered, and how well it does
   vectors make RECIPE             steering vectors from the activations of the recipe's model
   sae train RECIPE --out FOLDER   train an SAE of the recipe's model on its own conversations
   chat RECIPE [--page PORT]       talk to the model while it is steered, the base beside an arm
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _models(rest)
     if name == "latents":
         return _latents(rest)
+    if name == "monitor":
+        return _monitor(rest)
     if name == "vectors":
         return _vectors(rest)
     if name == "sae":
@@ -167,6 +170,39 @@ def _latents(arguments: Sequence[str]) -> int:
 
         count = fetch_labels(options.release, options.id, options.out)
         print(f"{count} latents are labelled; set sae.labels={options.out}")
+
+    return guarded(work, options.debug)
+
+
+def _monitor(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr monitor", description="What sounds when a reply is steered.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    what = "fit detectors on steered and unsteered replies of a run's base model to training prompts"
+    fit = commands.add_parser("fit", help=what, description=f"{what.capitalize()}.")
+    fit.add_argument("--layer", type=int, help="whose output the probe reads, from 0; the one that is steered")
+    fit.add_argument("--false-alarms", type=float, default=0.01, help="share of unsteered replies (0.01)")
+    what = "measure them on the run's trials: of topics and latents that were held out"
+    measure = commands.add_parser("eval", help=what, description=f"{what.capitalize()}.")
+    for each in (fit, measure):
+        each.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe")
+        each.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+        add_debug(each)
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        if options.command == "fit" and not 0 < options.false_alarms < 1:
+            raise InputError(f"{options.false_alarms:g} is no share", "--false-alarms", "Such as 0.01.")
+        from recipes.experiment import read_recipe
+
+        folder = options.run if options.run.is_dir() else None
+        recipe = read_recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides)
+        from recipes import monitor_eval, monitoring
+
+        if options.command == "fit":
+            lines = monitoring.fit(recipe, folder, options.layer, options.false_alarms)
+        else:
+            lines = monitor_eval.evaluate(recipe, folder)
+        print("\n".join(lines))
 
     return guarded(work, options.debug)
 

@@ -20,6 +20,7 @@ from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, Steerer, run_trials, trial_key
 from recipes.attacks import Attacked, adapted_directions
 from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe
+from recipes.monitoring import monitor_inputs, watched
 from recipes.resources import located
 from recipes.stage_cache import Stage
 from recipes.steering_latents import Shared, search_thresholds, threshold_key
@@ -63,7 +64,7 @@ class ArmRun:
         """The arm with its engine, loaded."""
         if self._arm is None:
             resources = self.experiment.resources
-            engine = resources.engine(self.weights.adapter, self.weights.model)
+            engine = watched(self.experiment, self.name, resources.engine(self.weights.adapter, self.weights.model))
             self._arm = Arm(engine, resources.judge(), resources.sampling(), self.name, self.variant)
         return self._arm
 
@@ -171,6 +172,7 @@ class ArmRun:
             "weights": self.weights.fingerprint,
             "variant": self.variant.to_json(),
             "calibration": self.shared.calibrated.fingerprint,
+            **monitor_inputs(self.experiment, self.name),
         }
 
     def _phrases(self, measured: Measured) -> list[Any] | None:
@@ -230,6 +232,7 @@ class ArmRun:
             **threshold_key(experiment.resources),
             "weights": self.weights.fingerprint,
             "variant": self.variant.to_json(),
+            **monitor_inputs(self.experiment, self.name),
         }
 
         def work() -> None:

@@ -9,6 +9,7 @@ from esr_train.errors import InputError
 from esr_train.models import choose_device, load_config, model_source
 from esr_train.recipe import ModelSection, Recipe, judging_model
 from esr_train.steering.direction_files import check_sizes
+from esr_train.steering.monitor import load_monitor
 from eval.arms import prompt_text
 from eval.conditions import CONDITIONS
 from eval.judging.restart_likelihood import read_phrases
@@ -139,6 +140,9 @@ def _check_arm(recipe: Recipe, arm: str) -> None:
     prompt_text(section.prompt, f"arms.{arm}.prompt")
     if section.adapter:
         adapter_folder(section.adapter, f"arms.{arm}.adapter", recipe.model)
+    if section.monitor:
+        load_monitor(located(section.monitor.file))
+        read_cues(recipe.data.cues)
     if section.model:
         model_source(recipe.model.model_copy(update={"path": section.model, "revision": None}))
 

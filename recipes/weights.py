@@ -179,6 +179,8 @@ def form(recipe: Recipe, arm: str) -> str:
         kind = "random latents matched to " if section.edit.matched_random else "latents "
         parts += [f"{kind}{_some(section.edit.ablate)} ablated"] if section.edit.ablate else []
         parts += [f"{kind}{_some(tuple(section.edit.clamp))} clamped"] if section.edit.clamp else []
+    if section.monitor:
+        parts.append(f"where a monitor ({Path(section.monitor.file).stem}) sounds: {section.monitor.action}")
     return "; ".join(parts)
 
 
@@ -196,8 +198,9 @@ def arm_variant(experiment: Experiment, arm: str, latents: Latents, frequency: N
         return PLAIN
     section = experiment.recipe.arms[arm]
     prompt = prompt_text(section.prompt, f"arms.{arm}.prompt")
+    action = section.monitor.action if section.monitor else None
     if section.edit is None:
-        return Variant(prompt)
+        return Variant(prompt, monitor=action)
     sae, positions = experiment.resources.sae(), experiment.recipe.engine.positions
     wanted = [*section.edit.ablate, *section.edit.clamp]
     for latent in wanted:
@@ -210,7 +213,7 @@ def arm_variant(experiment: Experiment, arm: str, latents: Latents, frequency: N
     edits: list[Intervention] = [Ablate(sae, ablated, positions)] if ablated else []
     edits += [Clamp(sae, latent, value, positions) for latent, value in clamped.items()]
     values = {str(latent): value for latent, value in clamped.items()}
-    return Variant(prompt, tuple(edits), {"ablate": list(ablated), "clamp": values})
+    return Variant(prompt, tuple(edits), {"ablate": list(ablated), "clamp": values}, action)
 
 
 def matched(

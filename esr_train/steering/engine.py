@@ -8,6 +8,8 @@ from esr_train.errors import RunError
 from esr_train.steering.interventions import Intervention, layer_of
 from esr_train.template import chat_template, encode_prompt
 
+Finish = Literal["stop", "length", "alarm"]
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -37,6 +39,7 @@ class Request:
         prefix: text with which the assistant's reply already begins; generation goes on from its end.
         interventions: applied together, in order; empty means unsteered.
         seed: of this row's sampling; two requests that differ only in arm share it.
+        max_new_tokens: most tokens of this reply, where it may have fewer than the sampling allows.
     """
 
     id: str
@@ -45,6 +48,11 @@ class Request:
     prefix: str = ""
     interventions: tuple[Intervention, ...] = ()
     seed: int = 0
+    max_new_tokens: int | None = None
+
+    def most(self, sampling: Sampling) -> int:
+        """Most tokens of the reply."""
+        return min(sampling.max_new_tokens, self.max_new_tokens or sampling.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -54,19 +62,21 @@ class Completion:
     Args:
         id: the request's.
         text: the generated text, without the prefix and without the end-of-turn token.
-        token_ids: generated ids, end-of-turn token included where there is one.
-        finish_reason: "stop" (end of turn) or "length".
+        token_ids: generated ids, with the one that ended it (the end of turn, or what was drawn behind an alarm).
+        finish_reason: "stop" (end of turn), "length", or "alarm" (a monitor stopped it).
         prompt_tokens: tokens of the rendered prompt and prefix.
         steered_tokens: positions (prompt, prefix and generated) at which an intervention was applied; counted
             where it happens, inside the forward pass. 0 for an unsteered request.
+        alarms: tokens of the reply, from 0, at which a monitor sounded.
     """
 
     id: str
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Finish
     prompt_tokens: int
     steered_tokens: int
+    alarms: tuple[int, ...] = ()
 
 
 Progress = Callable[[int, int], None]
@@ -164,7 +174,7 @@ def checked_completion(
     request: Request,
     prompt: Encoding,
     generated: Sequence[int],
-    finish: Literal["stop", "length"],
+    finish: Finish,
     counts: Mapping[int, int],
 ) -> Completion:
     """What an engine returns, if every layer steered exactly the tokens it was asked to.
@@ -175,7 +185,7 @@ def checked_completion(
         tokenizer: the model's.
         request: as it was given.
         prompt: its rendered prompt.
-        generated: ids, end-of-turn token included where there is one.
+        generated: ids, with the one that ended it where there is one.
         finish: why the generation ended.
         counts: layer -> tokens that were steered there.
 
@@ -183,12 +193,15 @@ def checked_completion(
         RunError: naming the request and the layer.
     """
     steered = check_steered(request, prompt, len(prompt.ids) + len(generated) - 1, counts)
-    kept = generated[:-1] if finish == "stop" else generated
-    text = tokenizer.decode(list(kept), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if not request.prefix:
-        # White space that the template writes before a reply would be there twice in a transcript.
-        text = str(text).removeprefix(chat_template(tokenizer).reply_space)
-    return Completion(request.id, str(text), tuple(generated), finish, len(prompt.ids), steered)
+    text = decoded(tokenizer, request, generated if finish == "length" else generated[:-1])
+    return Completion(request.id, text, tuple(generated), finish, len(prompt.ids), steered)
+
+
+def decoded(tokenizer: Any, request: Request, ids: Sequence[int]) -> str:
+    """The text of a request's generated ids."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    # White space that the template writes before a reply would be there twice in a transcript.
+    return text if request.prefix else text.removeprefix(chat_template(tokenizer).reply_space)
 
 
 def not_finite(request: Request, tokens: int | None = None) -> RunError:

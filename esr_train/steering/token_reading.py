@@ -162,7 +162,10 @@ def _layer_outputs(
     ends, starts = torch.tensor([[len(text.ids), text.reply_start] for text in texts], device=device).unbind(1)
     column = torch.arange(width, device=device)
     real = column < ends[:, None]
-    with steering(model, [request.interventions for request in requests]) as steered, _kept(model, layers) as kept:
+    with (
+        steering(model, [request.interventions for request in requests]) as steered,
+        kept_outputs(model, layers) as kept,
+    ):
         index = torch.where(real, torch.arange(len(texts), device=device)[:, None], -1)
         steered.set_rows(index, column >= starts[:, None])
         model(input_ids=ids, attention_mask=real.long(), use_cache=False, logits_to_keep=1)
@@ -173,7 +176,7 @@ def _layer_outputs(
 
 
 @contextmanager
-def _kept(model: Any, layers: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
+def kept_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
     """What some decoder layers return while the context is open, by layer; steered, if it is opened behind that."""
     kept: dict[int, torch.Tensor] = {}
 

@@ -7,7 +7,7 @@ known, so that steered tokens can be held against what was asked.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from esr_train.steering.decoding import KeyValueCache, one_token_each, rows_at_o
 from esr_train.steering.engine import (
     Completion,
     Encoding,
+    Finish,
     Progress,
     Request,
     Sampling,
@@ -27,9 +28,10 @@ from esr_train.steering.engine import (
     not_finite,
 )
 from esr_train.steering.hook import SteeringHook, steering
+from esr_train.steering.monitor import Monitor, followed
 from esr_train.steering.sampling import filled_up, next_tokens, row_seeds
 from esr_train.steering.scoring import Text, score_texts
-from esr_train.steering.token_reading import Probe, Reply, read_with_hooks
+from esr_train.steering.token_reading import Probe, Reply, kept_outputs, read_with_hooks
 from esr_train.template import stop_ids
 
 READ_AT_ONCE = 32
@@ -44,7 +46,8 @@ class _Row:
     request: Request
     prompt: Encoding
     generated: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length"] = "length"
+    finish: Finish = "length"
+    alarm: int | None = None
 
 
 class TransformersEngine:
@@ -79,12 +82,45 @@ class TransformersEngine:
             InputError: an intervention that does not fit the model.
             RunError: a row that was not steered at exactly the tokens it asked for, or whose logits are not finite.
         """
+        return self._generated(requests, sampling, progress, None)
+
+    @torch.no_grad()
+    def generate_watched(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        monitor: Monitor,
+        stops: bool,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """As `generate`, followed by a monitor; each completion says at which token it sounded first.
+
+        Args:
+            requests, sampling, progress: see `generate`.
+            monitor: of the residual stream, steered as it is.
+            stops: whether a reply ends where the monitor sounds.
+
+        Raises:
+            InputError: also for a monitor that was made for another model.
+            RunError: as `generate`.
+        """
+        monitor.check(self.model)
+        with kept_outputs(self.model, [monitor.layer]) as outputs:
+            return self._generated(requests, sampling, progress, _Follower(monitor, outputs, stops))
+
+    def _generated(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        progress: Progress | None,
+        follower: "_Follower | None",
+    ) -> list[Completion]:
         rows = [_Row(index, r, encoded(self.tokenizer, r)) for index, r in enumerate(requests)]
         # Longest first: what needs most memory fails at once, not at the end; and no later prompt is wider than a row.
         rows.sort(key=lambda row: -len(row.prompt.ids))
         with steering(self.model, [row.request.interventions for row in rows]) as hook:
             at_once = self._rows_at_once(rows, sampling.max_new_tokens)
-            _run(rows, _Decoder(self.model, sampling, hook, self._stop_ids), at_once, progress)
+            _run(rows, _Decoder(self.model, sampling, hook, self._stop_ids, follower), at_once, progress)
             counts = hook.counts()
         completions = {
             row.index: checked_completion(
@@ -97,7 +133,8 @@ class TransformersEngine:
             )
             for number, row in enumerate(rows)
         }
-        return [completions[index] for index in range(len(rows))]
+        alarms = {row.index: () if row.alarm is None else (row.alarm,) for row in rows}
+        return [replace(completions[index], alarms=alarms[index]) for index in range(len(rows))]
 
     @torch.no_grad()
     def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:
@@ -150,7 +187,7 @@ def _run(rows: Sequence[_Row], decoder: "_Decoder", batch_rows: int, progress: P
 
 @dataclass(frozen=True)
 class _Tensors:
-    """What is known of running rows: [rows] int64 each."""
+    """What is known of running rows: [rows] int64 each, but for the score."""
 
     number: torch.Tensor
     """In the hook."""
@@ -163,6 +200,8 @@ class _Tensors:
     """Positions in the cache before the row's first token."""
     token: torch.Tensor
     """The last one drawn, not yet fed."""
+    score: torch.Tensor
+    """A monitor's, at the last token that was fed; float32."""
 
     def of(self, rows: torch.Tensor) -> "_Tensors":
         return _Tensors(*(getattr(self, each.name)[rows] for each in fields(self)))
@@ -207,6 +246,24 @@ class _Running:
 
 
 @dataclass(frozen=True)
+class _Follower:
+    """A monitor, what the layer that it reads returned last, and whether rows end where it sounds."""
+
+    monitor: Monitor
+    outputs: dict[int, torch.Tensor]
+    stops: bool
+
+    def next(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [rows] at the tokens that were just fed."""
+        return followed(scores, self.monitor.values(self.outputs[self.monitor.layer][:, -1]))
+
+    def sounding(self, running: _Running) -> set[int]:
+        """The numbers of the rows whose last fed token is of their replies, and above the threshold."""
+        above = (running.now.score > self.monitor.threshold).nonzero().flatten().tolist()
+        return {number for number in above if running.rows[number].generated}
+
+
+@dataclass(frozen=True)
 class _Decoder:
     """Feeds a model, and draws tokens."""
 
@@ -214,6 +271,7 @@ class _Decoder:
     sampling: Sampling
     hook: SteeringHook
     stops: frozenset[int]
+    follower: _Follower | None = None
 
     def read(
         self, numbered: Sequence[tuple[int, _Row]], running: _Running | None, most: int
@@ -249,7 +307,8 @@ class _Decoder:
         self.hook.set_rows(torch.where(real, number[:, None], -1), column >= start[:, None])
         seed, cache = row_seeds([row.request.seed for row in rows], device), KeyValueCache(self.model, most)
         zero = torch.zeros_like(seed)
-        running = _Running(rows, _Tensors(number, seed, zero, position[:, -1] + 1, pad, zero), cache)
+        score = torch.zeros(len(rows), device=device)
+        running = _Running(rows, _Tensors(number, seed, zero, position[:, -1] + 1, pad, zero, score), cache)
         self._feed(running, torch.tensor(padded, device=device), real.long(), position)
         return running
 
@@ -264,17 +323,24 @@ class _Decoder:
         running.now = replace(now, position=now.position + 1)
         with one_token_each(self.model, now.pad, running.cache.get_seq_length() + 1) as mask:
             self._feed(running, now.token[:, None], mask, now.position[:, None])
+        if self.follower:
+            running.now = replace(running.now, score=self.follower.next(running.now.score))
 
     def take(self, running: _Running) -> tuple[list[_Row], _Running | None]:
         """Hand rows the tokens drawn: those that have ended, and what is left."""
         going = []
+        sounding = self.follower.sounding(running) if self.follower else frozenset()
         for number, (row, token) in enumerate(zip(running.rows, running.now.token.tolist(), strict=True)):
             if token < 0:
                 raise not_finite(row.request, len(row.generated))
+            if number in sounding and row.alarm is None:
+                row.alarm = len(row.generated) - 1
             row.generated.append(token)
-            if token in self.stops:
+            if self.follower and self.follower.stops and row.alarm is not None:
+                row.finish = "alarm"
+            elif token in self.stops:
                 row.finish = "stop"
-            elif len(row.generated) < self.sampling.max_new_tokens:
+            elif len(row.generated) < row.request.most(self.sampling):
                 going.append(number)
         left = set(going)
         ended = [row for number, row in enumerate(running.rows) if number not in left]

@@ -152,6 +152,8 @@ def _in_words(change: str, value: Any) -> str:
         return ""
     if change == "prompt":
         return f"“{' '.join(value.split()).rstrip('.')}”"
+    if change == "monitor":
+        return f"where it sounds: {value}"
     if change == "ablate":
         return f"ablates {', '.join(map(str, value))}"
     return "clamps " + ", ".join(f"{latent} to {level:g}" for latent, level in value.items())
@@ -159,8 +161,10 @@ def _in_words(change: str, value: Any) -> str:
 
 PROMPTS = "Steered responses of arms whose prompts carry an instruction, beside arms without one."
 LATENTS = "Steered responses of arms in which latents are ablated or clamped, beside arms in which none is."
+WATCHED = "Steered responses of arms that a monitor follows, beside arms without one."
 figure("prompt_variants", "Prompt variants")(partial(_variants, ("prompt",), PROMPTS))
 figure("ablations", "Changed latents")(partial(_variants, ("ablate", "clamp"), LATENTS))
+figure("monitors", "Monitored arms")(partial(_variants, ("monitor",), WATCHED))
 
 
 @figure("judge_rates", "Second attempts by judge")

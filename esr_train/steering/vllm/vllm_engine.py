@@ -233,7 +233,7 @@ def _params(row: _Row, sampling: Sampling, stops: list[int], scored: bool) -> An
         }
     return SamplingParams(
         temperature=0.0,
-        max_tokens=sampling.max_new_tokens,
+        max_tokens=row.request.most(sampling),
         stop_token_ids=stops,
         detokenize=False,
         # 0: of the prompt's own tokens and no others.
