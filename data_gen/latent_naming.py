@@ -99,7 +99,7 @@ def _labelled(
     """A latent's label, from its excerpts and from how many of all texts hold each word."""
     count = int((strongest.values[latent] > 0).sum())
     where = zip(strongest.text[latent, :count].tolist(), strongest.token[latent, :count].tolist(), strict=True)
-    examples = tuple(_excerpt(tokenizer, tokens[text], token) for text, token in where)
+    examples = tuple(excerpt(tokenizer, tokens[text], token) for text, token in where)
     # Words cut by an excerpt's end are in no text.
     common = Counter(word for example in examples for word in _words(example) if word in holders)
     weights = {word: count * math.log((len(tokens) + 1) / holders[word]) for word, count in common.items()}
@@ -112,7 +112,8 @@ def _words(text: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[^\W\d_]{3,}", text.replace("<<", "").replace(">>", ""))}
 
 
-def _excerpt(tokenizer: Any, ids: Sequence[int], token: int) -> str:
+def excerpt(tokenizer: Any, ids: Sequence[int], token: int) -> str:
+    """The text around a token, which stands between << and >>."""
     parts = ids[max(token - BEFORE, 0) : token], [ids[token]], ids[token + 1 : token + 1 + BEHIND]
     before, at, behind = (tokenizer.decode(list(part)) for part in parts)
     word = at.lstrip()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -440,22 +441,51 @@ class EvalSection(Section):
         return self
 
 
-class EditSection(Section):
-    """SAE latents whose activation is changed in every forward pass of an arm."""
+DETECTORS: Literal["detectors"] = "detectors"
+"""Stands for the latents that `esr latents search` finds: in the contrast of off-topic replies."""
+Latent = Count | Literal["detectors"]
 
-    ablate: tuple[Count, ...] = Field((), description="latents that are set to 0")
-    clamp: dict[Count, float] = Field(default_factory=dict, description="latent -> the activation it is set to")
-    matched_random: bool = Field(
-        False, description="take random latents of like activation frequency and decoder norm instead: the control"
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class EditSection(Section):
+    """SAE latents whose activation is changed in every forward pass of an arm.
+
+    `detectors` stands for those that `esr latents search` finds; all latents of that edit are then the read SAE's.
+    """
+
+    ablate: Annotated[tuple[Latent, ...], BeforeValidator(_as_list)] = Field(
+        (), description="latents that are set to 0"
     )
+    clamp: dict[Latent, float] = Field(default_factory=dict, description="latent -> the activation it is set to")
+    amplify: dict[Latent, float] = Field(
+        default_factory=dict, description="latent -> the factor by which its activation is multiplied"
+    )
+    matched_random: bool | Annotated[int, Field(ge=1, le=20)] = Field(
+        False,
+        description="take random latents of like activation frequency and decoder norm instead: the control; "
+        "a number: so many sets, each an arm (NAME_1, NAME_2, …)",
+    )
+    draw: Count = Field(0, description="which of the random sets; filled in where `matched_random` is a number")
 
     @model_validator(mode="after")
     def _names_latents_once(self) -> "EditSection":
-        if not self.ablate and not self.clamp:
-            raise ValueError("name latents under ablate or clamp")
-        if both := sorted({*self.ablate} & {*self.clamp}):
-            raise ValueError(f"latent {both[0]} stands under ablate and under clamp")
+        keys = {"ablate": self.ablate, "clamp": tuple(self.clamp), "amplify": tuple(self.amplify)}
+        if not any(keys.values()):
+            raise ValueError("name latents under ablate or clamp (or amplify)")
+        for one, other in combinations(keys, 2):
+            if both := sorted({*keys[one]} & {*keys[other]}, key=str):
+                raise ValueError(f"latent {both[0]} stands under {one} and under {other}")
+        if self.takes_detectors and self.matched_random and len(set().union(*keys.values())) > 1:
+            raise ValueError("matched_random of detectors: name no other latents beside them")
         return self
+
+    @property
+    def takes_detectors(self) -> bool:
+        """Whether it names the detectors."""
+        return DETECTORS in (*self.ablate, *self.clamp, *self.amplify)
 
 
 MonitorAction = Literal["stop", "restart", "unsteer", "log"]
@@ -542,6 +572,14 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     arms: dict[str, ArmSection] = Field(default_factory=lambda: {"tuned": ArmSection()})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _each_random_set_is_an_arm(cls, values: Any) -> Any:
+        arms = values.get("arms") if isinstance(values, dict) else None
+        if not isinstance(arms, dict):
+            return values
+        return {**values, "arms": dict(each for name, arm in arms.items() for each in _arms_of_its_sets(name, arm))}
+
     @model_validator(mode="after")
     def _arms_are_valid(self) -> "Recipe":
         if "base" in self.arms:
@@ -566,9 +604,13 @@ class Recipe(Section):
                 "vectors: the latents of sae.labels would steer, too, and only one source can: remove vectors, or "
                 "remove sae.labels (the SAE is then there for arms that edit its latents)"
             )
-        if not self.sae and (edited := [name for name, arm in self.arms.items() if arm.edit]):
+        if not self.sae and (edited := [name for name, arm in self.arms.items() if self._edits_sae(arm)]):
             raise ValueError(f"arms.{edited[0]}.edit: latents of an SAE are edited, and the recipe names none: add sae")
         return self
+
+    def _edits_sae(self, arm: ArmSection) -> bool:
+        """Whether it changes latents of the SAE under `sae`."""
+        return arm.edit is not None and not (arm.edit.takes_detectors and self.read.sae)
 
     @model_validator(mode="after")
     def _judges_differ(self) -> "Recipe":
@@ -609,6 +651,16 @@ class Recipe(Section):
         values["data"] = _merged(values["data"], section.data)
         values["train"] = _merged(values["train"], section.train)
         return Recipe.model_validate({**values, "arms": {}})
+
+
+def _arms_of_its_sets(name: Any, arm: Any) -> list[tuple[Any, Any]]:
+    """An arm as it stands in a recipe; an arm for each of its random sets, where it asks for a number of them."""
+    edit = arm.get("edit") if isinstance(arm, dict) else None
+    count = edit.get("matched_random") if isinstance(edit, dict) else None
+    if not isinstance(edit, dict) or not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 20:
+        return [(name, arm)]
+    edits = [{**edit, "matched_random": True, "draw": number} for number in range(count)]
+    return [(f"{name}_{number}", {**arm, "edit": each}) for number, each in enumerate(edits, start=1)]
 
 
 def judging_model(recipe: Recipe, section: JudgeSection) -> ModelSection | None:

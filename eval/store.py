@@ -40,15 +40,18 @@ class TrialCell:
 
 @dataclass(frozen=True)
 class TrialVariant:
-    """What the arm changed beside its weights: the words around the prompt, latents set to zero or to a value.
+    """What the arm changed beside its weights: the words around the prompt, latents set to zero, to a value, or
+    multiplied by a factor.
 
-    Without changed latents `ablate` and `clamp` are None, without a monitor `monitor`, which is what it does.
+    Without changed latents `ablate` and `clamp` are None, without a factor `amplify`, without a monitor `monitor`: what
+    it does.
     """
 
     prompt: str | None
     ablate: tuple[int, ...] | None = None
     clamp: Mapping[str, float] | None = None
     monitor: str | None = None
+    amplify: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

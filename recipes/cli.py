@@ -20,6 +20,7 @@ usage: esr COMMAND ...
   train RECIPE [key=value ...]    train one arm (= accelerate launch -m esr_train RECIPE on one process)
   eval COMMAND ...                calibrate, run trials, compare, report
   recipes COMMAND ...             list, show, copy, validate, explain
+  latents search RECIPE           which latents of an SAE notice that a reply is off-topic, or steered
   latents labels ...              what an SAE's latents stand for, from Neuronpedia's exports
   monitor fit|eval RUN            what sounds when a reply of a run's model is steered, and how well it does
   vectors make RECIPE             steering vectors from the activations of the recipe's model
@@ -155,23 +156,37 @@ def _models(arguments: Sequence[str]) -> int:
 
 
 def _latents(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr latents", description="What an SAE's latents are.")
+    parser = argparse.ArgumentParser(prog="esr latents", description="What an SAE's latents are, and which notice.")
     commands = parser.add_subparsers(dest="command", required=True)
     what = "download what an SAE's latents stand for, as Neuronpedia exports it, for sae.labels"
     labels = commands.add_parser("labels", help=what, description=f"{what[0].upper()}{what[1:]}.")
     labels.add_argument("--release", required=True, help="sae-lens release, as in sae.release")
     labels.add_argument("--id", required=True, help="of the SAE in it, as in sae.id")
     labels.add_argument("--out", type=Path, required=True, help="folder of batches; what is there is kept")
-    add_debug(labels)
+    what = "which latents are active on off-topic replies, or under steering, and not on the model's own"
+    search = commands.add_parser("search", help=what, description=f"Search the whole dictionary: {what}.")
+    add_recipe(search, "model.device=cuda:0")
+    for command in (labels, search):
+        add_debug(command)
     options = parser.parse_args(arguments)
+    acts = {"labels": _fetch_labels, "search": _search_latents}
+    return guarded(lambda: acts[options.command](options), options.debug)
 
-    def work() -> None:
-        from recipes.neuronpedia import fetch_labels
 
-        count = fetch_labels(options.release, options.id, options.out)
-        print(f"{count} latents are labelled; set sae.labels={options.out}")
+def _fetch_labels(options: argparse.Namespace) -> None:
+    from recipes.neuronpedia import fetch_labels
 
-    return guarded(work, options.debug)
+    count = fetch_labels(options.release, options.id, options.out)
+    print(f"{count} latents are labelled; set sae.labels={options.out}")
+
+
+def _search_latents(options: argparse.Namespace) -> None:
+    from recipes.experiment import read_recipe
+
+    recipe = read_recipe(options.recipe, options.overrides)
+    from recipes.latent_search import search
+
+    print("\n".join(search(recipe)))
 
 
 def _monitor(arguments: Sequence[str]) -> int:

@@ -15,10 +15,10 @@ import eval.judging.model_judge  # noqa: F401
 from esr_train.files import hold, replacing
 from esr_train.provenance import digest, model_hashes, sae_hashes, sha256
 from esr_train.ranks import ALONE, Ranks
-from esr_train.recipe import JudgeSection, ModelSection, Recipe, dump_recipe, judging_model, load_recipe
+from esr_train.recipe import JudgeSection, ModelSection, Recipe, SaeSection, dump_recipe, judging_model, load_recipe
 from esr_train.template import DATE
 from recipes import recipe_file
-from recipes.resources import Resources, located, open_resources
+from recipes.resources import Resources, located, open_resources, required
 from recipes.stage_cache import FILE as STAGES
 from recipes.stage_cache import StageCache
 
@@ -146,9 +146,25 @@ def sae_inputs(experiment: Experiment) -> dict[str, Any]:
     labels = experiment.resources.labels() if section.labels else {}
     return {
         "sae": [section.release, section.id],
-        "files": experiment.resources.once("SAE hashes", lambda: sae_hashes(section.release, section.id)),
+        "files": _sae_hashes(experiment, section),
         "labels": digest({str(latent): label for latent, label in labels.items()}),
     }
+
+
+def read_inputs(experiment: Experiment) -> dict[str, Any]:
+    """What decides what is read: the SAE's files and what its latents are said to stand for."""
+    section = required(experiment.recipe.read.sae or experiment.recipe.sae, "sae")
+    return {
+        "sae": [section.release, section.id],
+        "files": _sae_hashes(experiment, section),
+        "labels": digest({str(latent): label for latent, label in experiment.resources.read_labels().items()}),
+    }
+
+
+def _sae_hashes(experiment: Experiment, section: SaeSection) -> dict[str, str]:
+    """Hashes of an SAE's files, computed once."""
+    name = f"hashes of the SAE {section.release} {section.id}"
+    return experiment.resources.once(name, lambda: sae_hashes(section.release, section.id))
 
 
 def source_inputs(experiment: Experiment) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from eval.retention import MOST_REPLIES, read_replies, reply_store
 from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, Steerer, run_trials, trial_key
 from recipes.attacks import Attacked, adapted_directions
-from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe
+from recipes.experiment import Experiment, base_inputs, judge_inputs, read_inputs, write_recipe
 from recipes.monitoring import monitor_inputs, watched
 from recipes.resources import located
 from recipes.stage_cache import Stage
@@ -50,7 +50,7 @@ class ArmRun:
 
     def __init__(self, experiment: Experiment, arm: str, weights: Weights, shared: Shared) -> None:
         self.experiment, self.name, self.weights, self.shared = experiment, arm, weights, shared
-        self.variant: Variant = arm_variant(experiment, arm, shared.latents, shared.frequency)
+        self.variant: Variant = arm_variant(experiment, arm, shared)
         self.path = experiment.directory / "trials" / f"{arm}.jsonl"
         file = str(self.path.relative_to(experiment.directory))
         self._fingerprint = experiment.cache.do(
@@ -162,7 +162,7 @@ class ArmRun:
     def _weighing(self) -> dict[str, Any]:
         """What decides how likely the arm finds a text that nobody steers."""
         base = base_inputs(self.experiment)
-        return {"base": base, "weights": self.weights.fingerprint, "variant": self.variant.to_json()}
+        return {"base": base, "weights": self.weights.fingerprint, "variant": self.variant.to_json(), **self._edits()}
 
     def _inputs(self) -> dict[str, Any]:
         """What decides all trials of the arm, whatever the condition."""
@@ -173,7 +173,13 @@ class ArmRun:
             "variant": self.variant.to_json(),
             "calibration": self.shared.calibrated.fingerprint,
             **monitor_inputs(self.experiment, self.name),
+            **self._edits(),
         }
+
+    def _edits(self) -> dict[str, Any]:
+        """What decides the SAE whose latents the arm changes, where that is not the one that steers."""
+        arm = self.experiment.recipe.arms.get(self.name)
+        return {"read": read_inputs(self.experiment)} if arm and arm.edit and arm.edit.takes_detectors else {}
 
     def _phrases(self, measured: Measured) -> list[Any] | None:
         phrases = self.experiment.recipe.eval.restart_phrases

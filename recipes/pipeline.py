@@ -13,6 +13,7 @@ from esr_train.ranks import ALONE, Ranks, at_once
 from esr_train.recipe import Recipe
 from eval.conditions import measured_conditions
 from recipes.experiment import Experiment, open_experiment
+from recipes.latent_search import find_detectors
 from recipes.measure import ArmRun, measure
 from recipes.preflight import check
 from recipes.resources import open_resources
@@ -37,6 +38,7 @@ from recipes.weights import (
     merge_arm,
     needs_frequency,
     scale_arm,
+    takes_detectors,
     train_arm,
 )
 
@@ -83,7 +85,10 @@ def prepare(experiment: Experiment, evaluates: bool = True) -> Shared:
     if steers:
         check_steerable(recipe, calibrated)
     frequency = latent_frequency(experiment) if evaluates and needs_frequency(recipe) else None
-    return Shared(latents, calibrated, frequency)
+    detectors = None
+    if evaluates and takes_detectors(recipe):
+        detectors = find_detectors(experiment, latents, calibrated if steers else None).of("off_topic")
+    return Shared(latents, calibrated, frequency, detectors)
 
 
 def measure_part(experiment: Experiment, shared: Shared, sources: Sources) -> None:

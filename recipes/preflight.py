@@ -23,6 +23,7 @@ KINDS = (
     "latents",
     "calibrate",
     "frequency",
+    "detectors",
     "attack",
     "data",
     "train",

@@ -244,6 +244,14 @@ class Resources:
             return self.sae()
         return self.once("read sae", lambda: load_sae(SaeRef(section.release, section.id)))
 
+    def read_labels(self) -> dict[int, str]:
+        """Labels of the latents that are read; none if the recipe has none for their SAE."""
+        section = self.recipe.read.sae or self.recipe.sae
+        if section is None or section.labels is None:
+            return {}
+        path = located(section.labels)
+        return self.once(f"labels {path}", lambda: read_labels(path))
+
     def source(self) -> DirectionSource:
         """What steers: the recipe's vectors, or else its SAE."""
         return self.vectors() if self.recipe.vectors else self.sae()

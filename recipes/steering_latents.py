@@ -29,6 +29,7 @@ from eval.calibration import (
     score_store,
 )
 from eval.cells import SPLITS, Side, Split
+from eval.detectors import DetectorSet
 from eval.report.story import progress_bar
 from eval.trials import Steerer
 from recipes.experiment import Experiment, base_inputs, judge_inputs, source_inputs
@@ -92,11 +93,13 @@ class Shared:
         latents: that may steer.
         calibrated: their thresholds on the base model.
         frequency: how often each latent of the SAE is active, [n_latents], where something is matched in it.
+        detectors: the latents that notice, where an arm edits them.
     """
 
     latents: Latents
     calibrated: Calibrated
     frequency: NDArray[np.float64] | None = None
+    detectors: DetectorSet | None = None
 
     def steerer(self, positions: Positions) -> Steerer:
         """Steers with the test latents at the base model's thresholds."""

@@ -1,6 +1,6 @@
 """Where an arm's weights come from, and what it changes beside them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
 from esr_train.provenance import digest, folder_hashes, training_settings
 from esr_train.ranks import alone
-from esr_train.recipe import ModelSection, Recipe
+from esr_train.recipe import DETECTORS, EditSection, ModelSection, Recipe
+from esr_train.steering.directions import LoadedSae
 from esr_train.steering.engine import Request
-from esr_train.steering.interventions import Ablate, Clamp, Intervention
+from esr_train.steering.interventions import Ablate, Amplify, Clamp, Intervention
 from esr_train.steering.readout import activation_frequency
 from esr_train.transcript import SaeRef
 from eval.arms import PLAIN, Variant, matched_latents, prompt_text
@@ -23,7 +24,7 @@ from eval.conditions import CONDITIONS
 from recipes.experiment import Experiment, base_inputs, hashed, sae_inputs, source_inputs
 from recipes.rows import Rows
 from recipes.stage_cache import Stage
-from recipes.steering_latents import Latents
+from recipes.steering_latents import Latents, Shared
 from recipes.training_probe import calibrated_probe
 
 MATCH_TEXTS = 48
@@ -175,24 +176,27 @@ def form(recipe: Recipe, arm: str) -> str:
         parts.append(f"the adapter at {section.scale:g} of its strength")
     if section.prompt:
         parts.append(f"prompt variant: {' '.join(section.prompt.split())}")
-    if section.edit:
-        kind = "random latents matched to " if section.edit.matched_random else "latents "
-        parts += [f"{kind}{_some(section.edit.ablate)} ablated"] if section.edit.ablate else []
-        parts += [f"{kind}{_some(tuple(section.edit.clamp))} clamped"] if section.edit.clamp else []
+    parts += _edits_in_words(section.edit) if section.edit else []
     if section.monitor:
         parts.append(f"where a monitor ({Path(section.monitor.file).stem}) sounds: {section.monitor.action}")
     return "; ".join(parts)
 
 
-def _some(latents: Sequence[int]) -> str:
+def _edits_in_words(edit: EditSection) -> list[str]:
+    kind = "random latents matched to " if edit.matched_random else "latents "
+    edits = {"ablated": edit.ablate, "clamped": tuple(edit.clamp), "amplified": tuple(edit.amplify)}
+    return [f"{kind}{_some(latents)} {what}" for what, latents in edits.items() if latents]
+
+
+def _some(latents: Sequence[int | str]) -> str:
     return ", ".join(map(str, latents[:5])) + (f" and {len(latents) - 5} more" if len(latents) > 5 else "")
 
 
-def arm_variant(experiment: Experiment, arm: str, latents: Latents, frequency: NDArray[np.float64] | None) -> Variant:
+def arm_variant(experiment: Experiment, arm: str, shared: Shared) -> Variant:
     """What the arm does to every request.
 
     Raises:
-        InputError: for a prompt variant or a latent that does not exist.
+        InputError: for a prompt variant or a latent that does not exist, or detectors where none was found.
     """
     if arm == "base":
         return PLAIN
@@ -201,25 +205,56 @@ def arm_variant(experiment: Experiment, arm: str, latents: Latents, frequency: N
     action = section.monitor.action if section.monitor else None
     if section.edit is None:
         return Variant(prompt, monitor=action)
-    sae, positions = experiment.resources.sae(), experiment.recipe.engine.positions
-    wanted = [*section.edit.ablate, *section.edit.clamp]
-    for latent in wanted:
-        sae.row(latent)
-    stand_in = {latent: latent for latent in wanted}
-    if section.edit.matched_random:
-        stand_in = matched(experiment, wanted, latents, frequency)
-    ablated = tuple(stand_in[latent] for latent in section.edit.ablate)
-    clamped = {stand_in[latent]: value for latent, value in section.edit.clamp.items()}
+    edit, positions = section.edit, experiment.recipe.engine.positions
+    sae = experiment.resources.read_sae() if edit.takes_detectors else experiment.resources.sae()
+    latents_of = _edited(experiment, f"arms.{arm}.edit", edit, shared, sae)
+    ablated = tuple(k for named in edit.ablate for k in latents_of[named])
+    clamped = {k: value for named, value in edit.clamp.items() for k in latents_of[named]}
+    amplified = {k: factor for named, factor in edit.amplify.items() for k in latents_of[named]}
     edits: list[Intervention] = [Ablate(sae, ablated, positions)] if ablated else []
     edits += [Clamp(sae, latent, value, positions) for latent, value in clamped.items()]
-    values = {str(latent): value for latent, value in clamped.items()}
-    return Variant(prompt, tuple(edits), {"ablate": list(ablated), "clamp": values}, action)
+    edits += [
+        Amplify(sae, tuple(k for k, each in amplified.items() if each == factor), factor, positions)
+        for factor in dict.fromkeys(amplified.values())
+    ]
+    said = {"ablate": list(ablated), "clamp": _by_name(clamped)}
+    return Variant(prompt, tuple(edits), said | ({"amplify": _by_name(amplified)} if amplified else {}), action)
+
+
+def _by_name(values: Mapping[int, float]) -> dict[str, float]:
+    return {str(latent): value for latent, value in values.items()}
+
+
+def _edited(
+    experiment: Experiment, where: str, edit: EditSection, shared: Shared, sae: LoadedSae
+) -> Mapping[int | str, tuple[int, ...]]:
+    """The latents that each name in an edit stands for, or random ones like them."""
+    found: dict[int | str, tuple[int, ...]] = {}
+    if edit.takes_detectors:
+        detectors = shared.detectors
+        assert detectors is not None
+        if not detectors.chosen:
+            what = f"none of the {detectors.latents:,} latents tells off-topic replies from the model's own"
+            raise InputError(what, where, "Leave the arm out, read another SAE (read.sae), or give more prompts.")
+        found[DETECTORS] = detectors.random_sets[edit.draw] if edit.matched_random else detectors.chosen
+    wanted = [latent for latent in (*edit.ablate, *edit.clamp, *edit.amplify) if latent != DETECTORS]
+    numbers = [int(latent) for latent in wanted]
+    for latent in numbers:
+        sae.row(latent)
+    stand_in = {latent: latent for latent in numbers}
+    if numbers and edit.matched_random:
+        stand_in = matched(experiment, numbers, shared.latents, shared.frequency, edit.draw)
+    return found | {latent: (other,) for latent, other in stand_in.items()}
 
 
 def matched(
-    experiment: Experiment, wanted: Sequence[int], latents: Latents, frequency: NDArray[np.float64] | None
+    experiment: Experiment,
+    wanted: Sequence[int],
+    latents: Latents,
+    frequency: NDArray[np.float64] | None,
+    draw: int = 0,
 ) -> dict[int, int]:
-    """Random stand-ins for latents; those in play, and those labelled with a topic, never stand in."""
+    """Random stand-ins for latents, others for each draw; those in play or labelled with a topic never stand in."""
     assert frequency is not None
     resources = experiment.resources
     in_play = {each.latent for each in latents.in_order() if isinstance(each.source, SaeRef)}
@@ -227,14 +262,19 @@ def matched(
     labels = {} if experiment.recipe.vectors else resources.labels()
     named = {latent for latent, label in labels.items() if label in topics}
     norms = resources.sae().decoder_norms().double().numpy()
-    return matched_latents(wanted, frequency, norms, in_play | named, experiment.recipe.seed)
+    return matched_latents(wanted, frequency, norms, in_play | named, experiment.recipe.seed + draw)
 
 
 def needs_frequency(recipe: Recipe) -> bool:
     """Whether something in the recipe is matched in activation frequency."""
     edits = (arm.edit for arm in recipe.arms.values())
     by_condition = any(CONDITIONS[name].needs_frequency for name in recipe.eval.conditions)
-    return by_condition or any(edit and edit.matched_random for edit in edits)
+    return by_condition or any(edit and edit.matched_random and not edit.takes_detectors for edit in edits)
+
+
+def takes_detectors(recipe: Recipe) -> bool:
+    """Whether an arm edits the latents that `esr latents search` finds."""
+    return any(arm.edit and arm.edit.takes_detectors for arm in recipe.arms.values())
 
 
 def latent_frequency(experiment: Experiment) -> NDArray[np.float64]:

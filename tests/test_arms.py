@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe
@@ -12,7 +13,7 @@ from eval.arms import PLAIN, PROMPTS, Variant, prompt_text
 from recipes.experiment import read_recipe
 from recipes.weights import form
 
-ADD, EDIT = Add(1, None), Add(2, None)  # type: ignore[arg-type]
+ADD, EDIT = Add(1, torch.zeros(1)), Add(2, torch.zeros(1))
 
 
 def request() -> Request:

@@ -9,7 +9,7 @@ from esr_train.errors import InputError, RunError
 from esr_train.models import decoder_layers
 from esr_train.steering.directions import Add, LoadedSae
 from esr_train.steering.hook import SteeringHook
-from esr_train.steering.interventions import Ablate, Clamp
+from esr_train.steering.interventions import Ablate, Amplify, Clamp
 from esr_train.transcript import SaeRef
 
 LAYER = 2
@@ -181,6 +181,20 @@ def test_clamp_and_ablate_equal_decoding_with_the_reconstruction_error_kept(fami
     assert torch.equal(after[2], before[2])
     assert torch.equal(after[3], before[3] + vector(1))
     assert hook.counts() == {LAYER: [5, 5, 0, 5]}
+
+
+def test_amplify_multiplies_activations_and_keeps_the_reconstruction_error(family, sae):
+    ids = ids_of(family, 2, 5)
+    before = outputs(family.model, LAYER, ids)
+    activations = sae.module.encode(before)
+    active = activations.sum(dim=(0, 1)).topk(2).indices.tolist()
+    with SteeringHook(family.model, [[Amplify(sae, tuple(active), 3.0)], [Amplify(sae, tuple(active), 1.0)]]) as hook:
+        hook.set_rows(rows_of(2, 5))
+        after = outputs(family.model, LAYER, ids)
+    added = 2 * activations[0][:, active] @ sae.module.W_dec[active]
+    torch.testing.assert_close(after[0], before[0] + added, atol=1e-4, rtol=1e-4)
+    assert torch.equal(after[1], before[1])
+    assert added.norm() > 0.1
 
 
 def test_interventions_of_a_row_follow_one_another(family, sae):

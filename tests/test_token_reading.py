@@ -75,6 +75,21 @@ def test_every_probe_reads_at_every_token_of_a_generated_reply_under_the_rows_ow
         torch.testing.assert_close(projected, early @ directions.T, atol=1e-3, rtol=1e-3)
 
 
+def test_the_pass_ends_behind_the_last_layer_that_is_read_or_steered(world):
+    ran = []
+    modules = decoder_layers(world.model)
+    handles = [
+        module.register_forward_hook(lambda *_, number=number: ran.append(number), prepend=True)
+        for number, module in enumerate(modules)
+    ]
+    for request, last in zip(world.requests[:2], (0, world.sae.layer), strict=True):
+        ran.clear()
+        list(world.engine.read([request], [" Wait."], [States(0)]))
+        assert ran == list(range(last + 1))
+    for handle in handles:
+        handle.remove()
+
+
 def test_a_given_text_is_read_behind_the_prefix_with_steering_or_without(world):
     request = Request("a", PROMPTS[0], prefix="Start by", interventions=world.requests[1].interventions)
     off = Request("a", PROMPTS[0], prefix="Start by")

@@ -219,7 +219,7 @@ class LoadedSae:
         # TopK SAEs may answer in sparse tensors, which neither index nor gather.
         return activations.to_dense() if activations.is_sparse else activations
 
-    def check_use(self, how: Literal["read", "clamped", "ablated"], latents: tuple[int, ...] = ()) -> None:
+    def check_use(self, how: Literal["read", "clamped", "ablated", "amplified"], latents: tuple[int, ...] = ()) -> None:
         """Refuse what is not defined for an SAE, or latents that it does not have.
 
         Raises:

@@ -42,7 +42,25 @@ class Ablate:
         self.sae.check_use("ablated", self.latents)
 
 
-Intervention = Add | Clamp | Ablate
+@dataclass(frozen=True, eq=False)
+class Amplify:
+    """Multiply some latents' activations by `factor`: h += sum_k (factor - 1) * a_k(h) * W_dec[k].
+
+    Raises:
+        InputError: if the SAE has no such latent, or its latents cannot be set.
+    """
+
+    sae: LoadedSae
+    latents: tuple[int, ...]
+    factor: float
+    positions: Positions = "all"
+
+    def __post_init__(self) -> None:
+        self.sae.check_use("amplified", self.latents)
+
+
+LatentEdit = Clamp | Ablate | Amplify
+Intervention = Add | LatentEdit
 
 
 def layer_of(intervention: Intervention) -> int:
@@ -50,11 +68,12 @@ def layer_of(intervention: Intervention) -> int:
     return intervention.layer if isinstance(intervention, Add) else intervention.sae.layer
 
 
-def edited_latents(intervention: Clamp | Ablate) -> tuple[tuple[int, ...], float]:
-    """Which latents a Clamp or Ablate sets, each once, and to what."""
-    if isinstance(intervention, Clamp):
-        return (intervention.latent,), float(intervention.value)
-    return tuple(dict.fromkeys(intervention.latents)), 0.0
+def edited_latents(edit: LatentEdit) -> tuple[tuple[int, ...], float, float]:
+    """Which latents an edit sets, each once, and to what: to a value plus a factor times their activation."""
+    if isinstance(edit, Clamp):
+        return (edit.latent,), float(edit.value), 0.0
+    factor = float(edit.factor) if isinstance(edit, Amplify) else 0.0
+    return tuple(dict.fromkeys(edit.latents)), 0.0, factor
 
 
 def check_intervention(intervention: Intervention, layers: int, width: int) -> None:

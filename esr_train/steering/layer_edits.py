@@ -11,7 +11,7 @@ import torch
 
 from esr_train.errors import RunError
 from esr_train.steering.directions import ENCODED_AT_ONCE, Add, LoadedSae
-from esr_train.steering.interventions import Ablate, Clamp, Intervention, edited_latents
+from esr_train.steering.interventions import Intervention, LatentEdit, edited_latents
 
 Step = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Hidden states [..., d_model], and the residual not yet added to them or None -> edited hidden states."""
@@ -55,7 +55,7 @@ class Layer:
     def assign(self, row: int, interventions: Sequence[Intervention]) -> None:
         """Give an empty row its interventions, which work in this order, and count it from zero.
 
-        Rows share edits: additive interventions first, say, then one Clamp or Ablate each, then additive ones.
+        Rows share edits: additive interventions first, say, then one edit of latents each, then additive ones.
         """
         number = 0
         for intervention in interventions:
@@ -175,14 +175,14 @@ class _Additions:
 
 
 class _LatentEdits:
-    """One SAE's Clamp or Ablate of each row: h += sum_k (value - a_k(h)) * W_dec[k].
+    """One SAE's edit of each row: h += sum_k (value + (factor - 1) * a_k(h)) * W_dec[k].
 
     Only the tokens that ask for it go through the encoder, all of them together.
     """
 
     def __init__(self, sae: LoadedSae, rows: int) -> None:
         self._sae, self._rows = sae, rows
-        self._edits: dict[int, Clamp | Ablate] = {}
+        self._edits: dict[int, LatentEdit] = {}
         self._is_stale = True
 
     def accepts(self, row: int, intervention: Intervention) -> bool:
@@ -190,7 +190,7 @@ class _LatentEdits:
         return not isinstance(intervention, Add) and intervention.sae is self._sae and row not in self._edits
 
     def take(self, row: int, intervention: Intervention) -> None:
-        assert isinstance(intervention, Clamp | Ablate)
+        assert not isinstance(intervention, Add)
         self._edits[row] = intervention
         self._is_stale = True
 
@@ -219,18 +219,19 @@ class _LatentEdits:
     def _change(self, hidden: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
         """What [tokens, d_model] states get under each token's edit."""
         activations = self._sae.encode(hidden).gather(1, self._latents[edit])
-        missing = (self._values[edit] - activations) * self._is_latent[edit]
+        missing = (self._values[edit] + (self._factors[edit] - 1) * activations) * self._is_latent[edit]
         return torch.einsum("tk,tkd->td", missing, self._decoder[edit])
 
     def _make_tables(self, device: torch.device) -> None:
         """Latents, values and decoder rows by edit, padded to the longest; and by reply and row the edit, -1: none."""
         edits = [edited_latents(edit) for edit in self._edits.values()]
-        longest = max((len(latents) for latents, _ in edits), default=0)
-        padded = [[*latents, *[0] * (longest - len(latents))] for latents, _ in edits]
+        longest = max((len(latents) for latents, *_ in edits), default=0)
+        padded = [[*latents, *[0] * (longest - len(latents))] for latents, *_ in edits]
         self._latents = torch.tensor(padded, dtype=torch.long, device=device)
-        is_latent = [[float(i < len(latents)) for i in range(longest)] for latents, _ in edits]
+        is_latent = [[float(i < len(latents)) for i in range(longest)] for latents, *_ in edits]
         self._is_latent = torch.tensor(is_latent, device=device)
-        self._values = torch.tensor([[value] for _, value in edits], device=device)
+        self._values = torch.tensor([[value] for _, value, _ in edits], device=device)
+        self._factors = torch.tensor([[factor] for *_, factor in edits], device=device)
         if edits:
             self._decoder = torch.stack([torch.stack([self._sae.row(k) for k in row]) for row in padded]).to(device)
         edit_of_row = torch.full((2, self._rows + 1), -1)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from tqdm import tqdm
 
 from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
@@ -18,7 +19,10 @@ from esr_train.models import check_layer_number, decoder_layers, hidden_size
 from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
 from esr_train.steering.engine import Encoding, Request, check_steered, encoded, encoded_with
 from esr_train.steering.hook import steering
+from esr_train.steering.interventions import layer_of
 
+VALUES = 1 << 24
+"""Activations that are known at once: 64 MiB, of an SAE of 131k latents 128 tokens."""
 Reply = str | Sequence[int]
 """A reply that is read: its text, or its token ids as they were generated."""
 
@@ -155,21 +159,27 @@ def read_with_hooks(
 def _layer_outputs(
     model: Any, requests: Sequence[Request], texts: Sequence[Encoding], layers: Collection[int]
 ) -> dict[int, torch.Tensor]:
-    """Outputs [rows, positions, d_model] of some decoder layers in one forward pass; padding is at the right."""
+    """Outputs [rows, positions, d_model] of some decoder layers in one forward pass; padding is at the right.
+
+    The pass ends behind the last layer that is read or steered: what is deeper would be thrown away.
+    """
     device = next(model.parameters()).device
     width = max(len(text.ids) for text in texts)
     ids = torch.tensor([[*text.ids, *[text.ids[0]] * (width - len(text.ids))] for text in texts], device=device)
     ends, starts = torch.tensor([[len(text.ids), text.reply_start] for text in texts], device=device).unbind(1)
     column = torch.arange(width, device=device)
     real = column < ends[:, None]
+    steered_layers = {layer_of(each) for request in requests for each in request.interventions}
+    last = max(steered_layers.union(layers))
     with (
         steering(model, [request.interventions for request in requests]) as steered,
         kept_outputs(model, layers) as kept,
+        _ending_behind(model, last),
     ):
         index = torch.where(real, torch.arange(len(texts), device=device)[:, None], -1)
         steered.set_rows(index, column >= starts[:, None])
         model(input_ids=ids, attention_mask=real.long(), use_cache=False, logits_to_keep=1)
-        counts = steered.counts()
+    counts = steered.counts()
     for row, (request, text) in enumerate(zip(requests, texts, strict=True)):
         check_steered(request, text, len(text.ids), {layer: rows[row] for layer, rows in counts.items()})
     return kept
@@ -189,6 +199,26 @@ def kept_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, torc
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Enough(Exception):
+    """Ends a forward pass of which everything is known that was asked for."""
+
+
+@contextmanager
+def _ending_behind(model: Any, layer: int) -> Iterator[None]:
+    """A forward pass ends behind a decoder layer, and with it the context; to be opened behind what else hooks in."""
+
+    def end(*_: Any) -> None:
+        raise _Enough
+
+    handle = decoder_layers(model)[layer].register_forward_hook(end)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,3 +275,43 @@ def open_states(path: Path) -> StateFile:
 
 def _index_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
+
+
+def peak_activations(
+    reader: Reader,
+    requests: Sequence[Request],
+    replies: Sequence[Reply],
+    sae: LoadedSae,
+    peaks: NDArray[np.float32],
+    what: str = "replies",
+) -> NDArray[np.float64]:
+    """Every latent's strongest activation in each reply, in one pass; few tokens' are known at once.
+
+    Args:
+        reader: an engine.
+        requests, replies: as in `Reader.read`.
+        sae: all of whose latents are read.
+        peaks: [replies, n_latents], filled in; may be memory-mapped.
+        what: the replies are, shown with the progress.
+
+    Returns:
+        The share of all tokens at which each latent is active, [n_latents].
+
+    Raises:
+        InputError, RunError: as `Reader.read`, and if the SAE's activations cannot be computed.
+    """
+    sae.check_use("read")
+    at_once, tokens = max(1, VALUES // sae.n_latents), 0
+    active = torch.zeros(sae.n_latents, dtype=torch.long)
+    read = reader.read(requests, replies, [States(sae.layer)])
+    with torch.no_grad():
+        for number, (states,) in enumerate(tqdm(read, total=len(requests), desc=f"read {what}", unit="reply")):
+            peak = torch.zeros(sae.n_latents, device=states.device)
+            active = active.to(states.device)
+            for piece in states.split(at_once):
+                activations = sae.encode(piece)
+                peak = torch.maximum(peak, activations.amax(0))
+                active += activations.count_nonzero(0)
+            peaks[number] = peak.cpu().numpy()
+            tokens += len(states)
+    return (active.double() / max(tokens, 1)).cpu().numpy()

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
 from operator import itemgetter
@@ -13,7 +13,7 @@ from eval.metrics import METRICS, Gap
 from eval.report.drawing import ARM_COLOURS, FAINT, INK, arm_colours, dots_svg, line_styles, panels_svg
 from eval.report.figures import WIDEST, Drawn, Material, estimates_table, figure
 from eval.statistics import Estimate
-from eval.store import TrialVariant
+from eval.store import Trial, TrialVariant
 from eval.summary import STEERED
 
 if TYPE_CHECKING:
@@ -156,14 +156,73 @@ def _in_words(change: str, value: Any) -> str:
         return f"where it sounds: {value}"
     if change == "ablate":
         return f"ablates {', '.join(map(str, value))}"
+    if change == "amplify":
+        return "amplifies " + ", ".join(f"{latent} by {factor:g}" for latent, factor in value.items())
     return "clamps " + ", ".join(f"{latent} to {level:g}" for latent, level in value.items())
 
 
 PROMPTS = "Steered responses of arms whose prompts carry an instruction, beside arms without one."
-LATENTS = "Steered responses of arms in which latents are ablated or clamped, beside arms in which none is."
+RESISTANCE = "resistance"
+EDITS = ("ablate", "clamp", "amplify")
+EDIT_PANELS = {
+    (STEERED, "first_score"): "first score, steered",
+    (STEERED, "multi_attempt_rate"): "% second attempt",
+    (STEERED, "esr_after_shown_detour"): "% ESR, given a bad first attempt",
+    (STEERED, "esr_rate"): "% ESR, of all",
+    ("unsteered", "first_score"): "first score, unsteered: damage",
+    ("steered_recalibrated", RESISTANCE): "own threshold / base model's",
+}
+LATENTS = (
+    "Arms in which latents are changed, beside arms in which none is. ESR can rise because an edit makes first "
+    "attempts worse, so it stands beside the first score and what the edit does when nobody steers. 95 % intervals "
+    "clustered by direction (unsteered: by prompt)."
+)
 WATCHED = "Steered responses of arms that a monitor follows, beside arms without one."
 figure("prompt_variants", "Prompt variants")(partial(_variants, ("prompt",), PROMPTS))
-figure("ablations", "Changed latents")(partial(_variants, ("ablate", "clamp"), LATENTS))
+
+
+@figure("ablations", "Changed latents")
+def ablations(material: Material) -> Drawn:
+    """Arms whose latents are changed, never by ESR alone: an edit that only does harm can raise it."""
+    variants = {arm: _variant(rows) for arm, rows in material.rows_by_arm.items()}
+    changed = [arm for arm, variant in variants.items() if any(getattr(variant, key) for key in EDITS)]
+    shown = [arm for arm, variant in variants.items() if arm in changed or not (variant.prompt or variant.monitor)]
+    rows = [
+        (arm, *(_cell(getattr(variants[arm], key)) for key in EDITS), condition, metric, estimate)
+        for arm in shown
+        for condition, metric in EDIT_PANELS
+        if changed and (estimate := _beside_esr(material, arm, condition, metric))
+    ]
+    panels = {
+        label: [(row[0], "", _scaled(row[-1], key[1])) for row in rows if row[-3:-1] == key]
+        for key, label in EDIT_PANELS.items()
+    }
+    words = [f"{arm}: " + "; ".join(_in_words(key, getattr(variants[arm], key)) for key in EDITS) for arm in changed]
+    caption = f"{LATENTS} " + "; ".join(text.strip("; ") for text in words) + "."
+    svg = partial(dots_svg, {label: dots for label, dots in panels.items() if dots}, {"": ARM_COLOURS[0]})
+    return Drawn(caption, svg, estimates_table(("arm", *EDITS, "condition", "metric"), rows))
+
+
+def _variant(rows: Sequence[Trial]) -> TrialVariant:
+    return next((row.variant for row in rows if row.variant), TrialVariant(None))
+
+
+def _beside_esr(material: Material, arm: str, condition: str, metric: str) -> Estimate | None:
+    """An arm's estimate; its threshold over the base model's, which is no metric of trials, as one."""
+    found = material.summary.resistance.get(arm)
+    if metric != RESISTANCE:
+        return material.estimate(arm, condition, metric)
+    return Estimate(found.value, found.low, found.high, found.n) if found and found.value is not None else None
+
+
+def _scaled(estimate: Estimate, metric: str) -> Estimate:
+    """Rates as percentages; scores and factors as they are."""
+    if metric not in METRICS or not METRICS[metric].is_rate:
+        return estimate
+    value, low, high = (None if end is None else 100 * end for end in (estimate.value, estimate.low, estimate.high))
+    return replace(estimate, value=value, low=low, high=high)
+
+
 figure("monitors", "Monitored arms")(partial(_variants, ("monitor",), WATCHED))
 
 
