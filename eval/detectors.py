@@ -182,8 +182,8 @@ class DetectorSet:
     """The latents found by one contrast.
 
     Args:
-        contrast: `off_topic` (a reply to another prompt against the own one) or `steered` (the same text read under
-            steering against unsteered).
+        contrast: `off_topic` (a reply behind another prompt against behind its own) or `steered` (the same text read
+            under steering against unsteered).
         detectors: by falling AUC.
         held_out: AUC of their sum on held-out prompts and topics; None where there is no detector.
         random_sets: sets of latents matched to them in frequency and decoder norm.

@@ -163,6 +163,7 @@ def _in_words(change: str, value: Any) -> str:
 
 PROMPTS = "Steered responses of arms whose prompts carry an instruction, beside arms without one."
 RESISTANCE = "resistance"
+INTERVAL = "value and 95 % interval"
 EDITS = ("ablate", "clamp", "amplify")
 EDIT_PANELS = {
     (STEERED, "first_score"): "first score, steered",
@@ -170,6 +171,7 @@ EDIT_PANELS = {
     (STEERED, "esr_after_shown_detour"): "% ESR, given a bad first attempt",
     (STEERED, "esr_rate"): "% ESR, of all",
     ("unsteered", "first_score"): "first score, unsteered: damage",
+    ("unsteered", "restart_rate"): "% restart, unsteered",
     ("steered_recalibrated", RESISTANCE): "own threshold / base model's",
 }
 LATENTS = (
@@ -194,12 +196,12 @@ def ablations(material: Material) -> Drawn:
         if changed and (estimate := _beside_esr(material, arm, condition, metric))
     ]
     panels = {
-        label: [(row[0], "", _scaled(row[-1], key[1])) for row in rows if row[-3:-1] == key]
+        label: [(row[0], INTERVAL, _scaled(row[-1], key[1])) for row in rows if row[-3:-1] == key]
         for key, label in EDIT_PANELS.items()
     }
     words = [f"{arm}: " + "; ".join(_in_words(key, getattr(variants[arm], key)) for key in EDITS) for arm in changed]
     caption = f"{LATENTS} " + "; ".join(text.strip("; ") for text in words) + "."
-    svg = partial(dots_svg, {label: dots for label, dots in panels.items() if dots}, {"": ARM_COLOURS[0]})
+    svg = partial(dots_svg, {label: dots for label, dots in panels.items() if dots}, {INTERVAL: ARM_COLOURS[0]})
     return Drawn(caption, svg, estimates_table(("arm", *EDITS, "condition", "metric"), rows))
 
 

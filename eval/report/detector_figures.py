@@ -1,5 +1,6 @@
 """How a search for detectors is shown: a table for the terminal, and a figure with the map of the groups."""
 
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TITLES = {
-    "off_topic": "a reply to another prompt against the own one, nothing steered",
-    "steered": "the own reply read under steering against unsteered",
+    "off_topic": "replies behind another prompt against behind their own",
+    "steered": "replies read under steering against unsteered",
 }
 NAMED = 34
 """Characters of a name in the terminal and on the map."""
@@ -88,16 +89,21 @@ def _draw_aucs(found: DetectorSet, axes: "Axes") -> None:
 
 
 def _draw_map(found: DetectorSet, axes: "Axes") -> None:
-    named: set[int] = set()
+    sizes = Counter(each.group for each in found.detectors)
+    named = {group: colour for (group, _), colour in zip(sizes.most_common(), ARM_COLOURS, strict=False)}
     for each in found.detectors:
-        x, y = each.place
-        axes.plot([x], [y], "o", color=ARM_COLOURS[each.group % len(ARM_COLOURS)], ms=5)
-        if each.group not in named:
-            axes.annotate(_short(each.name), (x, y), (4, 3), textcoords="offset points", fontsize=7, color=INK)
-        named.add(each.group)
+        axes.plot(*([end] for end in each.place), "o", color=named.get(each.group, FAINT), ms=5)
+    middle = sum(axes.get_xlim()) / 2
+    for each in found.detectors:
+        if each.group in named:
+            del named[each.group]  # a group is named once, by its best latent
+            side, offset = ("right", -4) if each.place[0] > middle else ("left", 4)
+            name, shift = _short(each.name), (offset, 3)
+            text = axes.annotate(name, each.place, shift, ha=side, textcoords="offset points", fontsize=7)
+            text.set_in_layout(False)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title("latents that point alike or are active together lie near", loc="left", fontsize=9, color=INK)
+    axes.set_title("its latents; the largest groups are coloured and named", loc="left", fontsize=9, color=INK)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
 
