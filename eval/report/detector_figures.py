@@ -43,12 +43,13 @@ def summary_lines(found: DetectorSet) -> list[str]:
     if found.held_out is None:
         return [tested]
     low, high = min(found.random_aucs), max(found.random_aucs)
-    auc = found.held_out
+    auc, first = found.held_out, found.detectors[0]
     groups = len({each.group for each in found.detectors})
     return [
         f"{tested}, in {groups} groups",
         f"their sum on {auc.n} held-out pairs: AUC {auc.value:.2f} ({auc.low:.2f} to {auc.high:.2f}); "
-        f"{len(found.random_aucs)} matched random sets: {low:.2f} to {high:.2f}",
+        f"{len(found.random_aucs)} matched random sets: {low:.2f} to {high:.2f}; the first latent alone: "
+        f"{first.held_out:.2f}",
     ]
 
 
