@@ -8,6 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 
 from esr_train.errors import InputError, RunError
 from esr_train.recipe import CalibrationSection
@@ -50,7 +51,7 @@ class FakeDirection:
         return Strength(raw=100 * norm, norm=norm)
 
     def add(self, norm: float, positions: Positions = "all") -> Add:
-        return Add(0, (self, norm), positions)  # type: ignore[arg-type]
+        return Add(0, torch.tensor([self.threshold, self.slope, norm], dtype=torch.float64), positions)
 
 
 @dataclass
@@ -75,8 +76,8 @@ class FakeEngine:
         return [Completion(each.id, self._text(each), (1,), "stop", 1, self.steered) for each in requests]
 
     def _text(self, request: Request) -> str:
-        direction, norm = request.interventions[0].vector  # type: ignore[union-attr, misc]
-        mean = 1 / (1 + math.exp((norm - direction.threshold) / direction.slope + math.log(0.7 / 0.3)))
+        threshold, slope, norm = request.interventions[0].vector.tolist()  # type: ignore[union-attr]
+        mean = 1 / (1 + math.exp((norm - threshold) / slope + math.log(0.7 / 0.3)))
         rng = Random(request.seed)
         return str(100 * rng.betavariate(2 * mean + 1e-9, 2 * (1 - mean) + 1e-9))
 
@@ -173,10 +174,12 @@ def test_all_latents_share_one_engine_call_a_round():
 
 def test_a_latent_is_not_asked_about_its_own_topic_and_seeds_differ():
     engine = FakeEngine()
-    measured(engine, latents(7))
+    asked = latents(7)
+    measured(engine, asked)
     requests = [request for call in engine.calls for request in call]
     topic = {prompt.text: prompt.topic for prompt in (*PROMPTS, *HELD_OUT)}
-    assert all(topic[each.prompt] != each.interventions[0].vector[0].label for each in requests)  # type: ignore[union-attr]
+    own = {each.threshold: each.label for each in asked}
+    assert all(topic[each.prompt] != own[float(each.interventions[0].vector[0])] for each in requests)  # type: ignore[union-attr]
     assert len({request.seed for request in requests}) == len(requests)
 
 
