@@ -85,8 +85,12 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _train(recipe: Recipe, arm: str) -> None:
-    from esr_train.training.trainer import train
+    from esr_train.adapters import is_complete
+    from esr_train.training.trainer import adapter_folder, train
+    from recipes.preflight import Scope, check
 
+    if not is_complete(adapter_folder(arm, recipe.directory)):
+        check(recipe, Scope((arm,), generates=False, evaluates=False))
     folder = train(recipe, arm, recipe.directory, probe=_probe(recipe.for_arm(arm)))
     print(f"adapter: {folder}")
 

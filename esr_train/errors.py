@@ -1,5 +1,8 @@
 """The two ways a command can end badly."""
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 MOST_LETTERS = 2000
 
 
@@ -21,6 +24,35 @@ class InputError(Exception):
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str | None, str | None]]:
         # Its own process may not be the one that reports it: pickled by its parts, not by the finished text.
         return type(self), (self.what, self.where, self.fix)
+
+
+class Mistakes(InputError):
+    """Several mistakes in one paragraph, numbered.
+
+    Args:
+        found: at least two.
+    """
+
+    def __init__(self, found: Sequence[InputError]) -> None:
+        self.found = tuple(found)
+        listed = " ".join(f"({number}) {error}" for number, error in enumerate(self.found, start=1))
+        super().__init__(f"{len(self.found)} mistakes")
+        self.args = (f"{self.what}: {listed}",)  # Each part was shortened by itself.
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.found,)
+
+
+def refuse(mistakes: Iterable[InputError]) -> None:
+    """Raise what was found, all at once and each once; nothing if that is nothing.
+
+    Raises:
+        InputError: naming every mistake.
+    """
+    parts = [part for error in mistakes for part in (error.found if isinstance(error, Mistakes) else (error,))]
+    found = list({str(part): part for part in parts}.values())
+    if found:
+        raise found[0] if len(found) == 1 else Mistakes(found)
 
 
 def _short(text: str) -> str:

@@ -37,15 +37,13 @@ OUTAGE = 8  # so many questions of which none is answered mean that the model is
 LEDGER = ".requests.json"  # how the name of a ledger's file ends
 ENGINE_QUESTIONS = 128  # that a local model is asked at once: its replies are on disk after so many
 HOPELESS = {401: "the key is refused", 403: "the key has no access", 404: "there is no such model"}
+BUSY = (408, 409, 429, *range(500, 600))
+"""Status codes of an API that may answer later."""
+TEST_QUESTION, TEST_TIMEOUT = "Reply with the word yes.", 30
 STRUCTURED = ("anthropic/", "google/", "grok/", "mistral/", "openai/")
 """Providers that are told the form of an answer; one whose API refuses that is asked without."""
-PRICES = {
-    "anthropic/claude-haiku-4-5": (1.0, 5.0),
-    "openai/gpt-4.1": (2.0, 8.0),
-    "openai/gpt-4.1-mini": (0.4, 1.6),
-    "openai/gpt-4o-mini": (0.15, 0.6),
-}
-"""Dollars per million tokens read and written, of 2026-11; check them: `llm.prices` in a recipe overrules them."""
+PRICES = Path(__file__).with_name("prices.json")
+"""Dollars per million tokens read and written of common judges, and when; `llm.prices` in a recipe overrules them."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,14 @@ class Spent:
         return "; ".join(parts if self.dollars is None else [*parts, f"${self.dollars:,.2f}"])
 
 
+def price(model: str, section: LlmSection) -> tuple[float, float] | None:
+    """Dollars per million tokens that a model reads and writes, by the recipe or the shipped list; None: not known."""
+    if given := section.prices.get(model):
+        return given
+    listed = read_json(PRICES)["dollars_per_million_tokens"].get(re.sub(r"-\d{4}-?\d\d-?\d\d$", "", model))
+    return tuple(listed) if listed else None
+
+
 class Ledger:
     """What a model was asked and what that cost; a later run goes on counting.
 
@@ -128,7 +134,7 @@ class Ledger:
         section = section or LlmSection()
         self.limit, self.file, self.folder = section.limit_dollars, file, folder
         self.spent = Spent(**read_json(file)) if file and file.is_file() else Spent()
-        self._price = section.prices.get(model) or PRICES.get(re.sub(r"-\d{4}-?\d\d-?\d\d$", "", model))
+        self._price = price(model, section)
         if self.limit is not None and not self._price:
             raise InputError(
                 f"dollars are limited, but what {model} costs is not known",
@@ -333,15 +339,12 @@ class InspectLlm:
     async def _ask(self, model: "Model", question: str, form: type[BaseModel] | None) -> Reply:
         from inspect_ai.model import GenerateConfig, ModelUsage, ResponseSchema
         from inspect_ai.util import json_schema
-        from tenacity import RetryError
 
         schema = ResponseSchema(name=form.__name__.lower(), json_schema=json_schema(form)) if form else None
         try:
             output = await model.generate(question, config=GenerateConfig(response_schema=schema))
         except Exception as failure:
-            cause = (failure.last_attempt.exception() if isinstance(failure, RetryError) else None) or failure
-            error = _plain(getattr(cause, "provider_message", None) or str(cause) or type(cause).__name__)
-            status = getattr(cause, "status_code", None)
+            status, error = _told(failure)
             if status in HOPELESS:
                 raise InputError(f"{HOPELESS[status]} ({error})", self.name, "Check the key and the name.") from None
             if form and status in (400, 422):
@@ -364,6 +367,32 @@ class InspectLlm:
         """
         if not self.name.startswith(RUNS_HERE):
             self._open()
+
+    def try_out(self) -> None:
+        """Ask one short question, once: is the key taken, is there such a model, can it be reached?
+
+        Raises:
+            InputError: if not. A model that is only busy (429, 5xx) passes.
+        """
+        if self.name.startswith(RUNS_HERE):
+            return
+        with asyncio.Runner() as runner:
+            _run(runner, self._try_out())
+
+    async def _try_out(self) -> None:
+        from inspect_ai.model import GenerateConfig
+
+        once = GenerateConfig(max_retries=0, attempt_timeout=TEST_TIMEOUT)
+        try:
+            await self._open().generate(TEST_QUESTION, config=once)
+        except InputError:
+            raise
+        except Exception as failure:
+            status, error = _told(failure)
+            if status in BUSY and "quota" not in error.lower():
+                return
+            what = f"{HOPELESS.get(status or 0, 'a test question was not answered')} ({error})"
+            raise InputError(what, self.name, "Check the key, the name and the network.") from None
 
     def _open(self) -> "Model":
         try:
@@ -437,6 +466,15 @@ def _run(runner: asyncio.Runner, work: Coroutine[Any, Any, None]) -> None:
             for task in asyncio.all_tasks(runner.get_loop()):
                 runner.get_loop().call_soon_threadsafe(task.cancel)
             raise
+
+
+def _told(failure: Exception) -> tuple[int | None, str]:
+    """The status code and the message of an API's error."""
+    from tenacity import RetryError
+
+    cause = (failure.last_attempt.exception() if isinstance(failure, RetryError) else None) or failure
+    error = _plain(getattr(cause, "provider_message", None) or str(cause) or type(cause).__name__)
+    return getattr(cause, "status_code", None), error
 
 
 def without_secrets(text: str) -> str:

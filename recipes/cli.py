@@ -6,16 +6,21 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esr_train.command import add_debug, add_recipe, guarded, prepare
 from esr_train.errors import InputError
 from esr_train.files import replacing
 from recipes import recipe_file, shipped
 
+if TYPE_CHECKING:
+    from esr_train.recipe import Recipe
+
 USAGE = """\
 usage: esr COMMAND ...
 
   run RECIPE [key=value ...]      a whole experiment: calibrate, data, train, evaluate, report; resumable
+  plan RECIPE [key=value ...]     what that will cost, stage by stage: tokens, questions, dollars, hours, memory
   data COMMAND ...                make, mix, import, export and look at transcripts
   train RECIPE [key=value ...]    train one arm (= accelerate launch -m esr_train RECIPE on one process)
   eval COMMAND ...                calibrate, run trials, compare, report
@@ -41,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, rest = words[0], words[1:]
     if name == "run":
         return _run(rest)
+    if name == "plan":
+        return _plan(rest)
     if name == "recipes":
         return _recipes(rest)
     if name == "models":
@@ -87,7 +94,29 @@ def _run(arguments: Sequence[str]) -> int:
         recipe = read_recipe(file, options.overrides)
         from recipes.pipeline import run
 
-        run(recipe, options.redo)
+        run(recipe, options.redo, plans=True)
+
+    return guarded(work, options.debug)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="esr plan", description="What a recipe will cost, stage by stage.")
+    add_recipe(parser, "eval.trials=512")
+    parser.add_argument(
+        "--device", metavar="NAME", help="by the figures of such a device, as h100, instead of this one"
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="with --device: how many (1)")
+    add_debug(parser)
+    options = parser.parse_intermixed_args(arguments)
+
+    def work() -> None:
+        file = recipe_file(options.recipe)
+        if options.gpus < 1 or (options.gpus > 1 and not options.device):
+            raise InputError(f"{options.gpus} devices of no name", "--gpus", "Such as --device h100 --gpus 4.")
+        from recipes.experiment import read_recipe
+        from recipes.plan import make_plan
+
+        print(make_plan(read_recipe(file, options.overrides), options.device, options.gpus).text())
 
     return guarded(work, options.debug)
 
@@ -126,6 +155,7 @@ def _recipes(arguments: Sequence[str]) -> int:
     copy.add_argument("--name", help="of the copy's run directory; the file's name unless given")
     validate = commands.add_parser("validate", help="check recipe files")
     validate.add_argument("files", nargs="*", help="the shipped ones unless given")
+    validate.add_argument("--deep", action="store_true", help="also what they name: files, models, devices, keys")
     explain = commands.add_parser("explain", help="print keys of a recipe with default and meaning")
     explain.add_argument("key", nargs="?", default="", help="such as train.live; all of them unless given")
     options = parser.parse_args(arguments)
@@ -133,7 +163,7 @@ def _recipes(arguments: Sequence[str]) -> int:
         "list": _list,
         "show": lambda: print(recipe_file(options.recipe).read_text(encoding="utf-8"), end=""),
         "copy": lambda: _copy(options.recipe, options.target, options.name),
-        "validate": lambda: _validate(options.files),
+        "validate": lambda: _validate(options.files, options.deep),
         "explain": lambda: _explain(options.key),
     }
     return guarded(actions[options.command], debug=False)
@@ -333,12 +363,27 @@ def _renamed(file: Path, path: Path, name: str) -> str:
     return header + re.sub(r"^name: *\S+", f"name: {name}", body, count=1, flags=re.MULTILINE)
 
 
-def _validate(files: Sequence[str]) -> None:
+def _validate(files: Sequence[str], deep: bool) -> None:
     from recipes.experiment import read_recipe
 
     for file in files or list(shipped()):
-        read_recipe(file)
+        recipe = read_recipe(file)
+        if deep:
+            _look_deeper(recipe)
         print(f"{file}: valid")
+
+
+def _look_deeper(recipe: "Recipe") -> None:
+    """Print each thing that is looked at, with ok or the mistake."""
+    from recipes.preflight import looked, whole
+
+    mistakes = 0
+    for name, found in looked(recipe, whole(recipe)):
+        is_wrong = isinstance(found, InputError)
+        mistakes += is_wrong
+        print(f"{'MISTAKE' if is_wrong else 'ok':8}{name}{': ' if str(found) else ''}{found}", flush=True)
+    if mistakes:
+        raise InputError(f"{mistakes} mistake{'s' * (mistakes > 1)}, each on its line above", recipe.name)
 
 
 def _explain(key: str) -> None:

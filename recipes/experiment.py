@@ -1,7 +1,7 @@
 """One run of a recipe: its directory, its resources and what is done, and what decides each stage's result."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from esr_train.recipe import JudgeSection, ModelSection, Recipe, SaeSection, dum
 from esr_train.template import DATE
 from recipes import recipe_file
 from recipes.resources import Resources, located, open_resources, required
+from recipes.run_log import logged, say
 from recipes.stage_cache import FILE as STAGES
 from recipes.stage_cache import StageCache
 
@@ -68,18 +69,22 @@ class Experiment:
     def _part(self, seed: int) -> "Experiment":
         directory = self.directory / f"seed-{seed}"
         recipe = self.recipe.model_copy(update={"seed": seed, "seeds": None})
-        cache = StageCache(directory, self.ranks, self.cache.redo)
+        cache = StageCache(directory, self.ranks, self.cache.redo, self.resources.tally, self.cache.on_begin)
         return Experiment(recipe, directory, self.resources, cache, self.ranks)
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
         if self.ranks.first:
-            print(text, flush=True)
+            say(text)
 
 
 @contextmanager
 def open_experiment(
-    recipe: Recipe, directory: Path | None = None, ranks: Ranks = ALONE, redo: Sequence[str] = ()
+    recipe: Recipe,
+    directory: Path | None = None,
+    ranks: Ranks = ALONE,
+    redo: Sequence[str] = (),
+    on_begin: Callable[[str], None] | None = None,
 ) -> Iterator[Experiment]:
     """A recipe's run, held so that no second process can write into it; closed when the block ends.
 
@@ -88,14 +93,19 @@ def open_experiment(
         directory: where the run lies, if it was moved from where the recipe puts it.
         ranks: processes that work on it together.
         redo: stages to do anew.
+        on_begin: told the name of each stage that is about to be done.
 
     Raises:
         RunError: if another process works there.
     """
     directory = directory or recipe.directory
     ranks.by_first(lambda: hold(directory / LOCK))
-    with open_resources(recipe, asks=False) as resources:  # `preflight` has looked for the keys that are needed
-        yield Experiment(recipe, directory, resources, StageCache(directory, ranks, redo), ranks)
+    with (
+        logged(directory) if ranks.first else nullcontext(),
+        open_resources(recipe, asks=False) as resources,  # `preflight` has looked for the keys that are needed
+    ):
+        cache = StageCache(directory, ranks, redo, resources.tally, on_begin)
+        yield Experiment(recipe, directory, resources, cache, ranks)
 
 
 def write_recipe(experiment: Experiment) -> None:

@@ -5,20 +5,22 @@ interrupted one goes on where it stopped. Values are passed from step to step.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data_gen.sources import sources_steer
 from esr_train.ranks import ALONE, Ranks, at_once
 from esr_train.recipe import Recipe
 from eval.conditions import measured_conditions
-from recipes.experiment import Experiment, open_experiment
+from recipes.experiment import Experiment, is_finished, open_experiment
 from recipes.latent_search import find_detectors
 from recipes.measure import ArmRun, measure
-from recipes.preflight import check
+from recipes.plan import Planner, announcing
+from recipes.preflight import Scope, check, whole
 from recipes.resources import open_resources
 from recipes.results import spent, write_print_figures, write_reports
 from recipes.rows import Rows, generate_sources, mix_rows
+from recipes.run_log import say
 from recipes.stage_cache import StageCache
 from recipes.steering_latents import (
     FUNNELS,
@@ -46,7 +48,7 @@ Sources = Mapping[str, Mapping[str, Rows]]
 """Arm -> source -> its generated rows."""
 
 
-def run(recipe: Recipe, redo: Sequence[str] = ()) -> Path:
+def run(recipe: Recipe, redo: Sequence[str] = (), plans: bool = False) -> Path:
     """Run everything that is not done yet; returns the report's path.
 
     Several seeds become `seed-<n>/` run directories under one combined `metrics.json` and report; they share
@@ -55,9 +57,11 @@ def run(recipe: Recipe, redo: Sequence[str] = ()) -> Path:
     Args:
         recipe: the experiment's.
         redo: stages to do anew, such as `train` or `trials/tuned`; what depends on them follows.
+        plans: print what is still to be done and what that will cost, and which stage of it is being done.
     """
-    check(recipe, redo)
-    with open_experiment(recipe, redo=redo) as experiment:
+    check(recipe, whole(recipe, redo))
+    on_begin = _planned(recipe) if plans and not is_finished(recipe) else None
+    with open_experiment(recipe, redo=redo, on_begin=on_begin) as experiment:
         shared = prepare(experiment)
         sources = {arm: generate_sources(experiment, arm, shared) for arm in recipe.trained_arms}
         parts = _parts(experiment)
@@ -68,6 +72,13 @@ def run(recipe: Recipe, redo: Sequence[str] = ()) -> Path:
             for part in parts:
                 measure_part(part, shared, sources)
         return write_reports(experiment, parts)
+
+
+def _planned(recipe: Recipe) -> Callable[[str], None]:
+    """Print the plan; returns what says which of its lines begins."""
+    planner = Planner(recipe)
+    print(planner.plan().text(), flush=True)
+    return announcing(planner, say)
 
 
 def prepare(experiment: Experiment, evaluates: bool = True) -> Shared:
@@ -150,7 +161,7 @@ def generate(recipe: Recipe, arms: Sequence[str], ranks: Ranks = ALONE) -> list[
         arms: trained arms of it.
         ranks: processes that make the rows together.
     """
-    check(recipe)
+    check(recipe, Scope(tuple(arms), evaluates=False, speaks=ranks.first))
     with open_experiment(recipe, ranks=ranks) as experiment:
         shared = prepare(experiment, evaluates=False)
         sources = {arm: generate_sources(experiment, arm, shared) for arm in arms}
@@ -166,7 +177,7 @@ def evaluate(recipe: Recipe, arm: str | None = None, ranks: Ranks = ALONE, redo:
         ranks: processes that share the cells.
         redo: stages to do anew.
     """
-    check(recipe, redo)
+    check(recipe, whole(recipe, redo, ranks.first))
     with open_experiment(recipe, ranks=ranks, redo=redo) as experiment:
         shared = prepare(experiment)
         wanted = ("base", *recipe.arms) if arm is None else (arm,)
@@ -211,7 +222,7 @@ def opened_arm(experiment: Experiment, arm: str) -> ArmRun:
 
 def calibrate(recipe: Recipe) -> Path:
     """Find the base model's thresholds; returns their file."""
-    check(recipe)
+    check(recipe, Scope((), evaluates=False))
     with open_experiment(recipe) as experiment:
         calibrate_base(experiment, choose_latents(experiment))
         return experiment.directory / THRESHOLDS

@@ -16,7 +16,7 @@ from esr_train.models import load_model, load_tokenizer, local_path
 from esr_train.recipe import JudgeSection, ModelSection, PromptsSection, Recipe, judging_model
 from esr_train.steering.direction_files import check_fits, load_sae
 from esr_train.steering.directions import DirectionSource, LoadedSae, VectorSet
-from esr_train.steering.engine import Engine, Sampling
+from esr_train.steering.engine import Engine, Sampling, Tally
 from esr_train.steering.latent_labels import read_labels
 from esr_train.steering.readout import measure_residual_norm
 from esr_train.steering.transformers_engine import TransformersEngine
@@ -119,10 +119,12 @@ class Resources:
     Args:
         recipe: the experiment's.
         asks: whether judges may be asked anything: a key that is missing is then refused when one is opened.
+        tally: of what the engines on the models under test generate and read.
     """
 
     recipe: Recipe
     asks: bool = True
+    tally: Tally = field(default_factory=Tally)
     _opened: dict[str, Any] = field(default_factory=dict)
     _servers: Servers = field(init=False)
 
@@ -162,10 +164,11 @@ class Resources:
         if self.recipe.engine.kind == "transformers":
             model = load_model(section)
             model = load_adapter(model, adapter) if adapter else model
-            return TransformersEngine(model, tokenizer, batch_rows=self.recipe.engine.batch_rows)
+            rows = self.recipe.engine.batch_rows
+            return TransformersEngine(model, tokenizer, batch_rows=rows, tally=self.tally)
         from esr_train.steering.vllm.vllm_engine import VllmEngine
 
-        return VllmEngine(self._servers.tested(section), tokenizer, adapter)
+        return VllmEngine(self._servers.tested(section), tokenizer, adapter, self.tally)
 
     def base_model(self) -> Any:
         """The base model as transformers runs it, so that its hidden states can be read.

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from esr_train.files import read_json, write_json
 from esr_train.provenance import differences, digest, git_state, source_hashes, versions
 from esr_train.ranks import ALONE, Ranks
+from esr_train.steering.engine import Tally
+from recipes.run_log import say
 
 FILE = "stages.json"
 MOST_DIFFERENCES = 3
@@ -50,9 +52,19 @@ class StageCache:
         directory: of the run.
         ranks: processes at work here; the main one decides.
         redo: names of stages (or their beginnings, such as `train` for `train/tuned`) to do anew.
+        tally: counted up by whoever generates; what a stage adds to it is kept in its record.
+        on_begin: told the name of a stage that is about to be done.
     """
 
-    def __init__(self, directory: Path, ranks: Ranks = ALONE, redo: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        ranks: Ranks = ALONE,
+        redo: Sequence[str] = (),
+        tally: Tally | None = None,
+        on_begin: Callable[[str], None] | None = None,
+    ) -> None:
+        self.tally, self.on_begin = tally or Tally(), on_begin
         self.directory = directory
         self.ranks = ranks
         self.redo = tuple(redo)
@@ -70,10 +82,12 @@ class StageCache:
         """
         fingerprint, is_due = self.ranks.by_first(lambda: self._begin(stage))
         if is_due:
-            began = time.monotonic()
+            if self.on_begin and self.ranks.first:
+                self.on_begin(stage.name)
+            began, before = time.monotonic(), replace(self.tally)
             if stage.collective:
                 work()
-            self.ranks.by_first(lambda: self._finish(stage, fingerprint, began, None if stage.collective else work))
+            self.ranks.by_first(lambda: self._finish(stage, began, before, None if stage.collective else work))
         return str(fingerprint)
 
     def outdated(self) -> dict[str, list[str]]:
@@ -107,7 +121,7 @@ class StageCache:
         wanted = stage.name not in self._begun and any(_fits(name, stage.name) for name in self.redo)
         self._begun.add(stage.name)
         if wanted and record:
-            print(f"{stage.name}: done anew, as asked for", flush=True)
+            say(f"{stage.name}: done anew, as asked for")
             record = self._records[stage.name] = {**record, "redone": record.get("redone", 0) + 1}
         fingerprint = self._fingerprint(stage)
         if self._is_done(stage, fingerprint):
@@ -117,7 +131,7 @@ class StageCache:
             if record:
                 if not wanted and (record.get("done") or self._has_output(stage)):
                     anew = "done anew" if record.get("done") else "what was begun is dropped"
-                    print(f"{stage.name}: {_changes(record, stage)}; {anew}", flush=True)
+                    say(f"{stage.name}: {_changes(record, stage)}; {anew}")
                 self._discard(stage)
             redone = {"redone": record["redone"]} if record.get("redone") else {}
             begun = {"fingerprint": fingerprint, "done": False, "inputs": stage.inputs, **redone}
@@ -128,7 +142,7 @@ class StageCache:
             self._note_outdated(stage, record)
         return fingerprint, True
 
-    def _finish(self, stage: Stage, fingerprint: str, began: float, work: Callable[[], None] | None) -> None:
+    def _finish(self, stage: Stage, began: float, before: Tally, work: Callable[[], None] | None) -> None:
         if work:
             work()
         record = self._records[stage.name]
@@ -136,6 +150,7 @@ class StageCache:
             **git_state(),
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - began, 1),
+            "generated": self.tally.since(before, self.ranks.count if stage.collective else 1),
             "versions": versions(),
             "modules": source_hashes(stage.modules),
         }

@@ -18,7 +18,7 @@ from eval import llm
 from eval.llm import LEDGER, Answer, Answered, Asker, EngineLlm, InspectLlm, Ledger, Reply, Spent, without_secrets
 from recipes.cli import main
 from recipes.experiment import read_recipe
-from recipes.preflight import check
+from recipes.preflight import check, whole
 from tests.conftest import ROOT
 from tests.llm_stub import KEY, TEXT_FAULTS, TRANSPORT_FAULTS, Faults, LlmStub, Messages
 
@@ -269,7 +269,7 @@ def test_a_finished_run_asks_nobody_and_needs_no_key(monkeypatch, tmp_path):
         records = {name: {"fingerprint": "x", "done": done, "inputs": {}} for name, done in stages.items()}
         (made.directory / "stages.json").write_text(json.dumps(records))
         try:
-            check(recipe, redo)
+            check(recipe, whole(recipe, redo))
         except InputError as error:
             return "STUB_API_KEY" in str(error)
         return False

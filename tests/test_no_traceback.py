@@ -100,7 +100,8 @@ def test_a_model_that_cannot_be_talked_to(world, tmp_path, monkeypatch, capsys, 
     error = fails(tmp_path, command, capsys)
     assert what in error
     assert remedy in error
-    assert "model" in error.split(": ")[1], error
+    first = error.partition("mistakes: (1) ")[2] or error.removeprefix("error: ")
+    assert "model" in first.partition(": ")[0], error
     assert not Path("runs/t/adapter").exists()
 
 

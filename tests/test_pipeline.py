@@ -18,7 +18,7 @@ METRICS = {
     "multi_attempt_rate", "esr_rate", "esr10_rate", "worsening_rate", "restart_rate", "first_score", "last_score",
     "improvement", "silent_recovery_rate", "degenerate_rate", "parroting_rate", "hijack_rate",
 }  # fmt: skip
-REWRITTEN = {".lock"}
+REWRITTEN = {".lock", "run.log"}
 """What every call writes; all else is a stage's."""
 
 

@@ -109,7 +109,7 @@ def test_each_stage_records_what_made_it_and_starting_a_run_changes_no_record(tm
     Counted(tmp_path).do(StageCache(tmp_path), seed=1)
     before = (tmp_path / "stages.json").read_bytes()
     made = json.loads(before)["data/tuned"]["made"]
-    assert set(made) == {"commit", "dirty", "at", "seconds", "versions", "modules"}
+    assert set(made) == {"commit", "dirty", "at", "seconds", "generated", "versions", "modules"}
     assert set(made["modules"]) == {"esr_train.errors"}
     Counted(tmp_path).do(StageCache(tmp_path), seed=1)
     assert (tmp_path / "stages.json").read_bytes() == before

@@ -28,7 +28,7 @@ from eval.cells import SPLITS, read_prompts
 from eval.store import read_trials
 from recipes.cli import main
 from recipes.experiment import Experiment, source_inputs
-from recipes.preflight import check
+from recipes.preflight import check, whole
 from recipes.resources import Resources
 from recipes.stage_cache import StageCache
 from recipes.steering_latents import Calibrated, check_steerable, choose_latents, latent_facts, threshold_key
@@ -253,8 +253,9 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(values, mess
     np.save("deep.npy", np.ones(WIDTH, dtype=np.float32))
     np.save("wide.npy", np.ones(32, dtype=np.float32))
     monkeypatch.setattr("recipes.resources.load_model", lambda *_: pytest.fail("a model was loaded"))
+    made = as_recipe({"arms": {}, **values})
     with pytest.raises(InputError, match=message):
-        check(as_recipe({"arms": {}, **values}))
+        check(made, whole(made))
 
 
 def test_results_depend_on_what_is_in_the_file_and_on_the_layer_wherever_it_lies(tmp_path, llama, monkeypatch):

@@ -68,6 +68,53 @@ def load_sae(ref: SaeRef | str, id: str | None = None, *, model: Any = None, tok
     return replace(loaded, residual_norm=measure_residual_norm(model, tokenizer, loaded.layer))
 
 
+def outline_sae(ref: SaeRef) -> LoadedSae | None:
+    """An SAE without its numbers: layer, width and size, from its configuration and the header of its weights.
+
+    Returns:
+        None for one that sae-lens publishes and whose configuration the hub does not give now.
+
+    Raises:
+        InputError: as `load_sae`, as far as names, configuration and header tell.
+    """
+    folder = local_path(str(Path(ref.release) / ref.id))
+    local = folder if folder and folder.is_dir() else None
+    module = _module_outline(local, ref)
+    if module is None:
+        return None
+    if local and module.cfg.normalize_activations != "covariance_whitening":
+        _fold(module, local, ref)
+    n_latents, d_model = module.W_dec.shape
+    return LoadedSae(ref, _layer(module, ref), d_model, n_latents, module)
+
+
+def _module_outline(folder: Path | None, ref: SaeRef) -> Any:
+    from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from safetensors import safe_open
+
+    if folder is None:
+        _known(ref)
+    try:
+        if folder:
+            config = loaders.handle_config_defaulting(loaders.get_sae_lens_config_from_disk(folder))
+        else:
+            config = loaders.load_sae_config_from_huggingface(ref.release, ref.id)
+        module: Any = SAE.from_dict({**config, "device": "meta"})
+        module.cfg.device = "cpu"
+        if folder:
+            with safe_open(str(folder / "sae_weights.safetensors"), "pt") as weights:
+                found, said = weights.get_slice("W_dec").get_shape(), list(module.W_dec.shape)
+            if found != said:
+                raise ValueError(f"W_dec is {found} in sae_weights.safetensors and {said} in cfg.json")
+    # As in `_from_disk`: sae-lens has no error of its own.
+    except Exception as error:
+        if folder:
+            raise _broken(folder, error) from error
+        return None
+    return module
+
+
 def check_fits(source: DirectionSource, model: Any) -> None:
     """Refuse an SAE or vectors of another width, or for a layer that the model does not have.
 
@@ -97,23 +144,21 @@ def _from_disk(folder: Path) -> Any:
         return SAE.load_from_disk(folder, device="cpu", dtype="float32")
     # sae-lens has no error of its own: a broken file shows as whatever it was that failed.
     except Exception as error:
-        raise InputError(
-            f"this is not an SAE in sae-lens format ({first_line(error)})",
-            str(folder),
-            "It needs cfg.json and sae_weights.safetensors, as SAE.save_model writes them.",
-        ) from error
+        raise _broken(folder, error) from error
+
+
+def _broken(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"this is not an SAE in sae-lens format ({first_line(error)})",
+        str(folder),
+        "It needs cfg.json and sae_weights.safetensors, as SAE.save_model writes them.",
+    )
 
 
 def _from_directory(ref: SaeRef) -> Any:
     from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    known = get_pretrained_saes_directory()
-    if ref.release not in known:
-        raise _unknown(f"no folder {ref.release}/{ref.id} and no sae-lens release", ref.release, known, "sae.release")
-    ids = known[ref.release].saes_map
-    if ref.id not in ids:
-        raise _unknown(f"in the release {ref.release} there is no SAE", ref.id, ids, "sae.id")
+    _known(ref)
     try:
         return SAE.from_pretrained(ref.release, ref.id, device="cpu", dtype="float32")
     except (OSError, ValueError) as error:
@@ -122,6 +167,18 @@ def _from_directory(ref: SaeRef) -> Any:
             "sae",
             "Check the network, or name a local folder.",
         ) from error
+
+
+def _known(ref: SaeRef) -> None:
+    """Refuse a release or id that sae-lens does not know, naming near matches."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory()
+    if ref.release not in known:
+        raise _unknown(f"no folder {ref.release}/{ref.id} and no sae-lens release", ref.release, known, "sae.release")
+    ids = known[ref.release].saes_map
+    if ref.id not in ids:
+        raise _unknown(f"in the release {ref.release} there is no SAE", ref.id, ids, "sae.id")
 
 
 def _unknown(what: str, name: str, known: Iterable[str], where: str) -> InputError:

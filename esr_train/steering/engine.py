@@ -1,7 +1,7 @@
 """What every engine does: generate for many requests, each under its own interventions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from esr_train.errors import RunError
@@ -81,6 +81,23 @@ class Completion:
 
 Progress = Callable[[int, int], None]
 """Called with (rows finished, tokens generated) since the last call."""
+
+
+@dataclass
+class Tally:
+    """What engines have generated so far: responses and their tokens."""
+
+    requests: int = 0
+    tokens: int = 0
+
+    def count(self, made: Sequence[Completion]) -> None:
+        """Add finished responses."""
+        self.requests += len(made)
+        self.tokens += sum(len(each.token_ids) for each in made)
+
+    def since(self, before: "Tally", processes: int = 1) -> dict[str, int]:
+        """What was added, times the processes that all do as much; as JSON values."""
+        return {name: (value - getattr(before, name)) * processes for name, value in asdict(self).items()}
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from esr_train.steering.engine import (
     Progress,
     Request,
     Sampling,
+    Tally,
     checked_completion,
     encoded,
     encoded_with,
@@ -58,12 +59,21 @@ class TransformersEngine:
         tokenizer: the model's.
         batch_rows: most rows that run at once. The longest prompts come first; others follow as rows end. None: as
             many as memory and measured speed allow (see `batch_size`).
+        tally: of what is generated.
     """
 
     name = "transformers"
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_rows: int | None = 32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_rows: int | None = 32,
+        tally: Tally | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.batch_rows = model, tokenizer, batch_rows
+        self.tally = tally or Tally()
         self._chosen: dict[int, int] = {}
         self._stop_ids = stop_ids(tokenizer, bare_model(model).generation_config)
 
@@ -134,7 +144,9 @@ class TransformersEngine:
             for number, row in enumerate(rows)
         }
         alarms = {row.index: () if row.alarm is None else (row.alarm,) for row in rows}
-        return [replace(completions[index], alarms=alarms[index]) for index in range(len(rows))]
+        made = [replace(completions[index], alarms=alarms[index]) for index in range(len(rows))]
+        self.tally.count(made)
+        return made
 
     @torch.no_grad()
     def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:

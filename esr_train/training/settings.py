@@ -1,7 +1,9 @@
 """A recipe's `train` section as SFTConfig and LoraConfig: our defaults, and which fields do what they say here."""
 
 import difflib
+import functools
 import inspect
+import json
 import os
 import re
 from importlib.util import find_spec
@@ -13,11 +15,12 @@ from peft import LoraConfig, get_peft_model
 from pydantic import Field, StrictBool, ValidationError
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from esr_train.errors import InputError, first_line
+from esr_train.errors import InputError, first_line, refuse
 from esr_train.models import decoder_layers, load_config
-from esr_train.recipe import AtLeastOne, Count, Fraction, Positive, Recipe, Section
+from esr_train.recipe import AtLeastOne, Count, Fraction, Positive, Recipe, Section, TrainSection
 
 Logger = Literal["none", "wandb", "trackio", "tensorboard"]
 LOGGERS = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX")}
@@ -148,6 +151,7 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
     if given.pop("packing") and given["packing_strategy"] != "bfd":
         what = f"the packing strategy {given['packing_strategy']!r} cuts rows, and with them detours from corrections"
         raise InputError(what, "train.args.packing_strategy", "Leave it out: bfd packs whole rows.")
+    _check_optimiser(given.get("optim"))
     # The trainer would upload checkpoints and a card of its own; see `training.saving`.
     del given["push_to_hub"], given["packing_strategy"]
     on_cpu = trains_on_cpu(recipe)
@@ -175,11 +179,25 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
     return args
 
 
+def _check_optimiser(name: str | None) -> None:
+    known = [str(each.value) for each in OptimizerNames]
+    if name is not None and name not in known:
+        near = difflib.get_close_matches(name, known, n=2)
+        fix = f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join(known)}."
+        raise InputError(f"the trainer has no optimiser {name!r}", "train.args.optim", fix)
+
+
 def _check_loggers(args: SFTConfig) -> None:
     for name, packages in LOGGERS.items():
         if name in (args.report_to or []) and not any(find_spec(package) for package in packages):
             fix = f"`pip install {name}`, or take another."
             raise InputError(f"{name} is not installed", "train.args.report_to", fix)
+    if "wandb" in (args.report_to or []) and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+            fix = "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline."
+            raise InputError("wandb has no login", "train.args.report_to", fix)
 
 
 def _try_optimiser(args: SFTConfig) -> None:
@@ -230,14 +248,22 @@ def check_settings(recipe: Recipe, directory: Path) -> SFTConfig:
     """As `sft_config`, and refuse whatever else of the training can be refused before a model is loaded.
 
     Raises:
-        InputError: LoRA settings that name what the model does not have (PEFT ignores all but some), quantisation
-            where it cannot work, or a launch with DeepSpeed that is not active.
+        InputError: all that is wrong with either part; LoRA settings that name what the model does not have (PEFT
+            ignores all but some), quantisation where it cannot work, or a launch with DeepSpeed that is not active.
     """
-    lora = lora_config(recipe)
-    # The trainer's settings make ZeRO-3 shard every model that is made in this process from then on.
-    if not is_deepspeed_zero3_enabled():
-        _check_lora(recipe, lora)
-    args = sft_config(recipe, directory)
+    mistakes = []
+    try:
+        lora = lora_config(recipe)
+        # The trainer's settings make ZeRO-3 shard every model that is made in this process from then on.
+        if not is_deepspeed_zero3_enabled():
+            _check_lora(recipe, lora)
+    except InputError as error:
+        mistakes.append(error)
+    try:
+        args = sft_config(recipe, directory)
+    except InputError as error:
+        mistakes.append(error)
+    refuse(mistakes)
     plugin = args.deepspeed_plugin
     if plugin is None and wants_deepspeed():
         what = "accelerate was told to use DeepSpeed, yet it is not active"
@@ -252,6 +278,34 @@ def check_settings(recipe: Recipe, directory: Path) -> SFTConfig:
         fix = "Launch with recipes/accelerate/zero2.yaml or ddp.yaml."
         raise InputError("NF4 weights cannot be sharded by ZeRO-3", "train.quantization", fix)
     return args
+
+
+def trainer_arguments(recipe: Recipe) -> TrainerArguments:
+    """The recipe's `train.args` over our defaults.
+
+    Raises:
+        InputError: keys that do not exist and values that no field takes.
+    """
+    return TrainerArguments(**_checked(recipe.train.args, TrainerArguments, SFTConfig, "train.args"))
+
+
+def adapter_parameters(recipe: Recipe) -> tuple[int, int]:
+    """How many parameters the recipe's model has, and how many more its adapter; nothing is loaded.
+
+    Raises:
+        InputError: if the model's configuration cannot be read, or LoRA refuses its settings.
+    """
+    return _count_parameters(recipe.model.model_dump_json(), json.dumps(recipe.train.lora, sort_keys=True))
+
+
+@functools.cache
+def _count_parameters(section: str, lora: str) -> tuple[int, int]:
+    recipe = Recipe(name="counted", model=json.loads(section), train=TrainSection(lora=json.loads(lora)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(recipe.model))
+    before: int = sum(parameter.numel() for parameter in model.parameters())
+    tuned = get_peft_model(model, decoder_only(lora_config(recipe), model))
+    return before, sum(parameter.numel() for parameter in tuned.parameters()) - before
 
 
 def _check_lora(recipe: Recipe, lora: LoraConfig) -> None:
@@ -302,17 +356,29 @@ def trains_on_cpu(recipe: Recipe) -> bool:
 def _checked(given: dict[str, Any], schema: type[Section], kind: type, where: str) -> dict[str, Any]:
     """What is given and our defaults; fields that are left to the library are not in it."""
     known = sorted(inspect.signature(kind).parameters)
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            fix = f"Did you mean {' or '.join(near)}?" if near else f"See the fields of {kind.__name__}."
-            raise InputError(f"{kind.__name__} has no field of this name", f"{where}.{key}", fix)
-        if key not in schema.model_fields:
-            fix = REASONS.get(key, "It is not known to do here what it says: leave it out.")
-            raise InputError("this is not set here", f"{where}.{key}", fix)
+    wrong = [key for key in given if key not in schema.model_fields]
+    mistakes = [_misnamed(key, known, kind, where) for key in wrong]
+    usable: dict[str, Any] = {}
     try:
-        return schema.model_validate(given).model_dump(exclude_none=True)
+        named = {key: value for key, value in given.items() if key not in wrong}
+        usable = schema.model_validate(named).model_dump(exclude_none=True)
     except ValidationError as error:
-        mistake = error.errors()[0]
-        what = f"{mistake['msg'][0].lower()}{mistake['msg'][1:]} (got {mistake['input']!r})"
-        raise InputError(what, f"{where}.{mistake['loc'][0]}", REASONS.get(str(mistake["loc"][0]))) from error
+        # A value that fits none of several types is one mistake, not one for each type.
+        first = {str(item["loc"][0]): item for item in reversed(error.errors())}
+        mistakes += [_misvalued(item["msg"], item["input"], key, where) for key, item in reversed(first.items())]
+    refuse(mistakes)
+    return usable
+
+
+def _misnamed(key: str, known: list[str], kind: type, where: str) -> InputError:
+    if key in known:
+        fix = REASONS.get(key, "It is not known to do here what it says: leave it out.")
+        return InputError("this is not set here", f"{where}.{key}", fix)
+    near = difflib.get_close_matches(key, known, n=3)
+    fix = f"Did you mean {' or '.join(near)}?" if near else f"See the fields of {kind.__name__}."
+    return InputError(f"{kind.__name__} has no field of this name", f"{where}.{key}", fix)
+
+
+def _misvalued(message: str, value: Any, key: str, where: str) -> InputError:
+    what = f"{message[0].lower()}{message[1:]} (got {value!r})"
+    return InputError(what, f"{where}.{key}", REASONS.get(key))

@@ -25,6 +25,7 @@ from esr_train.steering.engine import (
     Progress,
     Request,
     Sampling,
+    Tally,
     checked_completion,
     encoded,
     encoded_with,
@@ -65,6 +66,7 @@ class VllmEngine:
         server: the running model.
         tokenizer: the model's.
         adapter: folder of a PEFT adapter that all requests use, or None.
+        tally: of what is generated.
 
     Raises:
         InputError: an adapter that does not fit the model, has a higher rank than the server allows, changes modules
@@ -73,7 +75,14 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, server: VllmServer, tokenizer: PreTrainedTokenizerBase, adapter: Path | None = None) -> None:
+    def __init__(
+        self,
+        server: VllmServer,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: Path | None = None,
+        tally: Tally | None = None,
+    ) -> None:
+        self.tally = tally or Tally()
         self.server, self.tokenizer, self.adapter = server, tokenizer, adapter
         if adapter is not None:
             _check_adapter(adapter, server)
@@ -95,7 +104,9 @@ class VllmEngine:
                 vLLM that died.
         """
         rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
-        return [answer.completion for answer in self._answers(rows, sampling, progress)]
+        made = [answer.completion for answer in self._answers(rows, sampling, progress)]
+        self.tally.count(made)
+        return made
 
     def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:
         """Log-probability (nats, temperature 1) of each token of each continuation, right after its request's prefix.

@@ -1,0 +1,253 @@
+"""What a recipe makes: responses, tokens and questions, stage by stage. What nobody knows before it ran is assumed.
+
+The assumptions: responses that are steered run to the most tokens they may have; of steered rows 57 % of the candidates
+are kept (measured: 57 % on SmolLM2-135M, 58 % in the tiny world), of others 95 %.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from data_gen.sources import sources_steer, wanted_sources
+from data_gen.steered import START_TOKENS
+from esr_train.files import read_json
+from esr_train.interchange import read_training_file
+from esr_train.masking import label
+from esr_train.recipe import Recipe, SourceSection, SteeredSection
+from esr_train.training.settings import trainer_arguments
+from esr_train.training.trainer import data_file
+from eval.calibration import response_count
+from eval.conditions import Measured, measured_conditions
+from eval.judging.judge import JudgeItem
+from eval.judging.rubric import split_question
+from eval.retention import MOST_REPLIES
+from recipes.resources import Resources
+from recipes.steering_latents import LATENTS, first_of_each
+
+KEPT = {"steered": 0.57}
+KEPT_ELSE = 0.95
+PASSED = 0.6
+"""Of steered candidates, the share whose detour passes, so that an answer is asked for."""
+CUE = 12
+"""Tokens of a cue."""
+SENTENCE = 20
+"""Tokens of a sentence."""
+WORD = 1.4
+"""Tokens of a word."""
+VERDICT = 150
+"""Tokens that a judge writes."""
+LETTERS = 4
+"""Letters of a token of English."""
+QUESTIONS = 2
+"""Of a trial a judge is asked for its attempts, and of one attempt whether it strays and returns."""
+SAMPLE = 64
+"""Rows or prompts whose tokens are counted."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Responses of one kind.
+
+    Args:
+        kind: under which their pace is measured, such as `trials/steered`.
+        requests: how many are generated.
+        tokens: of each, unless measured.
+        judged: how many questions a judge is asked about them.
+    """
+
+    kind: str
+    requests: float
+    tokens: float
+    judged: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of the plan.
+
+    Args:
+        name: of the line.
+        stages: how the names of its stages begin (see `stage_cache`).
+        batches: what is generated.
+        read: tokens that an arm reads of others' replies.
+        trained: tokens that are trained on, padding left out.
+        arm: that is trained here.
+    """
+
+    name: str
+    stages: tuple[str, ...]
+    batches: tuple[Batch, ...] = ()
+    read: float = 0.0
+    trained: float = 0.0
+    arm: str | None = None
+
+    @property
+    def responses(self) -> float:
+        """Responses that are generated."""
+        return sum(batch.requests for batch in self.batches)
+
+    @property
+    def judged(self) -> float:
+        """Questions to a judge."""
+        return sum(batch.judged for batch in self.batches)
+
+    def covers(self, stage: str) -> bool:
+        """Whether a stage belongs to this line."""
+        return any(stage == each or stage.startswith((f"{each}/", f"{each}-")) for each in self.stages)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens: of a rendered prompt, of a reply that nobody steers; and the share of candidates kept, by source."""
+
+    prompt: float
+    reply: float
+    kept: Mapping[str, float]
+
+
+def prompt_tokens(resources: Resources) -> float:
+    """Tokens of a rendered prompt, on average."""
+    recipe = resources.recipe
+    if not recipe.prompts:
+        return 64.0
+    chosen = resources.prompts().normal[:SAMPLE]
+    counts = [len(resources.tokenizer().encode(text, add_special_tokens=False)) for text in resources.rendered(chosen)]
+    return sum(counts) / max(len(counts), 1)
+
+
+def workload(resources: Resources, lengths: Lengths) -> list[Work]:
+    """Every line of a run's plan, in order; what several seeds repeat is counted for all of them."""
+    recipe = resources.recipe
+    directions = _directions(resources)
+    seeds = len(recipe.seeds or (0,))
+    works = [Work("latents", ("latents", "frequency"))] if directions else []
+    works += list(_calibration(recipe, directions))
+    for name, (recipe_of_arm, section) in _sources(recipe).items():
+        works.append(Work(f"{name} rows", (f"data/sources/{name}",), (_rows(recipe_of_arm, name, section, lengths),)))
+    works.append(_trials(recipe, "base", directions, lengths, seeds))
+    for arm in recipe.arms:
+        works += [_training(resources, arm, lengths, seeds)] if arm in recipe.trained_arms else []
+        works.append(_trials(recipe, arm, directions, lengths, seeds))
+    return [*works, Work("report", ("report",))]
+
+
+def question_tokens(reply: float) -> tuple[float, float]:
+    """Tokens that a language model reads and writes to judge one response."""
+    empty = split_question(JudgeItem("How do you fold a fitted sheet?", "", "a topic"))
+    return len(empty) / LETTERS + reply, float(VERDICT)
+
+
+def _directions(resources: Resources) -> int:
+    """Latents or vectors in play: chosen ones if they are, or else as many as labels and limits leave."""
+    recipe = resources.recipe
+    if not recipe.vectors and not (recipe.sae and recipe.sae.labels):
+        return 0
+    chosen = recipe.directory / LATENTS
+    if chosen.is_file():
+        return sum(map(len, read_json(chosen)["splits"].values()))
+    topics = set() if recipe.vectors or not recipe.prompts else set(resources.prompts().topics)
+    first, _ = first_of_each(resources.labels(), topics, recipe.latents.per_label)
+    return min(len(first), recipe.latents.limit or len(first))
+
+
+def _calibration(recipe: Recipe, directions: int) -> Iterator[Work]:
+    steers = any(name != "unsteered" for name in recipe.eval.conditions)
+    if directions and (steers or any(sources_steer(recipe.for_arm(arm).data) for arm in recipe.trained_arms)):
+        count = response_count(directions, recipe.calibration)
+        yield Work("calibrate", ("calibrate",), (Batch("calibrate", count, recipe.calibration.max_new_tokens, count),))
+
+
+def _sources(recipe: Recipe) -> dict[str, tuple[Recipe, SourceSection]]:
+    """Every source that an arm asks for, with the largest number of rows that any arm wants of it."""
+    found: dict[str, tuple[Recipe, SourceSection]] = {}
+    for arm in recipe.trained_arms:
+        own = recipe.for_arm(arm)
+        for source, section in {} if own.train.data else wanted_sources(own.data).items():
+            if source.name not in found or found[source.name][1].rows < section.rows:
+                found[source.name] = own, section
+    return found
+
+
+def _rows(recipe: Recipe, name: str, section: SourceSection, lengths: Lengths) -> Batch:
+    candidates = section.rows / lengths.kept.get(name, KEPT.get(name, KEPT_ELSE))
+    kind = f"data/{name}"
+    if isinstance(section, SteeredSection):
+        begun = bool(section.start[1])
+        parts = [
+            (candidates * begun, START_TOKENS * section.start[1]),
+            (candidates, section.max_new_tokens or recipe.sampling.max_new_tokens),
+            (candidates * PASSED, lengths.reply),
+        ]
+        requests = sum(count for count, _ in parts)
+        tokens = sum(count * tokens for count, tokens in parts) / requests
+        return Batch(kind, requests, tokens, candidates * (1 + PASSED))
+    if getattr(section, "writer", None):
+        return Batch(kind, 0, 0, 2 * candidates)
+    each = 2 if name == "prompted" else 1
+    return Batch(kind, each * candidates, lengths.reply, each * candidates)
+
+
+def _training(resources: Resources, arm: str, lengths: Lengths, seeds: int) -> Work:
+    recipe = resources.recipe.for_arm(arm)
+    args = trainer_arguments(recipe)
+    rows, tokens = _training_rows(resources, arm, lengths)
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = args.max_steps or math.ceil(rows / step) * args.num_train_epochs
+    probes = steps // recipe.train.probe.every * 2 * recipe.train.probe.trials if recipe.train.probe else 0
+    batch = Batch("probe", seeds * probes, recipe.sampling.max_new_tokens, seeds * probes)
+    batches = (batch,) if probes else ()
+    return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), batches, 0, seeds * steps * step * tokens, arm)
+
+
+def _training_rows(resources: Resources, arm: str, lengths: Lengths) -> tuple[float, float]:
+    """How many rows an arm is trained on, and how many tokens one has; counted if they are there."""
+    recipe = resources.recipe.for_arm(arm)
+    file = data_file(resources.recipe, arm, resources.recipe.directory)
+    if file.is_file():
+        rows = read_training_file(file)
+        counted = [len(label(resources.tokenizer(), row, recipe.train.loss).input_ids) for row in islice(rows, SAMPLE)]
+        return len(rows), sum(counted) / max(len(counted), 1)
+    wanted = {source.name: section for source, section in wanted_sources(recipe.data).items()}
+    kinds = [(section.rows, _row_tokens(recipe, section, lengths)) for section in wanted.values()]
+    total = sum(count for count, _ in kinds)
+    return total, sum(count * tokens for count, tokens in kinds) / max(total, 1)
+
+
+def _row_tokens(recipe: Recipe, section: SourceSection, lengths: Lengths) -> float:
+    answer = lengths.prompt + lengths.reply
+    if not isinstance(section, SteeredSection):
+        return answer + (lengths.reply + CUE if section is recipe.data.prompted else 0)
+    if section.answer_words:
+        answer = lengths.prompt + min(lengths.reply, WORD * section.answer_words)
+    words = WORD * sum(section.cut_words) / 2
+    whole = min(SENTENCE * sum(section.cut) / 2, section.max_new_tokens or recipe.sampling.max_new_tokens)
+    detour = section.mid_sentence * words + (1 - section.mid_sentence) * whole
+    return answer + WORD * sum(section.start) / 2 + (detour + CUE) * (1 + section.second_detour)
+
+
+def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: int) -> Work:
+    section, batches = recipe.eval, []
+    for measured in measured_conditions(section, None if arm == "base" else recipe.arms[arm].conditions):
+        if arm == "base" and not measured.condition.for_plain_base:
+            continue
+        batches.append(_condition(recipe, measured, lengths, seeds))
+        if measured.name == "steered_recalibrated":
+            count = seeds * response_count(math.ceil(directions * _test_share(recipe)), recipe.calibration)
+            batches.append(Batch("calibrate", count, recipe.calibration.max_new_tokens, count))
+    read = seeds * min(MOST_REPLIES, section.trials) * (lengths.prompt + lengths.reply)
+    stages = (f"trials/{arm}", f"retention/{arm}", f"calibrate/{arm}", f"merge/{arm}", f"scale/{arm}", f"attack/{arm}")
+    return Work(f"trials {arm}", stages, tuple(batches), read if "unsteered" in section.conditions else 0.0)
+
+
+def _condition(recipe: Recipe, measured: Measured, lengths: Lengths, seeds: int) -> Batch:
+    section = recipe.eval
+    every = measured.condition.runs_every_cell
+    count = seeds * (section.trials if every else section.control_trials or section.trials)
+    steered = measured.name not in ("unsteered", "switched_off", "unsteered_continues")
+    tokens = recipe.sampling.max_new_tokens if steered else lengths.reply
+    return Batch(f"trials/{measured.name}", count, tokens, QUESTIONS * count)
+
+
+def _test_share(recipe: Recipe) -> float:
+    return recipe.prompts.splits.test if recipe.prompts else 1.0
