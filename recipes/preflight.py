@@ -327,7 +327,7 @@ def _check_sae(resources: Resources) -> str:
         raise InputError(what, f"sae.labels={section.labels}", "Take the labels of this SAE.")
     for name, arm in recipe.arms.items():
         for latent in [*arm.edit.ablate, *arm.edit.clamp] if arm.edit else []:
-            if latent >= sae.n_latents:
+            if latent != "detectors" and latent >= sae.n_latents:
                 what = f"there is no latent {latent}: the SAE has {sae.n_latents}, counted from 0"
                 raise InputError(what, f"arms.{name}.edit")
     return f"{sae.n_latents} latents, {sae.d_model} wide, layer {sae.layer}, {len(labels)} labelled"
