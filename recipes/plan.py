@@ -28,6 +28,8 @@ REPORT = 5.0
 """Seconds that a report takes."""
 START, START_TRAINING = 1.0, 5.0
 """Seconds that another stage takes beside its work: a model and libraries are loaded."""
+LONGEST = 2.0
+"""The longest row of a batch, to which others are padded, in mean rows."""
 WRITTEN = (500.0, 300.0)
 """Tokens that a writer reads and writes for one question."""
 
@@ -148,7 +150,7 @@ class Planner:
 
     def _memory(self, work: Work) -> float:
         if work.arm:
-            return training_bytes(self.recipe.for_arm(work.arm), self.size, 512)
+            return training_bytes(self.recipe.for_arm(work.arm), self.size, LONGEST * work.row)
         return generating_bytes(self.recipe, self.size, self.prompt) if work.batches else 0.0
 
 

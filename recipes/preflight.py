@@ -43,6 +43,8 @@ KINDS = (
     "report",
 )
 """What names of stages begin with."""
+ROW = 512
+"""Tokens of a training row, for the estimate of memory before rows are there."""
 ESTIMATES = ("memory", "disk")
 """What is looked at only if nothing else is wrong."""
 
@@ -230,7 +232,7 @@ def _check_memory(recipe: Recipe, arms: Sequence[str]) -> str:
             "Take a larger device, model.dtype=bfloat16, or the vllm engine with engine.tensor_parallel.",
         )
     needs = {"generation": generating_bytes(recipe, size, 64) / shared}
-    needs |= {f"training {arm}": training_bytes(recipe.for_arm(arm), size, 512) for arm in arms}
+    needs |= {f"training {arm}": training_bytes(recipe.for_arm(arm), size, ROW) for arm in arms}
     said = ", ".join(f"{name} about {needed / GIB:,.1f} GiB" for name, needed in needs.items())
     tight = "; TIGHT: smaller engine.batch_rows or batches may be needed" * (max(needs.values()) > device.memory)
     return f"{said} of {device.memory / GIB:,.0f} GiB{tight}"

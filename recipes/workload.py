@@ -73,6 +73,7 @@ class Work:
         read: tokens that an arm reads of others' replies.
         trained: tokens that are trained on, padding left out.
         arm: that is trained here.
+        row: tokens of a row it is trained on.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Work:
     read: float = 0.0
     trained: float = 0.0
     arm: str | None = None
+    row: float = 0.0
 
     @property
     def responses(self) -> float:
@@ -197,7 +199,7 @@ def _training(resources: Resources, arm: str, lengths: Lengths, seeds: int) -> W
     probes = steps // recipe.train.probe.every * 2 * recipe.train.probe.trials if recipe.train.probe else 0
     batch = Batch("probe", seeds * probes, recipe.sampling.max_new_tokens, seeds * probes)
     batches = (batch,) if probes else ()
-    return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), batches, 0, seeds * steps * step * tokens, arm)
+    return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), batches, 0, seeds * steps * step * tokens, arm, tokens)
 
 
 def _training_rows(resources: Resources, arm: str, lengths: Lengths) -> tuple[float, float]:
