@@ -102,7 +102,7 @@ def measure(shape: str, variant: str, small: bool, attention: str | None) -> dic
     from esr_train.recipe import Recipe
     from esr_train.training.dataset import read_rows, table
     from esr_train.training.injection import LiveInjection
-    from esr_train.training.settings import sft_config
+    from esr_train.training.settings import trainer_config
     from esr_train.training.trainer import build_trainer
     from esr_train.transcript import write_transcripts
 
@@ -112,7 +112,7 @@ def measure(shape: str, variant: str, small: bool, attention: str | None) -> dic
         write_model(shape, small, [row.content for row in made])
         write_transcripts(Path("data.jsonl"), made)
         section = Recipe.model_validate(recipe(shape, variant, small, attention))
-        args = sft_config(section, Path(folder) / "checkpoints")
+        args = trainer_config(section, Path(folder) / "checkpoints")
         rows = read_rows(section, Path("data.jsonl"), load_tokenizer(section.model))
         live = section.train.live and LiveInjection(
             section.train.live, directions(table(rows), shape, small), 1 if small else LAYERS[shape], seed=0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Commands = argparse._SubParsersAction
 SWEEP = "10,20,30,40,50,60,70,80,90"
 """The paper's shares of self-correction rows, in percent."""
-FORMATS = ("segments", "axolotl", "normal", "messages")
+FORMATS = ("segments", "axolotl", "normal", "messages", "preference")
 MOST_LINES = 10
 """Line numbers that are listed for one oddity of an import."""
 POLICIES = ("masked", "unmasked", "answer_only")

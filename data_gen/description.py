@@ -13,7 +13,7 @@ from data_gen.collect import KEPT, TRIMMED
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.masking import END, Labelled, Policy, counted, label, marked, visible
-from esr_train.transcript import SpanKind, Transcript, read_transcripts
+from esr_train.transcript import Span, SpanKind, Transcript, read_transcripts
 from eval.llm import Spent
 
 if TYPE_CHECKING:
@@ -174,8 +174,11 @@ def shown(
     def painted(text: str, style: str) -> str:
         return f"{style}{visible(text)}{END}" if colour else visible(text)
 
-    reply = "".join(painted(span.text, STYLES[span.kind]) for span in row.spans)
-    lines = [painted(heading(row), BOLD), painted(row.prompt, CYAN), reply]
+    def reply(spans: Sequence[Span]) -> str:
+        return "".join(painted(span.text, STYLES[span.kind]) for span in spans)
+
+    lines = [painted(heading(row), BOLD), painted(row.prompt, CYAN), reply(row.spans)]
+    lines += [painted("rejected:", BOLD), reply(row.rejected)] if row.rejected else []
     if tokenizer is not None:
         labelled = label(tokenizer, row, policy)
         lines += [painted(counted(labelled), BOLD), marked(labelled, colour)]

@@ -71,7 +71,9 @@ def preview_page(
             "heading": heading(row),
             "system": row.system,
             "prompt": row.prompt,
-            "spans": [(str(span.kind), span.text) for span in row.spans],
+            "replies": [
+                [(str(span.kind), span.text) for span in spans] for spans in (row.spans, row.rejected) if spans
+            ],
             "counts": labelled and counted(labelled),
             "tokens": None if labelled is None else list(token_texts(labelled)),
         }

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from data_gen.filters import DEGENERATE
+from data_gen.preferences import rejected_detour
 from data_gen.sources import (
     SEEDS,
     TOO_LONG,
@@ -46,6 +47,8 @@ class _Candidate:
     reason: str | None = None
     stemmed: bool = False
     trimmed: bool = False
+    rest: str = ""
+    """What the model wrote behind the cut of its last detour."""
 
     @property
     def text(self) -> str:
@@ -114,6 +117,7 @@ def _detour(context: Context, section: SteeredSection, candidates: list[_Candida
     completions = context.generate(requests, section.max_new_tokens)
     for candidate, completion in zip(going, completions, strict=True):
         text = _cut(section, candidate.rng, completion)
+        candidate.rest = completion.text.lstrip()[len(text) :]
         candidate.parts.append((SpanKind.OFF_TOPIC, text))
         if not text:
             candidate.reason = "detour empty"
@@ -218,10 +222,12 @@ def _outcome(context: Context, candidate: _Candidate) -> Outcome:
         "threshold": {"raw": threshold.raw, "norm": threshold.norm},
         "scores": candidate.scores,
     }
+    spans = joined(*candidate.parts)
     row = Transcript(
         id=f"steered-{context.seed}-{candidate.number:07d}",
         prompt=candidate.prompt.text,
-        spans=joined(*candidate.parts),
+        spans=spans,
+        rejected=rejected_detour(spans, candidate.rest),
         source="steered",
         steering=latent.steering(candidate.norm),
         meta=meta,

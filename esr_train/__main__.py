@@ -129,6 +129,9 @@ def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
         for row in rows[: options.rows]:
             print(f"\n{row.labelled.id} ({row.source}): {counted(row.labelled)}")
             print(marked(row.labelled, colour=sys.stdout.isatty()))
+            if row.rejected:
+                print(f"rejected: {counted(row.rejected.labelled)}")
+                print(marked(row.rejected.labelled, colour=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":

@@ -192,6 +192,42 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return tuned.requires_grad_(False)
 
 
+def trainable_adapter(model: Any, folder: Path) -> Any:
+    """Put an adapter on a model to train it on.
+
+    Args:
+        model: as `load_model` returns it for training.
+        folder: the adapter's.
+
+    Returns:
+        a `PeftModel` whose adapter is trainable.
+
+    Raises:
+        InputError: as `check_adapter`, or an adapter that is no LoRA.
+    """
+    from peft import LoraConfig, PeftModel
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    config, weights = _read(folder, model.name_or_path)
+    if not isinstance(config, LoraConfig):
+        raise InputError(f"training goes on with LoRA, and this is {config.peft_type}", str(folder))
+    # ZeRO-3 gathers weights of one dtype only (as in trl).
+    upcast = not is_deepspeed_zero3_enabled()
+    try:
+        tuned = PeftModel.from_pretrained(
+            model,
+            str(folder),
+            config=config,
+            is_trainable=True,
+            autocast_adapter_dtype=upcast,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"the adapter does not fit the model ({first_line(error)})", str(folder)) from error
+    check_keys(weights, tuned, str(folder))
+    return tuned
+
+
 def check_keys(weights: Mapping[str, torch.Tensor], model: Any, where: str) -> None:
     """Refuse an adapter whose weights are not those that the model expects.
 

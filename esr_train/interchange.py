@@ -6,6 +6,7 @@ Formats:
     normal: a JSON list of {"messages": […], "metadata": {…}}; the paper's normal answers.
     messages: JSONL of {"messages": […], "spans": [{"kind", "start", "end"}], …}; ranges are characters of the
         assistant's message. Rows without `spans` are one answer.
+    preference: JSONL of {"prompt": […], "chosen": […], "rejected": […]}, messages each, as TRL's DPOTrainer reads it.
 """
 
 import json
@@ -22,9 +23,11 @@ from esr_train.segments import ImportReport, Style, control_tokens, from_segment
 from esr_train.transcript import SpanKind, Transcript, from_json, to_json
 from esr_train.values import errors_at, shown, typed
 
-Format = Literal["segments", "axolotl", "normal", "messages"]
+Format = Literal["segments", "axolotl", "normal", "messages", "preference"]
 
 _ROW_KEYS = ("messages", "spans", "id", "steering", "source", "meta", "metadata")
+_TOLD_BY = {"segments": "segments", "chosen": "preference"}
+"""Keys that tell a row's format in a file to train on."""
 _TRAINED = ("weight", "train", "training", "trainable")
 """Keys by which files of chats say whether a message carries loss."""
 _MEANINGFUL = re.compile(r"weight|train|mask|loss|tool|function|reason|think|image|audio|refus", re.IGNORECASE)
@@ -61,7 +64,7 @@ def import_file(path: Path | str, format: Format) -> tuple[list[Transcript], Imp
     """
     _check_format(format)
     report, transcripts = ImportReport(), []
-    parse = from_segments if format in ("segments", "axolotl") else _from_messages
+    parse = _PARSERS[format]
     for where, number, row in _list_rows(path) if format == "normal" else _line_rows(path):
         with errors_at(where):
             transcripts.append(parse(row, f"{Path(path).stem}-{number}", number, report))
@@ -72,7 +75,7 @@ def import_file(path: Path | str, format: Format) -> tuple[list[Transcript], Imp
 
 
 def read_training_file(path: Path | str) -> list[Transcript]:
-    """Read a file to train on: rows with `segments` are the paper's (see `import_file`), others transcripts.
+    """Read a file to train on: rows with `segments` are the paper's, rows with `chosen` TRL's; others transcripts.
 
     Raises:
         InputError: naming file and line, for a row that is neither.
@@ -80,10 +83,9 @@ def read_training_file(path: Path | str) -> list[Transcript]:
     transcripts, report = [], ImportReport()
     for where, number, row in _line_rows(path):
         with errors_at(where):
-            if isinstance(row, dict) and "segments" in row:
-                transcripts.append(from_segments(row, f"{Path(path).stem}-{number}", number, report))
-            else:
-                transcripts.append(from_json(row))
+            known = [format for key, format in _TOLD_BY.items() if isinstance(row, dict) and key in row]
+            name = f"{Path(path).stem}-{number}"
+            transcripts.append(_PARSERS[known[0]](row, name, number, report) if known else from_json(row))
     return transcripts
 
 
@@ -105,7 +107,9 @@ def export_file(
     if format == "normal":
         return _write_normal(path, transcripts)
     if format == "messages":
-        return ExportReport(write_jsonl(path, map(_to_messages, transcripts)))
+        return ExportReport(write_jsonl(path, map(_to_messages, transcripts)), _lost_rejected(transcripts))
+    if format == "preference":
+        return _write_preferences(path, transcripts)
     rows = [to_segments(transcript, style) for transcript in transcripts]
     with replacing(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -135,6 +139,7 @@ def _lost_in_segments(transcripts: Sequence[Transcript], rows: Sequence[dict[str
     kinds = {
         "source and meta of rows that were not imported from segments": len(native),
         "steering": sum(transcript.steering is not None for transcript in transcripts),
+        "the rejected reply": sum(transcript.rejected is not None for transcript in transcripts),
         **{what: count for what, count in lost.items() if what},
     }
     return ["the rows' ids", *(f"{what}: {count} rows" for what, count in kinds.items() if count)]
@@ -166,14 +171,72 @@ def _write_normal(path: Path | str, transcripts: Sequence[Transcript]) -> Export
     lost = ["the rows' ids and sources, and whatever of their meta is not in `metadata`"]
     if steered := sum(transcript.steering is not None for transcript in kept):
         lost.append(f"the steering of {steered} rows")
+    lost += _lost_rejected(kept)
     if len(kept) < len(transcripts):
         lost.append(f"{len(transcripts) - len(kept)} rows with a detour, which the format has no place for")
     return ExportReport(len(rows), lost)
 
 
+def _lost_rejected(transcripts: Sequence[Transcript]) -> list[str]:
+    count = sum(transcript.rejected is not None for transcript in transcripts)
+    return [f"the rejected reply of {count} rows"] if count else []
+
+
+def _write_preferences(path: Path | str, transcripts: Sequence[Transcript]) -> ExportReport:
+    """Both replies whole: what they have in common cancels in DPO's difference of log-probabilities."""
+    kept = [transcript for transcript in transcripts if transcript.rejected is not None]
+    rows = write_jsonl(path, map(_to_preference, kept))
+    lost = ["the rows' ids, sources, spans and meta"]
+    if steered := sum(transcript.steering is not None for transcript in kept):
+        lost.append(f"the steering of {steered} rows, without which TRL trains on them")
+    if others := len(transcripts) - len(kept):
+        lost.append(f"{others} rows without a rejected reply")
+    return ExportReport(rows, lost)
+
+
+def _to_preference(transcript: Transcript) -> dict[str, Any]:
+    rejected = "".join(span.text for span in transcript.rejected or ())
+    return {
+        "prompt": [*_system(transcript), {"role": "user", "content": transcript.prompt}],
+        "chosen": [{"role": "assistant", "content": transcript.content}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def _from_preference(row: Any, name: str, line: int, report: ImportReport) -> Transcript:
+    """A row of texts or of messages; the prompt may stand at the beginning of both replies' messages instead."""
+    if not isinstance(row, dict):
+        raise TypeError(f"a row is a JSON object, not {type(row).__name__}")
+    _check_others(row, ("prompt", "chosen", "rejected"), "a row", line, report)
+    prompt = _as_messages(row.get("prompt", []), "user")
+    replies = [_as_messages(row[side], "assistant") for side in ("chosen", "rejected")]
+    if "prompt" not in row:
+        (*prompt, chosen), (*other, rejected) = replies
+        if prompt != other:
+            raise ValueError("chosen and rejected answer different prompts")
+        replies = [[chosen], [rejected]]
+    if any(len(reply) != 1 for reply in replies):
+        raise ValueError("a reply is one message of the assistant")
+    (chosen,), (rejected,) = replies
+    transcript = _from_messages({"messages": [*prompt, chosen]}, name, line, report)
+    worse = _from_messages({"messages": [*prompt, rejected]}, name, line, report)
+    return from_json({**to_json(transcript), "rejected": to_json(worse)["spans"]})
+
+
+def _as_messages(value: Any, role: str) -> list[dict[str, Any]]:
+    return (
+        [{"role": role, "content": value}]
+        if isinstance(value, str)
+        else [*typed(tuple[dict[str, Any], ...], value, role)]
+    )
+
+
+def _system(transcript: Transcript) -> list[dict[str, str]]:
+    return [] if transcript.system is None else [{"role": "system", "content": transcript.system}]
+
+
 def _to_messages(transcript: Transcript) -> dict[str, Any]:
     row = to_json(transcript)
-    system = [] if transcript.system is None else [{"role": "system", "content": transcript.system}]
     spans, position = [], 0
     for span in transcript.spans:
         spans.append({"kind": str(span.kind), "start": position, "end": position + len(span.text)})
@@ -181,7 +244,7 @@ def _to_messages(transcript: Transcript) -> dict[str, Any]:
     user = {"role": "user", "content": transcript.prompt}
     assistant = {"role": "assistant", "content": transcript.content}
     kept = {key: row[key] for key in ("id", "steering", "source", "meta")}
-    return {"messages": [*system, user, assistant], "spans": spans, **kept}
+    return {"messages": [*_system(transcript), user, assistant], "spans": spans, **kept}
 
 
 def _from_messages(row: Any, name: str, line: int, report: ImportReport) -> Transcript:
@@ -244,3 +307,12 @@ def _cut_reply(row: dict[str, Any], reply: str) -> list[dict[str, Any]]:
 
 def _has_detour(transcript: Transcript) -> bool:
     return any(span.kind is SpanKind.OFF_TOPIC for span in transcript.spans)
+
+
+_PARSERS = {
+    "segments": from_segments,
+    "axolotl": from_segments,
+    "normal": _from_messages,
+    "messages": _from_messages,
+    "preference": _from_preference,
+}

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -100,6 +100,36 @@ def label(
     start = encoded.first_token(rendered.reply_start)
     ids, offsets = encoded.input_ids, encoded.offsets
     return Labelled(transcript.id, ids, labels, offsets, rendered.text, straddling, rendered.spans, start, answer)
+
+
+def label_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    transcript: Transcript,
+    policy: Policy = "masked",
+    max_length: int | None = None,
+) -> tuple[Labelled, Labelled]:
+    """Label a transcript and its rejected reply behind the tokens that both begin with: those are their context.
+
+    Args:
+        tokenizer, max_length: see `label`.
+        transcript: the row.
+        policy: of the preferred reply; of the rejected one everything counts.
+
+    Raises:
+        InputError: as `label`, or for a row without a rejected reply.
+    """
+    if transcript.rejected is None:
+        fix = "Generate rows with train.method=dpo, or give every row one."
+        raise InputError("there is no rejected reply to prefer another to", f"row {transcript.id!r}", fix)
+    chosen = label(tokenizer, transcript, policy, max_length)
+    rejected = label(tokenizer, replace(transcript, spans=transcript.rejected), "unmasked", max_length)
+    pairs = zip(chosen.input_ids, rejected.input_ids, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return _labelled_behind(chosen, common), _labelled_behind(rejected, common)
+
+
+def _labelled_behind(labelled: Labelled, tokens: int) -> Labelled:
+    return replace(labelled, labels=(IGNORED,) * tokens + labelled.labels[tokens:])
 
 
 def trained_tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, policy: Policy = "masked") -> int:

@@ -27,7 +27,7 @@ LOADED = (".json", ".safetensors", ".bin", ".pt", ".jinja", ".model", ".txt", ".
 """Endings of the files in a folder that decide what is loaded from it: weights, configs, tokenizer, chat template."""
 LARGE = 64 * 2**20
 """Bytes from which a file's hash is remembered by its path, size and time of change."""
-RESULT = ("arm", "recipe", "data", "model")
+RESULT = ("arm", "recipe", "data", "model", "start")
 """The parts that say what was trained: those of a finished adapter must be the ones asked for."""
 BINDING = (*RESULT, "world_size", "zero_stage")
 """The parts that must not change between a run and its continuation, either; the others are a record."""
@@ -175,7 +175,13 @@ def _module_file(module: str) -> Path | None:
 
 
 def provenance(
-    recipe: Recipe, arm: str, data: Path, rows: int, world_size: int, zero_stage: int | None = None
+    recipe: Recipe,
+    arm: str,
+    data: Path,
+    rows: int,
+    world_size: int,
+    zero_stage: int | None = None,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Everything a later reader needs to know about a training run.
 
@@ -186,12 +192,14 @@ def provenance(
         rows: how many rows it has.
         world_size: number of processes.
         zero_stage: DeepSpeed's; None without it. Its checkpoints hold optimiser states that nothing else reads.
+        start: folder of the adapter from which training goes on; None: it begins with a new one.
     """
     return {
         "arm": arm,
         "recipe": training_settings(recipe),
         "data": {"sha256": sha256(data), "rows": rows},
         "model": digest(model_hashes(recipe.model)),
+        "start": start and sha256(start / "adapter_model.safetensors"),
         "world_size": world_size,
         "zero_stage": zero_stage,
         "data_path": str(data),

@@ -389,8 +389,13 @@ class ProbeSection(Section):
 
 
 class TrainSection(Section):
-    """SFT with LoRA. `args` takes any trl.SFTConfig field, `lora` any peft.LoraConfig field."""
+    """LoRA on transcripts. `args` takes fields of the method's settings in TRL, `lora` those of peft.LoraConfig."""
 
+    method: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="sft: what the mask leaves of a reply is learned; dpo: it is preferred to the row's `rejected` "
+        "reply, behind what both have in common",
+    )
     data: str | None = Field(None, description="file of transcripts or segments; null: what `data` generated")
     loss: Literal["masked", "unmasked", "answer_only"] = Field(
         "masked", description="which spans are trained: all but the detour, all, or the answers"
@@ -398,7 +403,7 @@ class TrainSection(Section):
     max_length: AtLeastOne = Field(4096, description="most tokens of a row; longer ones are refused, never cut")
     quantization: Literal["nf4"] | None = Field(None, description="nf4: the base model in four bits (QLoRA)")
     lora: dict[str, Any] = Field(default_factory=dict, description="fields of peft.LoraConfig")
-    args: dict[str, Any] = Field(default_factory=dict, description="fields of trl.SFTConfig")
+    args: dict[str, Any] = Field(default_factory=dict, description="fields of trl.SFTConfig, or trl.DPOConfig")
     live: LiveSection | None = None
     probe: ProbeSection | None = None
 
@@ -506,13 +511,19 @@ class ArmSection(Section):
     """A model under test. `base` is an arm by itself.
 
     An arm is trained with its overrides of `data` and `train`, unless one of `of`, `adapter` or `model` says where
-    its weights come from.
+    its weights come from. With `of` or `adapter` and overrides, training goes on from that adapter.
     """
 
     data: dict[str, Any] = Field(default_factory=dict, description="what differs from the section `data`")
     train: dict[str, Any] = Field(default_factory=dict, description="what differs from the section `train`")
-    of: str | None = Field(None, description="the arm whose weights it has: base, or one with weights of its own")
-    adapter: str | None = Field(None, description="folder or hub id of a finished adapter")
+    of: str | None = Field(
+        None,
+        description="the arm whose weights it has: base, or one with weights of its own; with data or train: from "
+        "whose adapter training goes on",
+    )
+    adapter: str | None = Field(
+        None, description="folder or hub id of a finished adapter; with data or train: from which training goes on"
+    )
     model: str | None = Field(None, description="hub id or folder of a whole model, such as a merged one")
     merged: bool = Field(False, description="the adapter is merged into the model before it is measured")
     scale: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -528,15 +539,17 @@ class ArmSection(Section):
     @property
     def is_trained(self) -> bool:
         """Whether this experiment trains it."""
-        return self.of is None and self.adapter is None and self.model is None
+        return bool(self.data or self.train) or not (self.of or self.adapter or self.model)
 
     @model_validator(mode="after")
     def _weights_come_from_one_place(self) -> "ArmSection":
         named = [name for name in ("of", "adapter", "model") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"its weights come from {' and from '.join(named)}: keep one")
-        if named and (self.data or self.train):
+        if named and self.is_trained and (self.model or self.of == "base"):
             raise ValueError(f"it is not trained, because {named[0]} is set: remove data and train")
+        if named and "lora" in self.train:
+            raise ValueError(f"training goes on with the adapter of {named[0]}, which has its shape: remove train.lora")
         if self.merged and (self.model or self.of == "base"):
             raise ValueError("there is no adapter to merge: remove merged")
         if self.scale != 1 and (self.model or self.of == "base"):
@@ -586,8 +599,7 @@ class Recipe(Section):
             raise ValueError("arms: 'base' is always there and is not trained; remove it")
         for name, arm in self.arms.items():
             self.for_arm(name)
-            if arm.of not in (None, "base") and (arm.of not in self.arms or self.arms[arm.of].of is not None):
-                raise ValueError(f"arms.{name}.of: {arm.of!r} is no arm with weights of its own")
+            self._check_origin(name, arm)
             for condition in arm.conditions or ():
                 if condition not in self.eval.conditions:
                     raise ValueError(f"arms.{name}.conditions: {condition!r} is not among eval.conditions")
@@ -596,6 +608,17 @@ class Recipe(Section):
                         f"arms.{name}.conditions: {condition!r} goes on from the arm's 'steered' responses"
                     )
         return self
+
+    def _check_origin(self, name: str, arm: ArmSection) -> None:
+        if arm.of in (None, "base"):
+            return
+        origin = self.arms.get(str(arm.of))
+        if origin is None or (origin.of is not None and not origin.is_trained):
+            raise ValueError(f"arms.{name}.of: {arm.of!r} is no arm with weights of its own")
+        if arm.is_trained and (origin.model or origin.merged or origin.scale != 1):
+            raise ValueError(f"arms.{name}.of: {arm.of!r} has no adapter from which training could go on")
+        if name in self.lineage(str(arm.of)):
+            raise ValueError(f"arms.{name}.of: {arm.of!r} itself goes on from {name!r}")
 
     @model_validator(mode="after")
     def _one_source_steers(self) -> "Recipe":
@@ -633,6 +656,13 @@ class Recipe(Section):
     def trained_arms(self) -> tuple[str, ...]:
         """The arms that are trained here."""
         return tuple(name for name, arm in self.arms.items() if arm.is_trained)
+
+    def lineage(self, arm: str) -> tuple[str, ...]:
+        """An arm, and the arms that its weights come from, one after the other."""
+        found = [arm]
+        while (section := self.arms.get(found[-1])) and section.of not in (None, "base", *found):
+            found.append(str(section.of))
+        return tuple(found)
 
     @property
     def directory(self) -> Path:

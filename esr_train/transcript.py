@@ -91,7 +91,10 @@ class Steering:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One row of training data. The spans' texts concatenated are exactly the assistant's content."""
+    """One row of training data. The spans' texts concatenated are exactly the assistant's content.
+
+    `rejected` is another whole reply, to which this one is preferred; most rows have none.
+    """
 
     id: str
     prompt: str
@@ -100,6 +103,7 @@ class Transcript:
     system: str | None = None
     steering: Steering | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    rejected: tuple[Span, ...] | None = None
 
     @property
     def content(self) -> str:
@@ -114,15 +118,21 @@ class Transcript:
 
 def to_json(transcript: Transcript) -> dict[str, Any]:
     """The transcript as a JSON object, keys in the documented order."""
+    rejected = {} if transcript.rejected is None else {"rejected": _spans_to_json(transcript.rejected)}
     return {
         "id": transcript.id,
         "prompt": transcript.prompt,
         "system": transcript.system,
-        "spans": [{"kind": str(span.kind), "text": span.text} for span in transcript.spans],
+        "spans": _spans_to_json(transcript.spans),
+        **rejected,
         "steering": transcript.steering and _steering_to_json(transcript.steering),
         "source": transcript.source,
         "meta": transcript.meta,
     }
+
+
+def _spans_to_json(spans: Iterable[Span]) -> list[dict[str, str]]:
+    return [{"kind": str(span.kind), "text": span.text} for span in spans]
 
 
 def _steering_to_json(steering: Steering) -> dict[str, Any]:
@@ -133,7 +143,7 @@ def _steering_to_json(steering: Steering) -> dict[str, Any]:
 
 
 def from_json(value: Any) -> Transcript:
-    """The inverse of `to_json`; `system`, `steering` and `meta` may be left out.
+    """The inverse of `to_json`; `system`, `rejected`, `steering` and `meta` may be left out.
 
     Raises:
         ValueError: for anything that is not a transcript; the message names the key.
@@ -147,6 +157,10 @@ def from_json(value: Any) -> Transcript:
     transcript = typed(Transcript, {**value, "steering": steering, "meta": meta})
     if not transcript.content.strip():
         raise ValueError("the reply is empty: no span has text")
+    if transcript.rejected is not None:
+        rejected = "".join(span.text for span in transcript.rejected)
+        if not rejected.strip() or rejected == transcript.content:
+            raise ValueError("rejected: it is empty, or the same reply")
     if transcript.meta.get("threshold") is not None:
         typed(float, typed(dict, transcript.meta["threshold"], "meta.threshold").get("raw"), "meta.threshold.raw")
     return transcript

@@ -110,18 +110,20 @@ def measure_part(experiment: Experiment, shared: Shared, sources: Sources) -> No
 
 
 def arm_weights(experiment: Experiment, arm: str, shared: Shared, sources: Sources) -> Weights:
-    """An arm's weights: given, another arm's, or trained on rows that are mixed for it; merged if it says so."""
+    """An arm's weights: given, another arm's, or trained (on) on rows that are mixed for it; merged if it says so."""
     section = experiment.recipe.arms[arm]
     if section.of == "base":
-        weights = BASE
+        weights: Weights | None = BASE
     elif section.of:
         weights = arm_weights(experiment, section.of, shared, sources)
     else:
-        given = given_weights(experiment, arm)
-        weights = given or train_arm(experiment, arm, mix_rows(experiment, arm, sources[arm], shared))
+        weights = given_weights(experiment, arm)
+    if section.is_trained:
+        weights = train_arm(experiment, arm, mix_rows(experiment, arm, sources[arm], shared), weights)
+    assert weights is not None
     weights = scale_arm(experiment, arm, weights, section.scale)
-    whole = section.scale == 1
-    return merge_arm(experiment, section.of if section.of and whole else arm, weights) if section.merged else weights
+    owner = arm if section.is_trained or section.scale != 1 else section.of or arm
+    return merge_arm(experiment, owner, weights) if section.merged else weights
 
 
 def _parts(run: Experiment) -> list[Experiment]:
@@ -230,8 +232,8 @@ def calibrate(recipe: Recipe) -> Path:
 
 def _trained_for(recipe: Recipe, arms: Sequence[str]) -> list[str]:
     """The arms that must be trained before some arms can be measured."""
-    owners = (recipe.arms[arm].of or arm for arm in arms if arm != "base")
-    return [arm for arm in dict.fromkeys(owners) if arm in recipe.trained_arms]
+    needed = (each for arm in arms if arm != "base" for each in recipe.lineage(arm))
+    return [arm for arm in dict.fromkeys(needed) if arm in recipe.trained_arms]
 
 
 def _measured(experiment: Experiment, arm: str, shared: Shared, sources: Sources) -> Path:

@@ -213,6 +213,9 @@ def _check_rows(recipe: Recipe, arm: str) -> str:
     wanted = wanted_sources(recipe.data)
     if not wanted:
         raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
+    if recipe.train.method == "dpo" and not (sources_steer(recipe.data) or recipe.data.normal.rows):
+        what = "no source that is asked for has replies to reject"
+        raise InputError(what, "train.method=dpo", "Set data.steered.rows or data.normal.rows.")
     if recipe.train.live and not sources_steer(recipe.data):
         what = "no source that is asked for steers, so there is nothing to inject"
         raise InputError(what, "train.live", "Remove it (train.live=null), or set data.steered.rows.")

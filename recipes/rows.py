@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_gen.collect import Meter, collect
 from data_gen.mixture import mix
+from data_gen.preferences import with_rejected
 from data_gen.prompted import SUBJECTS
 from data_gen.sources import CUES, Context, Source, read_cues, wanted_sources
 from esr_train.errors import InputError
@@ -149,11 +151,14 @@ def mix_rows(experiment: Experiment, arm: str, sources: Mapping[str, Rows], shar
         check_held_out(read_training_file(path), evaluation, recipe.train.data)
         return Rows(path, sha256(path))
     path = experiment.directory / "data" / f"{arm}.jsonl"
+    prefers = recipe.train.method == "dpo"
 
     def work() -> None:
         rows = [row for source in sources.values() for row in read_transcripts(source.path)]
         if not rows:
             raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
+        if prefers:
+            rows = _preferred(experiment, arm, rows)
         mixed = mix(rows, recipe.data.self_correction, experiment.recipe.seed).rows
         check_held_out(mixed, evaluation)
         write_transcripts(path, mixed)
@@ -164,9 +169,29 @@ def mix_rows(experiment: Experiment, arm: str, sources: Mapping[str, Rows], shar
         "self_correction": recipe.data.self_correction,
         "seed": experiment.recipe.seed,
         "held_out": evaluation.fingerprint,
+        **(_preference_inputs(recipe) if prefers else {}),
     }
-    stage = Stage(f"data/{arm}", inputs, (f"data/{arm}.jsonl",), ("data_gen.mixture",))
+    made_by = ("data_gen.mixture", "data_gen.preferences")[: 1 + prefers]
+    stage = Stage(f"data/{arm}", inputs, (f"data/{arm}.jsonl",), made_by)
     return Rows(path, experiment.cache.do(stage, work))
+
+
+def _preferred(experiment: Experiment, arm: str, rows: Sequence[Transcript]) -> list[Transcript]:
+    """The rows that have a rejected reply, or get one; says how many have none."""
+    data = experiment.recipe.for_arm(arm).data
+    kept = with_rejected(rows, data.steered, read_cues(data.cues), experiment.recipe.seed)
+    if left_out := len(rows) - len(kept):
+        experiment.say(f"{arm}: {left_out} of {len(rows)} rows have no rejected reply and are left out")
+    if any(row.source == "steered" for row in rows) and not any(row.steering for row in kept):
+        what = "steered rows of an older version have no rejected reply"
+        raise InputError(what, f"arms.{arm}", "Make them anew with --redo data/sources.")
+    return kept
+
+
+def _preference_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What decides the rejected replies that are made when rows are mixed."""
+    steered = recipe.data.steered.model_dump(mode="json", include={"cut", "cut_words", "mid_sentence"})
+    return {"rejected": steered, "cues": sha256(located(recipe.data.cues) if recipe.data.cues else CUES)}
 
 
 def check_held_out(rows: Sequence[Transcript], evaluation: Side, where: str | None = None) -> None:

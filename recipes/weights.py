@@ -56,7 +56,7 @@ BASE = Weights("base")
 
 
 def given_weights(experiment: Experiment, arm: str) -> Weights | None:
-    """The weights of an arm that names them; None for one that is trained here or has another arm's.
+    """The weights that an arm names, to be measured or to begin with; None for one that names none.
 
     Raises:
         InputError: for an adapter or a model that does not exist.
@@ -84,14 +84,15 @@ def adapter_folder(path: str, where: str, base: ModelSection) -> Path:
     return folder
 
 
-def train_arm(experiment: Experiment, arm: str, rows: Rows) -> Weights:
-    """Train an arm's adapter on its rows, unless that is done."""
+def train_arm(experiment: Experiment, arm: str, rows: Rows, start: Weights | None = None) -> Weights:
+    """Train an arm's adapter on its rows, on from those weights if any are given, unless that is done."""
     recipe, adapter = experiment.recipe.for_arm(arm), f"adapter/{arm}"
     inputs = {
         "data": rows.fingerprint,
         "recipe": training_settings(recipe),
         "model": hashed(experiment.resources, recipe.model),
         **(source_inputs(experiment) if recipe.train.live else {"sae": {}}),
+        **({"start": start.fingerprint} if start else {}),
     }
 
     def work() -> None:
@@ -166,7 +167,9 @@ def form(recipe: Recipe, arm: str) -> str:
     if arm == "base":
         return "the model as it is"
     section = recipe.arms[arm]
-    if section.of and not section.merged:
+    if section.is_trained and (origin := section.of or section.adapter):
+        parts = [f"adapter, trained on from {origin}" + ", merged into the weights" * section.merged]
+    elif section.of and not section.merged:
         parts = [f"the weights of {section.of}"]
     elif section.model:
         parts = [f"the model {section.model}"]

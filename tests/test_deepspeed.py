@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_world import probed, recipe, transcripts, write_world
+from training_world import preferences, probed, recipe, transcripts, write_world
 
 from esr_train.__main__ import main
 from esr_train.recipe import dump_recipe
@@ -103,12 +103,12 @@ def write_configuration(folder: Path, stage: int) -> None:
 
 
 def write_run(name: str, family: str, batch: int, **options) -> str:
-    """A recipe and its data in the current directory; `packing` and `quantization` are options."""
+    """A recipe and its data in the current directory; `packing`, `method` and `quantization` are options."""
     packing = options.pop("packing", False)
     args = {"per_device_train_batch_size": batch, "gradient_checkpointing": True, "num_train_epochs": 1}
     section = recipe(
         family,
-        args={**args, "packing": packing},
+        args={**args, "learning_rate": 2e-4, **({"packing": True} if packing else {})},
         lora={"r": 4, "lora_dropout": 0.0},
         max_length=200 if packing else 512,
         **options,
@@ -116,6 +116,7 @@ def write_run(name: str, family: str, batch: int, **options) -> str:
     # An even number of sequences: accelerate fills an uneven last step up with rows of the first.
     steered = {"llama": 20, "gemma": 16}[family]
     rows = transcripts(steered, normal=8) if packing else transcripts()
+    rows = preferences() if "method" in options else rows
     data = section.directory / "data" / "tuned.jsonl"
     data.parent.mkdir(parents=True)
     write_transcripts(data, rows)
@@ -124,9 +125,9 @@ def write_run(name: str, family: str, batch: int, **options) -> str:
     return f"{name}.yaml"
 
 
-RUNS = {stage: ("plain", "packed") if stage == 3 else ("plain",) for stage in range(4)}
+RUNS = {0: ("plain", "dpo"), 1: ("plain",), 2: ("plain",), 3: ("plain", "packed")}
 """What is trained under a stage of ZeRO (0: plain data parallelism), by both families."""
-PACKED = {"plain": False, "packed": True}
+OPTIONS: dict[str, dict] = {"plain": {}, "packed": {"packing": True}, "dpo": {"method": "dpo"}}
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +139,10 @@ def launched(tmp_path_factory) -> tuple[Path, str]:
         (folder / family).mkdir()
         with chdir(folder / family):
             write_world(Path(), make_family(family))
-            for kind, packing in PACKED.items():
-                assert main([write_run(f"{kind}-alone", family, 2 if packing else 4, packing=packing)]) == 0
+            for kind, options in OPTIONS.items():
+                assert main([write_run(f"{kind}-alone", family, 2 if kind == "packed" else 4, **options)]) == 0
             for stage, kind in ((stage, kind) for stage, kinds in RUNS.items() for kind in kinds):
-                file = write_run(f"{kind}{stage}", family, 1 if kind == "packed" else 2, packing=PACKED[kind])
+                file = write_run(f"{kind}{stage}", family, 1 if kind == "packed" else 2, **OPTIONS[kind])
                 words.append(f"{stage}:{folder / family / file}")
     with chdir(folder / "llama"):
         words.append(f"3:{folder / 'llama' / write_run('nf4', 'llama', 2, quantization='nf4')}")

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from training_world import recipe, write_world
 
 from esr_train.errors import InputError, RunError
-from esr_train.training.settings import sft_config
+from esr_train.training.settings import trainer_config
 from esr_train.training.trainer import train
 
 PUSH = {"num_train_epochs": 1, "push_to_hub": True, "hub_model_id": "me/adapter", "hub_private_repo": True}
@@ -130,4 +130,4 @@ def test_what_would_publish_too_much_or_nowhere_is_refused(hub, args, message):
     section = recipe(args=args)
     with pytest.raises(InputError, match=message):
         train(section, "tuned", section.directory)
-    assert sft_config(recipe(args=PUSH), section.directory).push_to_hub is False
+    assert trainer_config(recipe(args=PUSH), section.directory).push_to_hub is False

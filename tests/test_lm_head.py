@@ -10,7 +10,7 @@ from training_world import LAYER, read_six, recipe, with_adapter, write_world
 
 from esr_train.models import bare_model
 from esr_train.recipe import LiveSection
-from esr_train.training import lm_head, trainer
+from esr_train.training import live_trainers, lm_head
 from esr_train.training.batches import Collator
 from esr_train.training.dataset import singly, table, to_dataset
 from esr_train.training.injection import LiveInjection
@@ -29,7 +29,7 @@ def world(tmp_path, family, monkeypatch):
     collate = Collator(family.tokenizer.pad_token_id)
     batches = [collate(sequences[::2]), collate(sequences[1::2])]
     model = with_adapter(family)
-    lm_head.score_trained_tokens(bare_model(model))
+    lm_head.score_trained_tokens(bare_model(model), with_mean=True)
     return model, batches, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
 
 
@@ -85,14 +85,15 @@ def test_entropy_and_accuracy_are_those_of_full_logits(world):
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(found.entropy, entropy * trained)
     assert torch.equal(found.is_top1, (logits.argmax(-1) == labels) & trained)
+    torch.testing.assert_close(found.mean_logits, logits.mean(-1) * trained)
     torch.testing.assert_close(found.loss, F.cross_entropy(logits[trained], labels[trained]))
 
 
 def test_a_token_that_an_earlier_one_equals_is_not_the_likeliest():
     hidden, targets = torch.ones(1, 2), torch.tensor([1])
     weight = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    assert lm_head.TokenScores.apply(hidden, weight, None, targets, None)[2].tolist() == [True]
-    assert lm_head.TokenScores.apply(hidden, weight, None, targets + 1, None)[2].tolist() == [False]
+    assert lm_head.TokenScores.apply(hidden, weight, None, targets, None, False)[2].tolist() == [True]
+    assert lm_head.TokenScores.apply(hidden, weight, None, targets + 1, None, False)[2].tolist() == [False]
 
 
 def test_the_factor_of_a_tokens_loss_is_not_rounded_to_the_models_dtype():
@@ -100,7 +101,7 @@ def test_the_factor_of_a_tokens_loss_is_not_rounded_to_the_models_dtype():
     hidden, weight = torch.randn(5, 8).bfloat16().requires_grad_(), torch.randn(11, 8).bfloat16()
     gradients = []
     for factor in (1.0, 1 / 129):
-        log_probs = lm_head.TokenScores.apply(hidden, weight, None, torch.arange(5), None)[0]
+        log_probs = lm_head.TokenScores.apply(hidden, weight, None, torch.arange(5), None, False)[0]
         gradients.append(torch.autograd.grad(log_probs.sum() * factor, hidden)[0])
     assert torch.equal((gradients[0].float() / 129).bfloat16(), gradients[1])
 
@@ -116,7 +117,7 @@ def test_inputs_of_adapters_that_are_not_cast_change_nothing_in_bfloat16(tmp_pat
         wanted.append(active)
         return nullcontext()
 
-    monkeypatch.setattr(trainer, "disable_input_dtype_casting", casting)
+    monkeypatch.setattr(live_trainers, "disable_input_dtype_casting", casting)
     cast = log_of(section, "runs/cast")
     assert set(wanted) == {True}
     assert len(ours) == len(cast) > 1
@@ -141,7 +142,7 @@ def test_training_goes_as_with_trls_head(tmp_path, family, monkeypatch):
     ours = log_of(section, "runs/ours")
     assert scored
     count = len(scored)
-    monkeypatch.setattr(trainer, "score_trained_tokens", lambda model: None)
+    monkeypatch.setattr(live_trainers, "score_trained_tokens", lambda model, with_mean: None)
     theirs = log_of(section, "runs/theirs")
     assert len(scored) == count
     # Behind the steps comes a summary.

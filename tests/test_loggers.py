@@ -7,7 +7,7 @@ import pytest
 import wandb
 from training_world import recipe, write_world
 
-from esr_train.training.settings import sft_config
+from esr_train.training.settings import trainer_config
 from esr_train.training.trainer import train
 from esr_train.transcript import read_transcripts, write_transcripts
 
@@ -95,4 +95,4 @@ def test_tensorboard_events_outlive_the_checkpoints(world, monkeypatch):
 
 
 def test_nothing_is_told_unless_it_is_asked_for(world):
-    assert sft_config(recipe(), world).report_to == []
+    assert trainer_config(recipe(), world).report_to == []

@@ -14,7 +14,7 @@ from esr_train.errors import InputError, RunError
 from esr_train.models import load_model, load_tokenizer
 from esr_train.training.dataset import read_rows, row_key
 from esr_train.training.injection import live_injection
-from esr_train.training.settings import sft_config
+from esr_train.training.settings import trainer_config
 from esr_train.training.trainer import EsrTrainer, build_trainer, train
 from esr_train.transcript import Strength, write_transcripts
 
@@ -125,7 +125,7 @@ def test_weights_that_the_last_step_blows_up_are_not_saved_as_an_adapter(world):
 def test_a_gradient_that_is_not_finite_stops_training_before_the_step(world, value):
     """The loss is finite all the while."""
     section = recipe(args=SINGLY)
-    args = sft_config(section, adapter() / "checkpoints")
+    args = trainer_config(section, adapter() / "checkpoints")
     tokenizer = load_tokenizer(section.model)
     rows = read_rows(section, Path("runs/t/data/tuned.jsonl"), tokenizer)
     model = load_model(section.model, for_training=True)

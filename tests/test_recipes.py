@@ -9,7 +9,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 
 from esr_train import load_vectors
 from esr_train.recipe import load_recipe
-from esr_train.training.settings import lora_config, sft_config
+from esr_train.training.settings import lora_config, trainer_config
 from recipes import FOLDER, shipped
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def test_a_recipe_and_the_trainers_settings_in_it_are_valid(path, tmp_path):
     recipe = load_recipe(path, ["model.device=cpu"])
     for arm in recipe.arms:
         section = recipe.for_arm(arm)
-        assert sft_config(section, tmp_path).output_dir == str(tmp_path)
+        assert trainer_config(section, tmp_path).output_dir == str(tmp_path)
         assert lora_config(section).r == section.train.lora["r"]
 
 

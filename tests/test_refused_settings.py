@@ -14,7 +14,7 @@ from trl import SFTConfig
 from esr_train.__main__ import main
 from esr_train.errors import InputError
 from esr_train.recipe import dump_recipe
-from esr_train.training.settings import LoraArguments, TrainerArguments, check_settings, lora_config, sft_config
+from esr_train.training.settings import LoraArguments, TrainerArguments, check_settings, lora_config, trainer_config
 from esr_train.training.trainer import train
 
 FIELDS, LORA_FIELDS = set(TrainerArguments.model_fields), set(LoraArguments.model_fields)
@@ -31,7 +31,7 @@ def world(tmp_path, llama, monkeypatch) -> Path:
 def test_every_other_field_of_the_installed_trainer_is_refused(tmp_path, key):
     default = inspect.signature(SFTConfig).parameters[key].default
     with pytest.raises(InputError, match=rf"^train\.args\.{key}: this is not set here") as error:
-        sft_config(recipe(args={key: default}), tmp_path)
+        trainer_config(recipe(args={key: default}), tmp_path)
     assert error.value.fix
 
 
@@ -86,7 +86,7 @@ WRONG_ARGS = {
 def test_a_value_that_the_trainer_cannot_use_is_refused_before_a_model_is_loaded(tmp_path, key, value):
     more = {"packing": True} if key == "packing_strategy" else {}
     with pytest.raises(InputError, match=r"^train\.args") as error:
-        sft_config(recipe(args={key: value, **more}), tmp_path)
+        trainer_config(recipe(args={key: value, **more}), tmp_path)
     assert "\n" not in str(error.value)
 
 

@@ -240,3 +240,16 @@ def test_where_no_latent_is_of_another_topic_than_a_prompt_that_is_said(llama):
         steered(context, SteeredSection(rows=1))
     with pytest.raises(InputError, match="nothing is left to steer with"):
         steered(replace(context, latents=()), SteeredSection(rows=1))
+
+
+def test_the_rejected_reply_is_the_detour_as_the_steered_model_went_on(make):
+    _, outcomes = make(cut=[1, 2], mid_sentence=0.5, start=[0, 2], behind=lambda prefix: " " + DETOUR)
+    for row in kept(outcomes):
+        *before, detour = row.rejected
+        assert before == list(row.spans[:-3])
+        shared = row.content[: row.content.index(row.spans[-2].text)]
+        assert "".join(span.text for span in row.rejected).startswith(shared)
+        assert DETOUR.startswith(detour.text.strip())
+        more, correction = detour.text[len(row.spans[-3].text) :], row.spans[-2].text + row.spans[-1].text
+        assert 0 < len(more.split()) <= len(correction.split())
+    assert len(kept(outcomes)) == 40

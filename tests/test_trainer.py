@@ -22,7 +22,7 @@ from esr_train.files import write_json
 from esr_train.recipe import dump_recipe
 from esr_train.training.callbacks import BehaviourProbe, Observation
 from esr_train.training.saving import last_checkpoint
-from esr_train.training.settings import lora_config, sft_config
+from esr_train.training.settings import lora_config, trainer_config
 from esr_train.training.trainer import PATIENCE, train
 
 ROOT = Path(__file__).parent.parent
@@ -193,7 +193,7 @@ def test_settings_that_do_not_exist_or_do_harm_are_refused(tmp_path, monkeypatch
     monkeypatch.setattr("esr_train.training.settings.find_spec", lambda name: None)
     section = recipe(**options)
     with pytest.raises(InputError, match=message):
-        _ = sft_config(section, tmp_path), lora_config(section)
+        _ = trainer_config(section, tmp_path), lora_config(section)
 
 
 def test_an_adapter_on_modules_that_do_not_exist_is_bad_input(small):
@@ -204,7 +204,7 @@ def test_an_adapter_on_modules_that_do_not_exist_is_bad_input(small):
 
 def test_defaults_are_the_papers(tmp_path):
     section = recipe().model_copy(update={"train": type(recipe().train)()})
-    args, lora = sft_config(section, tmp_path), lora_config(section)
+    args, lora = trainer_config(section, tmp_path), lora_config(section)
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (32, 16, 0.05, "all-linear")
     assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (2e-4, "cosine", 10)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 4)

@@ -1,6 +1,7 @@
 """A tiny experiment on disk for the training tests: model, SAE, transcripts, recipe."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def transcripts(steered: int = 8, normal: int = 4) -> list[Transcript]:
     for i in range(normal):
         answer = Span(SpanKind.ANSWER, ANSWERS[i % 3] * (1 + i % 2))
         made.append(Transcript(f"n{i}", f"How do I trim the jib? ({i})", (answer,), "normal"))
+    return made
+
+
+def preferences(steered: int = 8, normal: int = 4) -> list[Transcript]:
+    """The same rows, each preferred to its detour that goes on, or to a restart that nothing calls for."""
+    made = []
+    for row in transcripts(steered, normal):
+        first = row.spans[0]
+        if row.steering:
+            rejected = (Span(first.kind, f"{first.text} Then knead the mast."),)
+        else:
+            again = Span(SpanKind.ANSWER, f" {first.text}")
+            rejected = (Span(SpanKind.ANSWER, first.text[:9]), Span(SpanKind.CUE, "\n\nWait, no."), again)
+        made.append(replace(row, rejected=rejected))
     return made
 
 

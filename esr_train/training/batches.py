@@ -84,7 +84,7 @@ class Collator:
     """
 
     def __init__(self, pad_token_id: int, packed: bool = False, flat: bool = False) -> None:
-        self._packed, self._flat = packed, flat
+        self.packed, self._flat = packed, flat
         self._fillings = {"input_ids": pad_token_id, "labels": IGNORED, "row": -1, "position_ids": 0}
         self._fillings |= dict.fromkeys(SPANS, False)
 
@@ -107,9 +107,36 @@ class Collator:
         }
         if not (batch["labels"][:, 1:] != IGNORED).any():
             raise RunError("a batch has no trained token: its loss would be 0 whatever the model says.")
-        if not self._packed:
+        if not self.packed:
             del batch["position_ids"]
             batch["attention_mask"] = (batch["row"] >= 0).long()
         for name in ("vector", "threshold_raw", "key"):
             batch[name] = torch.tensor([value for sequence in sequences for value in sequence[name]])
         return batch
+
+
+class PairCollator:
+    """Pairs of rows to a batch as `trl.DPOTrainer` wants it: all preferred rows, then all rejected ones.
+
+    In place of `labels` it holds `completion_mask` [rows, positions], 1 where a token is scored.
+
+    Args:
+        rows: makes the batch; for rows that are not packed.
+    """
+
+    def __init__(self, rows: Collator) -> None:
+        self._rows = rows
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self._rows([_row_of(pair, side) for side in (0, 1) for pair in pairs])
+        batch["completion_mask"] = (batch.pop("labels") != IGNORED).long()
+        return batch
+
+
+def _row_of(sequence: dict[str, Any], number: int) -> dict[str, Any]:
+    """One row of a sequence, as a sequence of its own."""
+    lengths = sequence["lengths"]
+    start = sum(lengths[:number])
+    tokens = {name: sequence[name][start : start + lengths[number]] for name in ("input_ids", "labels")}
+    names = ("lengths", "vector", "threshold_raw", "key", *(f"{name}_start" for name in SPANS))
+    return tokens | {name: sequence[name][number : number + 1] for name in names}

@@ -79,7 +79,8 @@ def recorded(model: Any, layer: int) -> Iterator[Recording]:
     def count(gradient: torch.Tensor) -> None:
         recording.with_gradient += bool(gradient.ne(0).any())
 
-    adapters = [weight for name, weight in model.named_parameters() if "lora_B" in name and _layer_of(name) <= layer]
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    adapters = [weight for name, weight in trained if "lora_B" in name and _layer_of(name) <= layer]
     recording.adapters = len(adapters)
     handles = [module.register_forward_hook(keep_before, prepend=True), module.register_forward_hook(keep_after)]
     handles += [weight.register_hook(count) for weight in adapters]

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from esr_train.errors import InputError
 from esr_train.files import write_jsonl
 from esr_train.interchange import read_training_file
-from esr_train.masking import Labelled, Policy, label
+from esr_train.masking import Labelled, Policy, label, label_pair
 from esr_train.recipe import Recipe
 from esr_train.training.batches import best_fit
 from esr_train.transcript import SaeRef, Steering, Transcript, VectorRef
@@ -50,6 +50,7 @@ class TrainingRow:
         threshold_raw: strength, in decoder rows, that counts as one times the threshold.
         reply_start: index of the first token that holds some of the reply; 0 for an unsteered row.
         answer_start: the same of the answer that ends the reply (see `masking.Labelled`).
+        rejected: the row with the reply to which this one is preferred, where training prefers.
     """
 
     labelled: Labelled
@@ -58,6 +59,7 @@ class TrainingRow:
     threshold_raw: float
     reply_start: int
     answer_start: int
+    rejected: "TrainingRow | None" = None
 
     @property
     def trained(self) -> int:
@@ -79,7 +81,8 @@ def read_rows(recipe: Recipe, data: Path, tokenizer: PreTrainedTokenizerBase) ->
     if repeated:
         raise InputError(f"{len(repeated)} ids occur more than once, such as {repeated[0]!r}", str(data))
     train = recipe.train
-    rows = [training_row(tokenizer, transcript, train.loss, train.max_length) for transcript in transcripts]
+    made = preference_row if train.method == "dpo" else training_row
+    rows = [made(tokenizer, transcript, train.loss, train.max_length) for transcript in transcripts]
     if train.live:
         _check_steering(rows, data)
     return rows
@@ -89,7 +92,18 @@ def training_row(
     tokenizer: PreTrainedTokenizerBase, transcript: Transcript, policy: Policy = "masked", max_length: int | None = None
 ) -> TrainingRow:
     """Label a transcript (see `masking.label`) and note what steered it."""
-    labelled = label(tokenizer, transcript, policy, max_length)
+    return _steered_row(label(tokenizer, transcript, policy, max_length), transcript)
+
+
+def preference_row(
+    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, policy: Policy = "masked", max_length: int | None = None
+) -> TrainingRow:
+    """Label a transcript and its rejected reply (see `masking.label_pair`), both under the same steering."""
+    chosen, rejected = label_pair(tokenizer, transcript, policy, max_length)
+    return replace(_steered_row(chosen, transcript), rejected=_steered_row(rejected, transcript))
+
+
+def _steered_row(labelled: Labelled, transcript: Transcript) -> TrainingRow:
     steering = transcript.steering
     if steering is None:
         return TrainingRow(labelled, transcript.source, None, 0.0, 0, 0)
@@ -152,6 +166,11 @@ def singly(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
     return [[row] for row in rows]
 
 
+def paired(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+    """Every row with its rejected one (see `batches.PairCollator`)."""
+    return [[row, row.rejected] for row in rows if row.rejected]
+
+
 def packed(rows: Sequence[TrainingRow], max_length: int) -> list[list[TrainingRow]]:
     """Rows packed whole into sequences of at most `max_length` tokens."""
     numbers = best_fit([len(row.labelled.input_ids) for row in rows], max_length)
@@ -179,22 +198,27 @@ def hold_out(rows: Sequence[TrainingRow], share: float = HELD_OUT) -> tuple[list
 
 def statistics(rows: Sequence[TrainingRow]) -> dict[str, Any]:
     """Figures for a person to check before training."""
-    longest = max(rows, key=lambda row: len(row.labelled.input_ids))
-    tokens = sum(len(row.labelled.input_ids) for row in rows)
+    replies = [each for row in rows for each in (row, row.rejected) if each]
+    longest = max(replies, key=lambda row: len(row.labelled.input_ids))
+    tokens = sum(len(row.labelled.input_ids) for row in replies)
     return {
         "rows": len(rows),
         "rows per source": dict(sorted(Counter(row.source for row in rows).items())),
         "steered rows": sum(row.vector is not None for row in rows),
         "tokens": tokens,
-        "trained tokens": round(sum(row.trained for row in rows) / tokens, 4),
+        "trained tokens": round(sum(row.trained for row in replies) / tokens, 4),
         "longest row": {"id": longest.labelled.id, "tokens": len(longest.labelled.input_ids)},
         "straddling tokens": sum(row.labelled.straddling for row in rows),
     }
 
 
 def dump_tokens(rows: Sequence[TrainingRow], path: Path) -> int:
-    """Write what the trainer gets, one object a row: `id`, `input_ids`, `labels`; returns their number."""
-    labelled = (row.labelled for row in rows)
-    return write_jsonl(
+    """Write what the trainer gets, one object a row: `id`, `input_ids`, `labels`; returns the number of rows.
+
+    Rows of preferences have a second object of the same `id`, their rejected reply.
+    """
+    labelled = (each.labelled for row in rows for each in (row, row.rejected) if each)
+    write_jsonl(
         path, ({"id": row.id, "input_ids": list(row.input_ids), "labels": list(row.labels)} for row in labelled)
     )
+    return len(rows)

@@ -17,7 +17,7 @@ SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scal
 """Fields of a config that scale the logits; models that have one keep TRL's head."""
 
 
-def score_trained_tokens(model: Any) -> None:
+def score_trained_tokens(model: Any, with_mean: bool = False) -> None:
     """Give a model that has TRL's fused head one that is faster on a CPU, for calls with `fused_lm_head=True`.
 
     TRL's scores every position, trained or not, runs the head's product again in the backward pass and multiplies in
@@ -26,7 +26,8 @@ def score_trained_tokens(model: Any) -> None:
     beyond that, it still does: other devices, a head that is trained, scaled logits, experts' auxiliary loss.
 
     Args:
-        model: inside PEFT, after `trl.SFTTrainer` has patched it.
+        model: inside PEFT, after one of TRL's trainers has patched it.
+        with_mean: whether the trainer logs the mean of each token's logits, too.
     """
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False) or any(getattr(config, name, None) for name in SCALES):
@@ -41,29 +42,33 @@ def score_trained_tokens(model: Any) -> None:
             return fused(*arguments, fused_lm_head=fused_lm_head, **options)
         labels, options["use_cache"] = options.pop("labels")[:, 1:], False
         hidden = self.base_model(*arguments, **options).last_hidden_state[:, :-1]
-        return _output(hidden, head, labels, softcap)
+        return _output(hidden, head, labels, softcap, with_mean)
 
     model.forward = types.MethodType(forward, model)
 
 
-def _output(hidden: torch.Tensor, head: Any, labels: torch.Tensor, softcap: float | None) -> FusedCausalLMOutput:
+def _output(
+    hidden: torch.Tensor, head: Any, labels: torch.Tensor, softcap: float | None, with_mean: bool
+) -> FusedCausalLMOutput:
     """What the trainer reads, [rows, positions] each and zero where there is no label."""
     trained = labels != IGNORED
     with maybe_gather_lm_head_ctx(head.weight, head.bias):
-        scores = TokenScores.apply(hidden[trained], head.weight, head.bias, labels[trained], softcap)
+        scores = TokenScores.apply(hidden[trained], head.weight, head.bias, labels[trained], softcap, with_mean)
     # Scattered, the output hangs on the model even where nothing is trained.
     spread = [score.new_zeros(trained.shape).masked_scatter(trained, score) for score in scores]
-    log_probs, entropy, is_top1 = spread
+    log_probs, entropy, is_top1, mean = spread
     loss = -log_probs.sum() / trained.sum().clamp(min=1)
-    return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=trained)
+    return FusedCausalLMOutput(
+        loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, mean_logits=mean, label_mask=trained
+    )
 
 
 class TokenScores(torch.autograd.Function):
-    """Log-probability of each token, entropy of its distribution, and whether it is the first of the likeliest.
+    """Log-probability of each token, entropy of its distribution, whether it is the likeliest, and its mean logit.
 
     Arguments: hidden states [tokens, d_model], a frozen head's weight [vocabulary, d_model] and bias or None, token
-    ids [tokens], and the bound of the logits' tanh or None. Returns float32, float32 and bool, [tokens] each; only
-    the log-probabilities have a gradient.
+    ids [tokens], the bound of the logits' tanh or None, and whether the mean logit is wanted (0 otherwise). Returns
+    float32 but for one bool, [tokens] each; only the log-probabilities have a gradient.
     """
 
     @staticmethod
@@ -74,8 +79,9 @@ class TokenScores(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         softcap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        log_probs, entropy = (torch.empty(len(hidden)) for _ in range(2))
+        with_mean: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        log_probs, entropy, mean = (torch.zeros(len(hidden)) for _ in range(3))
         is_top1 = torch.empty(len(hidden), dtype=torch.bool)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), TILE):
@@ -83,6 +89,8 @@ class TokenScores(torch.autograd.Function):
             logits = F.linear(hidden[tile].to(weight.dtype), weight, bias).float()
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
+            if with_mean:
+                mean[tile] = logits.mean(dim=-1)
             logs = torch.log_softmax(logits, dim=-1)
             target = targets[tile, None]
             log_probs[tile] = logs.gather(1, target).squeeze(1)
@@ -95,11 +103,11 @@ class TokenScores(torch.autograd.Function):
                 if softcap is not None:
                     slope *= 1 - (logits / softcap) ** 2
                 gradient[tile] = slope.to(weight.dtype) @ weight
-        ctx.mark_non_differentiable(entropy, is_top1)
+        ctx.mark_non_differentiable(entropy, is_top1, mean)
         ctx.save_for_backward(gradient)
-        return log_probs, entropy, is_top1
+        return log_probs, entropy, is_top1, mean
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None
+        return (gradient * gradients[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None, None

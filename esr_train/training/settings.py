@@ -1,4 +1,4 @@
-"""A recipe's `train` section as SFTConfig and LoraConfig: our defaults, and which fields do what they say here."""
+"""A recipe's `train` section as TRL's and PEFT's settings: our defaults, and which fields do what they say here."""
 
 import difflib
 import functools
@@ -16,7 +16,7 @@ from pydantic import Field, StrictBool, ValidationError
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from esr_train.errors import InputError, first_line, refuse
 from esr_train.models import decoder_layers, load_config
@@ -30,8 +30,8 @@ Texts = str | list[str]
 Cadence = Literal["no", "steps", "epoch"]
 
 
-class TrainerArguments(Section):
-    """The fields of trl.SFTConfig that do here what they say, with the paper's optimisation as defaults."""
+class CommonArguments(Section):
+    """The fields of transformers.TrainingArguments that do here what they say; defaults are the paper's for SFT."""
 
     learning_rate: Positive = 2e-4
     lr_scheduler_type: str = "cosine"
@@ -50,13 +50,9 @@ class TrainerArguments(Section):
     gradient_accumulation_steps: AtLeastOne = 4
     gradient_checkpointing: bool | None = Field(None, description="None: on an accelerator")
     gradient_checkpointing_kwargs: dict[Literal["use_reentrant"], bool] | None = None
-    neftune_noise_alpha: Positive | None = None
-    loss_type: Literal["nll", "dft"] = "nll"
     tf32: bool | None = None
     full_determinism: bool = False
     torch_empty_cache_steps: AtLeastOne | None = None
-    packing: StrictBool = False
-    packing_strategy: str = "bfd"
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = "group_by_length"
     dataloader_num_workers: Count = 0
     dataloader_pin_memory: bool = True
@@ -87,6 +83,26 @@ class TrainerArguments(Section):
     ddp_timeout: AtLeastOne | None = None
 
 
+class TrainerArguments(CommonArguments):
+    """Those of trl.SFTConfig."""
+
+    neftune_noise_alpha: Positive | None = None
+    loss_type: Literal["nll", "dft"] = "nll"
+    packing: StrictBool = False
+    packing_strategy: str = "bfd"
+
+
+class PreferenceArguments(CommonArguments):
+    """Those of trl.DPOConfig."""
+
+    learning_rate: Positive = 1e-5
+    num_train_epochs: Positive = 1.0
+    beta: Positive = 0.1
+    loss_type: Texts = "sigmoid"
+    loss_weights: list[float] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
 class LoraArguments(Section):
     """The fields of peft.LoraConfig that do here what they say, with the paper's adapter as defaults."""
 
@@ -114,6 +130,8 @@ REASONS = {
     **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), "The finished adapter alone is uploaded."),
     **dict.fromkeys(("padding_free", "pad_to_multiple_of"), "Set train.args.packing, which pads next to nothing."),
     **dict.fromkeys(("save_only_model", "ignore_data_skip"), "Training could not go on as if it had not stopped."),
+    "precompute_ref_log_probs": "The reference is steered as the policy is, at strengths drawn anew in every epoch.",
+    "disable_dropout": "Preferences are learned without dropout: the reference has none.",
     "output_dir": "The run directory decides where files go.",
     "use_cpu": "Set model.device to cpu.",
     "max_length": "Set train.max_length.",
@@ -136,7 +154,10 @@ REASONS = {
 """Why a field of either library is not set in a recipe, or what it may be."""
 
 
-def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
+TrainerConfig = SFTConfig | DPOConfig
+
+
+def trainer_config(recipe: Recipe, directory: Path) -> TrainerConfig:
     """The trainer's settings: our defaults, the recipe's `train.args` above them.
 
     Args:
@@ -147,13 +168,11 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
         InputError: a key that does not exist (near matches are named) or does not do here what it says, a value that
             the trainer, its optimiser or its schedule refuses, packing that cuts rows, or a logger that is not there.
     """
-    given = _checked(recipe.train.args, TrainerArguments, SFTConfig, "train.args")
-    if given.pop("packing") and given["packing_strategy"] != "bfd":
-        what = f"the packing strategy {given['packing_strategy']!r} cuts rows, and with them detours from corrections"
-        raise InputError(what, "train.args.packing_strategy", "Leave it out: bfd packs whole rows.")
+    kind = DPOConfig if recipe.train.method == "dpo" else SFTConfig
+    given = _preference_values(recipe) if kind is DPOConfig else _sft_values(recipe)
     _check_optimiser(given.get("optim"))
     # The trainer would upload checkpoints and a card of its own; see `training.saving`.
-    del given["push_to_hub"], given["packing_strategy"]
+    del given["push_to_hub"]
     on_cpu = trains_on_cpu(recipe)
     values = {
         "gradient_checkpointing": not on_cpu,
@@ -165,12 +184,10 @@ def sft_config(recipe: Recipe, directory: Path) -> SFTConfig:
         "use_cpu": on_cpu,
         "max_length": recipe.train.max_length,
         "remove_unused_columns": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "disable_tqdm": True,
-        "completion_only_loss": False,
     }
     try:
-        args = SFTConfig(**values)
+        args = kind(**values)
         _try_optimiser(args)
     # Each library refuses a value in its own way.
     except Exception as error:
@@ -187,7 +204,22 @@ def _check_optimiser(name: str | None) -> None:
         raise InputError(f"the trainer has no optimiser {name!r}", "train.args.optim", fix)
 
 
-def _check_loggers(args: SFTConfig) -> None:
+def _sft_values(recipe: Recipe) -> dict[str, Any]:
+    given = _checked(recipe.train.args, TrainerArguments, SFTConfig, "train.args")
+    if given.pop("packing") and given["packing_strategy"] != "bfd":
+        what = f"the packing strategy {given['packing_strategy']!r} cuts rows, and with them detours from corrections"
+        raise InputError(what, "train.args.packing_strategy", "Leave it out: bfd packs whole rows.")
+    del given["packing_strategy"]
+    return {**given, "dataset_kwargs": {"skip_prepare_dataset": True}, "completion_only_loss": False}
+
+
+def _preference_values(recipe: Recipe) -> dict[str, Any]:
+    given = _checked(recipe.train.args, PreferenceArguments, DPOConfig, "train.args")
+    losses = given["loss_type"]
+    return {**given, "loss_type": [losses] if isinstance(losses, str) else losses}
+
+
+def _check_loggers(args: TrainerConfig) -> None:
     for name, packages in LOGGERS.items():
         if name in (args.report_to or []) and not any(find_spec(package) for package in packages):
             fix = f"`pip install {name}`, or take another."
@@ -200,7 +232,7 @@ def _check_loggers(args: SFTConfig) -> None:
             raise InputError("wandb has no login", "train.args.report_to", fix)
 
 
-def _try_optimiser(args: SFTConfig) -> None:
+def _try_optimiser(args: TrainerConfig) -> None:
     """Make an optimiser and a schedule as the trainer will, so that what they refuse is refused now."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     schedule: Any = args.lr_scheduler_kwargs or {}
@@ -244,8 +276,8 @@ def decoder_only(lora: LoraConfig, model: Any) -> LoraConfig:
     return lora
 
 
-def check_settings(recipe: Recipe, directory: Path) -> SFTConfig:
-    """As `sft_config`, and refuse whatever else of the training can be refused before a model is loaded.
+def check_settings(recipe: Recipe, directory: Path) -> TrainerConfig:
+    """As `trainer_config`, and refuse whatever else of the training can be refused before a model is loaded.
 
     Raises:
         InputError: all that is wrong with either part; LoRA settings that name what the model does not have (PEFT
@@ -260,7 +292,7 @@ def check_settings(recipe: Recipe, directory: Path) -> SFTConfig:
     except InputError as error:
         mistakes.append(error)
     try:
-        args = sft_config(recipe, directory)
+        args = trainer_config(recipe, directory)
     except InputError as error:
         mistakes.append(error)
     refuse(mistakes)
