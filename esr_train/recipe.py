@@ -503,7 +503,7 @@ class MonitorSection(Section):
     action: MonitorAction = Field(
         "restart",
         description="where it sounds. stop: the reply ends; restart: the sentence is cut off, a cue of `data.cues` "
-        "follows and the reply goes on; unsteer: it goes on without steering (the upper bound); log: nothing",
+        "follows and the reply goes on; unsteer: the same without steering (the most a restart could do); log: nothing",
     )
 
 

@@ -26,6 +26,7 @@ usage: esr COMMAND ...
   eval COMMAND ...                calibrate, run trials, compare, report
   recipes COMMAND ...             list, show, copy, validate, explain
   latents search RECIPE           which latents of an SAE notice that a reply is off-topic, or steered
+  latents course RUN              what they do token by token around the restarts of a finished run
   latents labels ...              what an SAE's latents stand for, from Neuronpedia's exports
   monitor fit|eval RUN            what sounds when a reply of a run's model is steered, and how well it does
   vectors make RECIPE             steering vectors from the activations of the recipe's model
@@ -196,10 +197,15 @@ def _latents(arguments: Sequence[str]) -> int:
     what = "which latents are active on off-topic replies, or under steering, and not on the model's own"
     search = commands.add_parser("search", help=what, description=f"Search the whole dictionary: {what}.")
     add_recipe(search, "model.device=cuda:0")
-    for command in (labels, search):
+    what = "what a sum of latents does token by token around the restarts of a finished run"
+    course = commands.add_parser("course", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    _add_run(course)
+    course.add_argument("--arm", help="whose steered replies; the first arm that was trained unless given")
+    course.add_argument("--latents", type=int, nargs="+", default=[], metavar="N", help="else those of the search")
+    for command in (labels, search, course):
         add_debug(command)
     options = parser.parse_args(arguments)
-    acts = {"labels": _fetch_labels, "search": _search_latents}
+    acts = {"labels": _fetch_labels, "search": _search_latents, "course": _course_of_latents}
     return guarded(lambda: acts[options.command](options), options.debug)
 
 
@@ -219,6 +225,26 @@ def _search_latents(options: argparse.Namespace) -> None:
     print("\n".join(search(recipe)))
 
 
+def _course_of_latents(options: argparse.Namespace) -> None:
+    recipe, folder = _run_of(options)
+    from recipes.latent_course import course
+
+    print("\n".join(course(recipe, folder, options.arm, options.latents)))
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+
+
+def _run_of(options: argparse.Namespace) -> "tuple[Recipe, Path | None]":
+    """The recipe of a run, and its directory where that was given."""
+    from recipes.experiment import read_recipe
+
+    folder = options.run if options.run.is_dir() else None
+    return read_recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides), folder
+
+
 def _monitor(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="esr monitor", description="What sounds when a reply is steered.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -229,18 +255,14 @@ def _monitor(arguments: Sequence[str]) -> int:
     what = "measure them on the run's trials: of topics and latents that were held out"
     measure = commands.add_parser("eval", help=what, description=f"{what.capitalize()}.")
     for each in (fit, measure):
-        each.add_argument("run", type=Path, metavar="RUN|RECIPE", help="run directory, or recipe")
-        each.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+        _add_run(each)
         add_debug(each)
     options = parser.parse_args(arguments)
 
     def work() -> None:
         if options.command == "fit" and not 0 < options.false_alarms < 1:
             raise InputError(f"{options.false_alarms:g} is no share", "--false-alarms", "Such as 0.01.")
-        from recipes.experiment import read_recipe
-
-        folder = options.run if options.run.is_dir() else None
-        recipe = read_recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides)
+        recipe, folder = _run_of(options)
         from recipes import monitor_eval, monitoring
 
         if options.command == "fit":

@@ -24,7 +24,7 @@ from eval.store import Trial, read_trials
 from eval.summary import STEERED
 from recipes.experiment import Experiment, open_experiment
 from recipes.monitoring import FOLDER, PERPLEXITY, Detector, Reads, Values, monitorable, sums, surprises
-from recipes.steering_latents import calibrate_base, choose_latents
+from recipes.steering_latents import read_latents
 
 SENTENCES_OF = 128
 """Steered replies whose sentences the judge is asked about."""
@@ -118,9 +118,9 @@ def _followed(experiment: Experiment, engine: Monitorable, arm: str, fitted: Fit
 
 def trial_requests(experiment: Experiment, trials: Sequence[Trial]) -> list[Request]:
     """What the trials' responses are read behind: their prompts, under their own steering."""
-    latents = choose_latents(experiment)
-    calibrate_base(experiment, latents)  # says so if the thresholds are others by now
-    directions = {direction.latent: direction for direction in latents.in_order()}
+    resources = experiment.resources
+    splits = read_latents(experiment.directory, resources.source(), resources.labels())
+    directions = {direction.latent: direction for split in splits.values() for direction in split}
     positions, requests = experiment.recipe.engine.positions, []
     for trial in trials:
         cell, strength = trial.cell, trial.cell.strength

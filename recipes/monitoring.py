@@ -9,23 +9,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_gen.sources import LABEL, read_cues
+from data_gen.sources import LABEL, SteerableLatent, read_cues
 from esr_train.errors import InputError
-from esr_train.files import read_json, write_json
+from esr_train.files import write_json
 from esr_train.provenance import digest, sha256
 from esr_train.recipe import Recipe
 from esr_train.steering.engine import Engine, Request, Scorer, decoded
 from esr_train.steering.monitor import Monitor, load_monitor, save_monitor, smoothed
 from esr_train.steering.monitored_engine import Monitorable, MonitoredEngine
 from esr_train.steering.token_reading import Activations, Projections, Reply, States
+from eval.calibration import read_thresholds
 from eval.cells import Cell, derived_seed, make_cells, unsteered
+from eval.detectors import read_detectors
 from eval.monitoring import area, fit_probe, level
 from eval.report.story import progress_bar
 from eval.store import RowStore
 from eval.trials import Steerer
 from recipes.experiment import Experiment, base_inputs, open_experiment, source_inputs
 from recipes.resources import located
-from recipes.steering_latents import Calibrated, calibrate_base, choose_latents
+from recipes.steering_latents import (
+    LATENTS,
+    THRESHOLDS,
+    calibrate_base,
+    choose_latents,
+    read_latents,
+    steerable,
+)
 
 FOLDER = "monitor"
 """In a run directory."""
@@ -47,7 +56,7 @@ def monitor_inputs(experiment: Experiment, arm: str) -> dict[str, Any]:
     section = None if arm == "base" else experiment.recipe.arms[arm].monitor
     if section is None:
         return {}
-    cues = cues_of(experiment.recipe) if section.action == "restart" else ()
+    cues = cues_of(experiment.recipe) if section.action in ("restart", "unsteer") else ()
     return {"monitor": [section.action, sha256(located(section.file)), digest(list(cues))]}
 
 
@@ -116,11 +125,7 @@ def fit(recipe: Recipe, directory: Path | None, layer: int | None, false_alarms:
         InputError: for a run in which nothing steers training prompts, or a share that cannot be told.
     """
     with open_experiment(recipe, directory) as experiment:
-        latents = choose_latents(experiment)
-        calibrated = calibrate_base(experiment, latents)
-        if not calibrated.steerable["train"]:
-            raise InputError("nothing is there to steer training prompts with, so nothing to fit on", "sae")
-        told, quiet = _episodes(experiment, calibrated, false_alarms)
+        told, quiet = _episodes(experiment, _training_latents(experiment), false_alarms)
         engine = monitorable(experiment.resources.base())
         probe, auc = _fit_probe(engine, told, experiment.resources.source().layer if layer is None else layer)
         reads: Reads = {"probe": probe, **_latent_sums(experiment)}
@@ -132,11 +137,28 @@ def fit(recipe: Recipe, directory: Path | None, layer: int | None, false_alarms:
         return _said(experiment.directory / FOLDER, fitted, len(told), len(quiet))
 
 
+def _training_latents(experiment: Experiment) -> Sequence[SteerableLatent]:
+    """The training latents with their thresholds: those of the finished run as they are, or else found first.
+
+    Raises:
+        InputError: if there are none.
+    """
+    folder, resources = experiment.directory, experiment.resources
+    if (folder / LATENTS).is_file() and (folder / THRESHOLDS).is_file():
+        splits = read_latents(folder, resources.source(), resources.labels())
+        found = steerable(splits, read_thresholds(folder / THRESHOLDS).thresholds)["train"]
+    else:
+        found = [*calibrate_base(experiment, choose_latents(experiment)).steerable["train"]]
+    if not found:
+        raise InputError("nothing is there to steer training prompts with, so nothing to fit on", "sae")
+    return found
+
+
 def _episodes(
-    experiment: Experiment, calibrated: Calibrated, false_alarms: float
+    experiment: Experiment, train: Sequence[SteerableLatent], false_alarms: float
 ) -> tuple[list[Episode], list[Episode]]:
     """Replies to fit on, steered and not, and unsteered ones to set thresholds by, to validation prompts if any."""
-    recipe, pools, train = experiment.recipe, experiment.resources.prompts(), calibrated.steerable["train"]
+    recipe, pools = experiment.recipe, experiment.resources.prompts()
     directions = {each.direction.latent: each.direction for each in train}
     norms = {each.direction.latent: each.threshold for each in train}
     steerer = Steerer(directions, norms, recipe.engine.positions)
@@ -149,7 +171,7 @@ def _episodes(
         for prompt in [prompts[number % len(prompts)]]
     ]
     wanted = [(cell, pair.latent) for pair in cells for cell in (pair, *unsteered([pair]))]
-    replies = _replies(experiment, calibrated, steerer, [*(cell for cell, _ in wanted), *quiet])
+    replies = _replies(experiment, steerer, [*(cell for cell, _ in wanted), *quiet])
 
     def episodes(pairs: Sequence[tuple[Cell, int | None]]) -> list[Episode]:
         made = [Episode(steerer.request(cell, cell.key), replies[cell.key], group) for cell, group in pairs]
@@ -159,11 +181,10 @@ def _episodes(
     return episodes(wanted), episodes([(cell, None) for cell in quiet])
 
 
-def _replies(
-    experiment: Experiment, calibrated: Calibrated, steerer: Steerer, cells: Sequence[Cell]
-) -> Mapping[str, tuple[int, ...]]:
+def _replies(experiment: Experiment, steerer: Steerer, cells: Sequence[Cell]) -> Mapping[str, tuple[int, ...]]:
     """Cell -> the base model's reply; those that were made before an interruption are not made again."""
-    inputs = [base_inputs(experiment), source_inputs(experiment), calibrated.fingerprint]
+    norms = {str(latent): norm for latent, norm in steerer.norms.items()}
+    inputs = [base_inputs(experiment), source_inputs(experiment), norms]
     path = experiment.directory / FOLDER / f"replies-{digest(inputs)[:16]}.jsonl"
     store = RowStore(path, lambda row: tuple(map(int, row["ids"])), lambda ids: {"ids": list(ids)})
     known, resources = store.by_key(), experiment.resources
@@ -198,8 +219,7 @@ def _latent_sums(experiment: Experiment) -> Reads:
     if not path.is_file():
         return {}
     sae = experiment.resources.read_sae()
-    sets = {each["contrast"]: [latent["latent"] for latent in each["detectors"]] for each in read_json(path)["sets"]}
-    return {name: Activations(sae, tuple(latents)) for name, latents in sets.items() if latents}
+    return {each.contrast: Activations(sae, each.chosen) for each in read_detectors(path).sets if each.chosen}
 
 
 def _read(engine: Monitorable, episodes: Sequence[Episode], reads: Reads) -> Values:

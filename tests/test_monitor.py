@@ -225,14 +225,14 @@ def test_a_reply_is_begun_again_three_times_at_most_and_keeps_its_budget():
     assert (len(asked), made.text, made.finish_reason) == (1, "Fold it. Knead the dough", "alarm")
 
 
-def test_stop_ends_the_reply_and_unsteer_goes_on_without_steering_but_with_the_arms_edits(world):
+def test_stop_ends_the_reply_and_unsteer_begins_again_without_steering_but_with_the_arms_edits(world):
     made, asked = acted("stop", "Fold it. Knead the dough*")
     assert (len(asked), made.text, made.alarms) == (1, "Fold it. Knead the dough", (4,))
     edit = Ablate(world.sae, (3,))
     request = replace(PUSHED, interventions=(*PUSHED.interventions, edit))
-    made, asked = acted("unsteer", "Fold it. Knead the dough*", " no. Press it.", request=request)
-    assert asked[1].interventions == (edit,)
-    assert (made.text, made.steered_tokens) == ("Fold it. Knead the dough no. Press it.", 9)
+    made, asked = acted("unsteer", "Fold it. Knead the dough*", " Press it.", request=request)
+    assert (asked[1].prefix, asked[1].interventions) == (f"Well, Fold it. {CUE}", (edit,))
+    assert (made.text, made.steered_tokens) == (f"Fold it. {CUE} Press it.", 9)
     made, _ = acted("unsteer", "Fold it. Knead*", " Press it.")
     assert made.steered_tokens == 9, "a trial that was steered until the alarm counts as steered"
 

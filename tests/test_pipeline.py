@@ -1,14 +1,17 @@
 """The whole road on a cut-down quickstart: it ends in a report, does nothing twice, and survives being killed."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from esr_train.files import read_json
+from esr_train.files import read_json, write_jsonl
 from esr_train.transcript import read_transcripts
-from eval.store import read_trials
+from eval.store import read_trials, trial_to_json
+from recipes import monitoring
 from recipes.cli import main
 from tests.small_run import CONDITIONS, TRIALS, Run, dying, new_run
 
@@ -122,6 +125,60 @@ def test_a_changed_setting_repeats_its_stage_and_what_follows_only(finished, tmp
     assert kept <= set(before)
     assert not changed & kept
     assert {"adapter/tuned/adapter_model.safetensors", "trials/tuned.jsonl"} <= changed
+
+
+def test_monitors_are_fitted_on_a_run_measured_on_its_trials_and_act_in_an_arm(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(monitoring, "EPISODES", 8)
+    monkeypatch.setattr(monitoring, "LEVEL_REPLIES", 40)
+    copy = tmp_path / "quickstart"
+    shutil.copytree(finished.folder, copy)
+    assert main(["monitor", "eval", str(copy)]) == 2
+    assert "esr monitor fit" in capsys.readouterr().err
+    assert main(["monitor", "fit", str(copy), "--false-alarms", "0.1"]) == 0
+    replies = next((copy / "monitor").glob("replies-*.jsonl"))
+    made = replies.read_bytes()
+    assert made.count(b"\n") == 2 * 8 + 40
+    assert main(["monitor", "fit", str(copy), "--false-alarms", "0.1", "--layer", "4"]) == 0
+    assert replies.read_bytes() == made, "replies are made once"
+    assert main(["monitor", "eval", str(copy)]) == 0
+    found = read_json(copy / "monitor" / "eval.json")
+    assert {arm: [each["name"] for each in rows] for arm, rows in found["arms"].items()} == {
+        "base": ["probe", "perplexity"], "tuned": ["probe"],
+    }  # fmt: skip
+    assert found["arms"]["base"][0]["caught"]["n"] == TRIALS
+    assert set(found["milliseconds_per_token"]) == {"none", "probe"}
+    file = copy / "monitor" / "probe.json"
+    file.write_text(json.dumps({**read_json(file), "threshold": 0.0}))
+    arms = {"guarded": {"of": "base", "monitor": {"file": str(file)}}, "tuned": {}}
+    words = [*finished.words[1:], f"runs={tmp_path}", f"arms={json.dumps(arms)}", "--arm", "guarded"]
+    assert main(["eval", "run", *words]) == 0
+    trials = read_trials(copy / "trials" / "guarded.jsonl")
+    assert {trial.variant.monitor for trial in trials} == {"restart"}
+    assert any(trial.alarms and trial.cue for trial in trials if trial.condition == "steered")
+    file.write_text(json.dumps({**read_json(file), "threshold": 9.0}))
+    assert main(["eval", "run", *words]) == 0, "another monitor makes the trials anew"
+    assert not any(trial.alarms for trial in read_trials(copy / "trials" / "guarded.jsonl"))
+
+
+def test_the_course_of_a_run_is_read_around_its_restarts(finished, tmp_path, capsys):
+    copy = tmp_path / "quickstart"
+    shutil.copytree(finished.folder, copy)
+    path = copy / "trials" / "tuned.jsonl"
+    text = "Explain the sheet and fold it. Wait, that is not right. Then fold the sheet."
+    rows = [
+        replace(row, response=text)
+        if number % 2 and row.condition == "steered"
+        else replace(row, response="Fold. " * 20)
+        for number, row in enumerate(read_trials(path))
+    ]
+    write_jsonl(path, map(trial_to_json, rows))
+    assert main(["latents", "course", str(copy)]) == 2
+    assert "esr latents search" in capsys.readouterr().err
+    assert main(["latents", "course", str(copy), "--latents", "3", "17"]) == 0
+    found = read_json(copy / "course" / "tuned" / "course.json")
+    restarts = sum(row.response == text for row in rows)
+    assert (found["latents"], found["regions"]["cue"]["n"]) == ([3, 17], restarts)
+    assert (copy / "course" / "tuned" / "episodes.html").read_text().count("│") == restarts
 
 
 def test_a_run_killed_again_and_again_ends_in_the_same_metrics(finished, assets, tmp_path):

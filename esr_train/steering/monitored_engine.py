@@ -67,16 +67,16 @@ class MonitoredEngine:
             and what lies behind an alarm is dropped: the result is the same, at the cost of what was dropped.
         monitor: reads the residual stream, steered as it is.
         action: log: the alarm is told and nothing changes. stop: the reply ends there. restart: it is cut where the
-            sentence of the alarm begins, a cue follows, and it goes on; at most three times. unsteer: it goes on from
-            the alarm without steering (interventions on latents stay): the upper bound, as no user could do that.
-        cues: restart: of which each reply takes one by its seed.
+            sentence of the alarm begins, a cue follows, and it goes on; at most three times. unsteer: the same once,
+            and it goes on without steering (interventions on latents stay): the most that a restart could do.
+        cues: restart, unsteer: of which each reply takes one by its seed.
 
     Raises:
-        ValueError: for an action that does not exist, or a restart without cues.
+        ValueError: for an action that does not exist, or one that needs cues without them.
     """
 
     def __init__(self, engine: Monitorable, monitor: Monitor, action: MonitorAction, cues: Sequence[str] = ()) -> None:
-        if action not in get_args(MonitorAction) or (action == "restart" and not cues):
+        if action not in get_args(MonitorAction) or (action in ("restart", "unsteer") and not cues):
             raise ValueError(f"the action {action!r} does not exist, or needs cues")
         self.engine, self.monitor, self.action, self.cues = engine, monitor, action, tuple(cues)
         self.name = engine.name
@@ -135,17 +135,15 @@ class MonitoredEngine:
         """Say how a reply goes on behind an alarm; False if no token is left for that."""
         written = row.next.prefix + completion.text
         seed = (row.next.seed + SEED_STEP) % 2**31
+        after = replace(row.next, prefix=self._begun_again(row, written), seed=seed)
         if self.action == "unsteer":
             stays = tuple(each for each in row.asked.interventions if not isinstance(each, Add))
-            after = replace(row.next, prefix=written, seed=seed, interventions=stays)
-        else:
-            after = replace(row.next, prefix=self._begun_again(row, written), seed=seed)
+            after = replace(after, interventions=stays)
         left = row.asked.most(sampling) - self._count(row, after.prefix)
         if left < 1:
             return False
         row.alarms += (completion.alarms[0] + self._count(row, row.next.prefix),)
-        if self.action == "restart":
-            row.begun_again = len(after.prefix)
+        row.begun_again = len(after.prefix)
         row.next = replace(after, max_new_tokens=left)
         return True
 
