@@ -26,7 +26,7 @@ from eval.store import Trial, read_trials
 from eval.summary import STEERED
 from recipes.experiment import Experiment, open_experiment
 from recipes.monitor_eval import arms_with_trials, off_topic_sentences, trial_requests
-from recipes.monitoring import monitorable
+from recipes.monitors import monitorable
 
 FOLDER = "course"
 RECENT = 8

@@ -20,7 +20,7 @@ from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, Steerer, run_trials, trial_key
 from recipes.attacks import Attacked, adapted_directions
 from recipes.experiment import Experiment, base_inputs, judge_inputs, read_inputs, write_recipe
-from recipes.monitoring import monitor_inputs, watched
+from recipes.monitors import monitor_inputs, watched
 from recipes.resources import located
 from recipes.stage_cache import Stage
 from recipes.steering_latents import Shared, search_thresholds, threshold_key

@@ -23,7 +23,7 @@ from eval.statistics import cluster_of
 from eval.store import Trial, read_trials
 from eval.summary import STEERED
 from recipes.experiment import Experiment, open_experiment
-from recipes.monitoring import FOLDER, PERPLEXITY, Detector, Reads, Values, monitorable, sums, surprises
+from recipes.monitors import FOLDER, PERPLEXITY, Detector, Reads, Values, monitorable, sums, surprises
 from recipes.steering_latents import read_latents
 
 SENTENCES_OF = 128
