@@ -263,10 +263,10 @@ def _monitor(arguments: Sequence[str]) -> int:
         if options.command == "fit" and not 0 < options.false_alarms < 1:
             raise InputError(f"{options.false_alarms:g} is no share", "--false-alarms", "Such as 0.01.")
         recipe, folder = _run_of(options)
-        from recipes import monitor_eval, monitoring
+        from recipes import monitor_eval, monitors
 
         if options.command == "fit":
-            lines = monitoring.fit(recipe, folder, options.layer, options.false_alarms)
+            lines = monitors.fit(recipe, folder, options.layer, options.false_alarms)
         else:
             lines = monitor_eval.evaluate(recipe, folder)
         print("\n".join(lines))

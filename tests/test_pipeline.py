@@ -11,7 +11,7 @@ import pytest
 from esr_train.files import read_json, write_jsonl
 from esr_train.transcript import read_transcripts
 from eval.store import read_trials, trial_to_json
-from recipes import monitoring
+from recipes import monitors
 from recipes.cli import main
 from tests.small_run import CONDITIONS, TRIALS, Run, dying, new_run
 
@@ -128,8 +128,8 @@ def test_a_changed_setting_repeats_its_stage_and_what_follows_only(finished, tmp
 
 
 def test_monitors_are_fitted_on_a_run_measured_on_its_trials_and_act_in_an_arm(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(monitoring, "EPISODES", 8)
-    monkeypatch.setattr(monitoring, "LEVEL_REPLIES", 40)
+    monkeypatch.setattr(monitors, "EPISODES", 8)
+    monkeypatch.setattr(monitors, "LEVEL_REPLIES", 40)
     copy = tmp_path / "quickstart"
     shutil.copytree(finished.folder, copy)
     assert main(["monitor", "eval", str(copy)]) == 2
