@@ -1,6 +1,8 @@
 """Loggers by choice: what each one gets, one run an arm, and none unless it is asked for."""
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,10 +43,12 @@ class SummaryWriter:
 
 
 @pytest.fixture
-def world(tmp_path, llama, monkeypatch) -> Path:
+def world(tmp_path, llama, monkeypatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     write_world(tmp_path, llama)
-    return tmp_path
+    yield tmp_path
+    for package in STUBS:  # or later tests would find it installed
+        sys.modules.pop(package, None)
 
 
 def section_for(logger: str, name: str = "t"):
