@@ -152,21 +152,8 @@ def calibrate(
     if not latents:
         return []
     grid = np.linspace(low, high, GRID_POINTS)
-    flat = flat_prior(grid)
-    evidence = np.ones((len(latents), GRID_POINTS))
-    posterior = weighted(flat, evidence)
     lockstep = _Lockstep(arm, tuple(latents), section, positions, seed, store, progress)
-    seen = np.zeros(len(latents), dtype=int)
-    for number in range(section.rounds):
-        asked_at = quantile(posterior, grid, 0.5)
-        open_indices = still_wide(posterior, grid, section.stop_width)
-        if progress and len(open_indices) < len(latents):
-            progress((len(latents) - len(open_indices)) * section.prompts, 0)
-        scores = lockstep.scores(f"round {number}", open_indices, asked_at, prompts.search, section.prompts)
-        for index, new in zip(open_indices, scores, strict=True):
-            evidence[index] = updated(evidence[index], grid, asked_at[index], new, section.target)
-            seen[index] += len(new)
-        posterior = weighted(pooled_prior(evidence, grid, flat), evidence)
+    posterior, seen = _bisected(lockstep, grid, prompts.search)
     thresholds = _thresholds(latents, posterior, grid, seen)
     if not section.verify:
         return thresholds
@@ -176,6 +163,24 @@ def calibrate(
         replace(threshold, verified=float(np.mean(scores)) if scores else None, verified_n=len(scores))
         for threshold, scores in zip(thresholds, checked, strict=True)
     ]
+
+
+def _bisected(lockstep: "_Lockstep", grid: np.ndarray, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+    """Posteriors [latents, points] after all rounds, and how many scored responses each has seen, [latents]."""
+    section, count, flat = lockstep.section, len(lockstep.latents), flat_prior(grid)
+    evidence, seen = np.ones((count, GRID_POINTS)), np.zeros(count, dtype=int)
+    posterior = weighted(flat, evidence)
+    for number in range(section.rounds):
+        asked_at = quantile(posterior, grid, 0.5)
+        open_indices = still_wide(posterior, grid, section.stop_width)
+        if lockstep.progress and len(open_indices) < count:
+            lockstep.progress((count - len(open_indices)) * section.prompts, 0)
+        scores = lockstep.scores(f"round {number}", open_indices, asked_at, prompts, section.prompts)
+        for index, new in zip(open_indices, scores, strict=True):
+            evidence[index] = updated(evidence[index], grid, asked_at[index], new, section.target)
+            seen[index] += len(new)
+        posterior = weighted(pooled_prior(evidence, grid, flat), evidence)
+    return posterior, seen
 
 
 def flat_prior(grid: np.ndarray) -> np.ndarray:

@@ -12,15 +12,15 @@ from typing import Any
 
 from esr_train.adapters import is_complete, load_adapter
 from esr_train.errors import InputError
-from esr_train.models import load_model
 from esr_train.recipe import Recipe
 from esr_train.restarts import find_cues
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.transformers_engine import TransformersEngine
 from eval.calibration import read_thresholds
-from recipes.resources import Resources, located, open_resources
+from recipes.resources import Resources, open_resources
 from recipes.steering_latents import THRESHOLDS
+from recipes.weights import adapter_folder
 
 PAGE = Path(__file__).with_name("chat.html")
 LONGEST = 20_000
@@ -114,7 +114,7 @@ def open_chat(resources: Resources, arm: str | None) -> Chat:
         arm: None: the first one whose adapter is there.
 
     Raises:
-        InputError: for an arm without a finished adapter.
+        InputError: for an arm without a finished adapter, or a given one that cannot be used.
     """
     recipe = resources.recipe
     folders = {name: folder for name in recipe.arms if (folder := _adapter(recipe, name))}
@@ -127,17 +127,17 @@ def open_chat(resources: Resources, arm: str | None) -> Chat:
     thresholds = {each.latent: each.norm for each in found if each.bound is None}
     numbers = thresholds or labels
     directions = {number: source.direction(number, norm, labels.get(number)) for number in numbers}
-    resources.free_base()
-    model = load_model(recipe.model)
+    model = resources.base_model()
     model = load_adapter(model, folders[chosen]) if chosen else model
     return Chat(model, resources.tokenizer(), chosen, directions, thresholds, resources.sampling())
 
 
 def _adapter(recipe: Recipe, arm: str) -> Path | None:
-    """The folder of an arm's finished adapter: given, or trained in the run (for its first seed)."""
-    given = recipe.arms[arm].adapter
+    """The folder of an arm's finished adapter: given, or trained in the run (for its first seed), if there is one."""
+    if given := recipe.arms[arm].adapter:
+        return adapter_folder(given, f"arms.{arm}.adapter", recipe.model)
     seeds = [recipe.directory / f"seed-{seed}" for seed in recipe.seeds or ()]
-    folders = [located(given)] if given else [folder / "adapter" / arm for folder in (recipe.directory, *seeds)]
+    folders = (folder / "adapter" / arm for folder in (recipe.directory, *seeds))
     return next((folder for folder in folders if is_complete(folder)), None)
 
 

@@ -14,17 +14,18 @@ from esr_train.errors import InputError
 from esr_train.files import replacing, write_json
 from esr_train.recipe import Recipe
 from esr_train.restarts import attempts, find_cues
-from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
+from esr_train.steering.directions import LoadedSae
 from esr_train.steering.monitored_engine import Monitorable
-from esr_train.steering.token_reading import States, with_reply
+from esr_train.steering.token_reading import Activations, States, with_reply
 from eval.course import Course, Rising, contrasts, matched, region_means
-from eval.detectors import Classes, discovered, read_detectors, separation
+from eval.detectors import Classes, discovered, separation
 from eval.report.course_figures import course_figures, course_table, episodes_page
 from eval.report.drawing import save_figures
 from eval.statistics import cluster_of
 from eval.store import Trial, read_trials
 from eval.summary import STEERED
 from recipes.experiment import Experiment, open_experiment
+from recipes.latent_search import FOUND, known_detectors
 from recipes.monitor_eval import arms_with_trials, off_topic_sentences, trial_requests
 from recipes.monitors import monitorable
 
@@ -98,12 +99,12 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _detectors(experiment: Experiment) -> tuple[int, ...]:
-    path = experiment.directory / "detectors" / "detectors.json"
-    if not path.is_file():
+    found = known_detectors(experiment)
+    if found is None:
         raise InputError("nothing says which latents", "--latents", "Name some, or run `esr latents search` first.")
-    chosen = read_detectors(path).of("off_topic").chosen
+    chosen = found.of("off_topic").chosen
     if not chosen:
-        raise InputError("the search found no latent", str(path), "Name some with --latents.")
+        raise InputError("the search found no latent", FOUND, "Name some with --latents.")
     return chosen
 
 
@@ -147,23 +148,19 @@ def _read(
     """The courses, and every latent's rise before each spot, [replies, n_latents]."""
     requests = trial_requests(experiment, [spot.trial for spot in spots])
     texts = [spot.trial.response for spot in spots]
-    rises, courses = np.zeros((len(spots), sae.n_latents), np.float32), []
+    rises, courses, summed = np.zeros((len(spots), sae.n_latents), np.float32), [], Activations(sae, tuple(latents))
     read = engine.read(requests, texts, [States(sae.layer)])
     for number, ((states,), spot, request) in enumerate(zip(read, spots, requests, strict=True)):
         whole, tail = with_reply(engine.tokenizer, request, spot.trial.response)
         tokens = tuple(engine.tokenizer.decode([token]) for token in whole.ids[-tail:])
         with torch.no_grad():
-            activations = torch.cat([_some(sae, piece, latents) for piece in states.split(ENCODED_AT_ONCE)])
+            activations = summed.of(states)
             border = max(spot.at - RECENT, spot.at // 2)
             recent, earlier = (sae.encode(part).mean(0) for part in (states[border : spot.at], states[:border]))
         rises[number] = (recent - earlier).float().cpu().numpy()
         values = activations.sum(-1).double().cpu().numpy()
         courses.append(Course(spot.trial.key, cluster_of(spot.trial), values, spot.at, spot.regions, tokens))
     return courses, rises
-
-
-def _some(sae: LoadedSae, states: torch.Tensor, latents: Sequence[int]) -> torch.Tensor:
-    return sae.encode(states)[:, list(latents)]
 
 
 def rising_latents(experiment: Experiment, others: NDArray[np.float32], restarts: NDArray[np.float32]) -> list[Rising]:

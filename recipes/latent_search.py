@@ -1,13 +1,12 @@
 """Which latents notice: replies of the base model, read by an SAE in two contrasts, searched and reported."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,7 @@ from eval.cells import Prompt, derived_seed
 from eval.detectors import Classes, Detectors, DetectorSet, Dictionary, find, read_detectors, write_detectors
 from eval.report.detector_figures import search_figure, search_table
 from eval.report.drawing import save_figures
-from eval.report.story import progress_bar
-from eval.store import RowStore
+from recipes.base_replies import kept_replies
 from recipes.experiment import Experiment, base_inputs, open_experiment, read_inputs
 from recipes.preflight import check
 from recipes.stage_cache import Stage
@@ -33,16 +31,9 @@ from recipes.steering_latents import Calibrated, Latents, calibrate_base, choose
 
 FOLDER = "detectors"
 """In a run directory."""
+FOUND = f"{FOLDER}/detectors.json"
 SEARCHED, HELD_OUT = 200, 100
 """Prompts of training topics on which latents are chosen, and of test topics on which they are reported, at most."""
-
-
-@dataclass(frozen=True)
-class OwnReply:
-    """What the base model replied to a prompt when nobody steered: token ids without the end of turn."""
-
-    prompt: str
-    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ def search(recipe: Recipe) -> list[str]:
 
 def find_detectors(experiment: Experiment, latents: Latents, calibrated: Calibrated | None) -> Detectors:
     """The detectors of both contrasts; the second needs thresholds to steer at."""
-    path = experiment.directory / FOLDER / "detectors.json"
+    path = experiment.directory / FOUND
     inputs = {
         "base": base_inputs(experiment),
         "read": read_inputs(experiment),
@@ -96,8 +87,14 @@ def find_detectors(experiment: Experiment, latents: Latents, calibrated: Calibra
         write_detectors(path, found)
 
     modules = ("recipes.latent_search", "eval.detectors", "esr_train.steering.token_reading")
-    experiment.cache.do(Stage(FOLDER, inputs, (FOLDER, f"{FOLDER}/{path.name}"), modules), work)
+    experiment.cache.do(Stage(FOLDER, inputs, (FOLDER, FOUND), modules), work)
     return read_detectors(path)
+
+
+def known_detectors(experiment: Experiment) -> Detectors | None:
+    """The detectors that a search has found in this run; None before it."""
+    path = experiment.directory / FOUND
+    return read_detectors(path) if path.is_file() else None
 
 
 def _found(experiment: Experiment, calibrated: Calibrated | None) -> Detectors:
@@ -148,7 +145,11 @@ def _cases(
     """Replies with what each is read behind and under; an empty one is left out."""
     seed = experiment.recipe.seed
     paired = pairs(prompts, most, seed)
-    replies = _own_replies(experiment, [prompt for prompt, _ in paired])
+    asked = {
+        prompt.text: Request(prompt.text, prompt.text, seed=derived_seed("own", seed, prompt.text))
+        for prompt, _ in paired
+    }
+    replies = kept_replies(experiment, experiment.directory / FOLDER / "replies.jsonl", asked)
     cases = []
     for place, (prompt, other) in enumerate(paired):
         others = [latent for latent in steerable if latent.direction.label != prompt.topic]
@@ -157,30 +158,6 @@ def _cases(
         cases += [Case(own, behind, replies[prompt.text], steering)] if replies[prompt.text] else []
     # Replies of like lengths are read together.
     return sorted(cases, key=lambda case: len(case.reply))
-
-
-def _own_replies(experiment: Experiment, prompts: Sequence[Prompt]) -> Mapping[str, tuple[int, ...]]:
-    """Prompt -> the base model's own reply; those that an interrupted search has made are not made again."""
-    store = RowStore(experiment.directory / FOLDER / "replies.jsonl", _reply, _reply_row)
-    known = store.by_key()
-    missing = [prompt.text for prompt in prompts if prompt.text not in known]
-    rows, resources = experiment.recipe.engine.chunk(), experiment.resources
-    with progress_bar(len(missing), "own replies") as bar:
-        for start in range(0, len(missing), rows):
-            batch = missing[start : start + rows]
-            requests = [Request(text, text, seed=derived_seed("own", experiment.recipe.seed, text)) for text in batch]
-            made = resources.base().generate(requests, resources.sampling(), bar)
-            kept = [each.token_ids[:-1] if each.finish_reason == "stop" else each.token_ids for each in made]
-            store.append((text, OwnReply(text, ids)) for text, ids in zip(batch, kept, strict=True))
-    return {text: reply.token_ids for text, reply in store.by_key().items()}
-
-
-def _reply(row: Any) -> OwnReply:
-    return OwnReply(row["prompt"], tuple(row["token_ids"]))
-
-
-def _reply_row(reply: OwnReply) -> dict[str, Any]:
-    return {"prompt": reply.prompt, "token_ids": list(reply.token_ids)}
 
 
 @contextmanager

@@ -20,12 +20,11 @@ from esr_train.steering.monitored_engine import Monitorable, MonitoredEngine
 from esr_train.steering.token_reading import Activations, Projections, Reply, States
 from eval.calibration import read_thresholds
 from eval.cells import Cell, derived_seed, make_cells, unsteered
-from eval.detectors import read_detectors
 from eval.monitoring import area, fit_probe, level
-from eval.report.story import progress_bar
-from eval.store import RowStore
 from eval.trials import Steerer
+from recipes.base_replies import kept_replies
 from recipes.experiment import Experiment, base_inputs, open_experiment, source_inputs
+from recipes.latent_search import known_detectors
 from recipes.resources import located
 from recipes.steering_latents import (
     LATENTS,
@@ -186,18 +185,7 @@ def _replies(experiment: Experiment, steerer: Steerer, cells: Sequence[Cell]) ->
     norms = {str(latent): norm for latent, norm in steerer.norms.items()}
     inputs = [base_inputs(experiment), source_inputs(experiment), norms]
     path = experiment.directory / FOLDER / f"replies-{digest(inputs)[:16]}.jsonl"
-    store = RowStore(path, lambda row: tuple(map(int, row["ids"])), lambda ids: {"ids": list(ids)})
-    known, resources = store.by_key(), experiment.resources
-    missing = [cell for cell in cells if cell.key not in known]
-    chunk = experiment.recipe.engine.chunk()
-    with progress_bar(len(missing), "replies of the base model") as bar:
-        for start in range(0, len(missing), chunk):
-            batch = missing[start : start + chunk]
-            requests = [steerer.request(cell, cell.key) for cell in batch]
-            made = resources.base().generate(requests, resources.sampling(), bar)
-            kept = [each.token_ids[:-1] if each.finish_reason == "stop" else each.token_ids for each in made]
-            store.append((cell.key, ids) for cell, ids in zip(batch, kept, strict=True))
-    return store.by_key()
+    return kept_replies(experiment, path, {cell.key: steerer.request(cell, cell.key) for cell in cells})
 
 
 def _fit_probe(engine: Monitorable, told: Sequence[Episode], layer: int) -> tuple[Projections, float]:
@@ -215,11 +203,11 @@ def _fit_probe(engine: Monitorable, told: Sequence[Episode], layer: int) -> tupl
 
 def _latent_sums(experiment: Experiment) -> Reads:
     """The sums of the latents that `esr latents search` has found in this run, by contrast."""
-    path = experiment.directory / "detectors" / "detectors.json"
-    if not path.is_file():
+    found = known_detectors(experiment)
+    if found is None:
         return {}
     sae = experiment.resources.read_sae()
-    return {each.contrast: Activations(sae, each.chosen) for each in read_detectors(path).sets if each.chosen}
+    return {each.contrast: Activations(sae, each.chosen) for each in found.sets if each.chosen}
 
 
 def _read(engine: Monitorable, episodes: Sequence[Episode], reads: Reads) -> Values:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from data_gen.sources import read_cues, sources_steer, wanted_sources
-from esr_train.adapters import is_complete
 from esr_train.errors import InputError, refuse
 from esr_train.masking import label
-from esr_train.models import load_config, local_path, model_source
+from esr_train.models import load_config, model_source
 from esr_train.recipe import ModelJudgeSection, ModelSection, Recipe, judging_model
 from esr_train.steering.direction_files import check_sizes, outline_sae
 from esr_train.steering.monitor import load_monitor
@@ -258,13 +257,6 @@ def _check_arm(recipe: Recipe, arm: str) -> str:
     section = recipe.arms[arm]
     prompt_text(section.prompt, f"arms.{arm}.prompt")
     if section.adapter:
-        folder = local_path(section.adapter)
-        if (folder is None or not is_complete(folder)) and section.adapter.count("/") == 1:
-            raise InputError(
-                "there is no finished adapter here, and an id of the hub is not fetched by itself",
-                f"arms.{arm}.adapter={section.adapter}",
-                f"If it is one: `hf download {section.adapter} --local-dir FOLDER`, and name that folder.",
-            )
         adapter_folder(section.adapter, f"arms.{arm}.adapter", recipe.model)
     if section.monitor:
         load_monitor(located(section.monitor.file))

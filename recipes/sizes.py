@@ -8,6 +8,7 @@ from typing import Any
 
 from esr_train.models import load_config
 from esr_train.recipe import Recipe
+from esr_train.steering.batch_size import key_value_heads
 from esr_train.training.settings import adapter_parameters, trainer_arguments
 
 STATES = {"float32": 16, "8bit": 10, "none": 8}
@@ -53,16 +54,14 @@ def model_size(recipe: Recipe) -> ModelSize:
         InputError: if that cannot be read.
     """
     config: Any = load_config(recipe.model).get_text_config()
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups, head = key_value_heads(config)
     return ModelSize(
         config.model_type,
         adapter_parameters(recipe.model_copy(update={"train": type(recipe.train)()}))[0],
         config.num_hidden_layers,
         config.hidden_size,
         getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        heads,
+        config.num_attention_heads,
         config.vocab_size,
         2 * config.num_hidden_layers * groups * head,
         4 if recipe.model.dtype == "float32" else 2,

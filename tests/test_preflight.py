@@ -50,7 +50,7 @@ def refused(made, scope: Scope | None = None) -> str:
         ("train.args.report_to=trackio", "train.args.report_to: trackio is not installed. `pip install trackio`"),
         ("train.lora.rank=3", "train.lora.rank: LoraConfig has no field of this name. See the"),
         ("train.data=none.jsonl", "train.data=none.jsonl: the training file does not exist"),
-        ("arms={given: {adapter: some/lora}}", "arms.given.adapter=some/lora: there is no finished adapter here, and"),
+        ("arms={given: {adapter: some/lora}}", "some/lora: this is neither a folder nor an adapter that the hub gives"),
         ("arms={given: {adapter: ./none}}", "arms.given.adapter=./none: there is no finished adapter here"),
         ("sae.id=llama-sea", "no sae-lens release"),
         ("sae.labels=none.jsonl", "none.jsonl"),

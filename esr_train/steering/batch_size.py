@@ -40,13 +40,12 @@ def _row_bytes(model: Any, positions: int) -> int:
     """Memory of a row: keys and values of all positions, and logits as they come and in float32."""
     config = bare_model(model).config.get_text_config()
     each = next(model.parameters()).element_size()
-    heads, width = _heads(model)
+    heads, width = key_value_heads(config)
     return int(2 * config.num_hidden_layers * heads * width * positions * each + config.vocab_size * (each + 8))
 
 
-def _heads(model: Any) -> tuple[int, int]:
-    """Heads of keys and values, and a head's width."""
-    config = bare_model(model).config.get_text_config()
+def key_value_heads(config: Any) -> tuple[int, int]:
+    """Heads of keys and values in a decoder layer, and a head's width, by the text model's configuration."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, width
@@ -60,7 +59,7 @@ def _free_bytes(model: Any) -> int:
 def _step_seconds(model: Any, rows: int, positions: int) -> float:
     """Seconds of a decode step behind empty keys and values, half as many as a whole row has."""
     first = next(model.parameters())
-    heads, width = _heads(model)
+    heads, width = key_value_heads(bare_model(model).config.get_text_config())
     cache, behind = KeyValueCache(model), max(1, positions // 2)
     empty = torch.zeros(rows, heads, behind, width, dtype=first.dtype, device=first.device)
     for layer in cache.memories:
