@@ -81,7 +81,7 @@ def training_bytes(recipe: Recipe, size: ModelSize, row: float) -> float:
     args = trainer_arguments(recipe)
     weights = size.parameters * (NF4 if recipe.train.quantization else size.each)
     kind = "8bit" if "8bit" in (args.optim or "") else "none" if args.optim == "sgd" else "float32"
-    tokens = args.per_device_train_batch_size * row
+    tokens = args.per_device_train_batch_size * row * (2 if recipe.train.method == "dpo" else 1)
     # A layer's activations in the backward pass (Korthikanti et al. 2022, eq. 1, for a gated MLP), and the scores of
     # eager attention; with checkpointing one layer's, and every layer's input.
     scores = 2 * size.heads * row * size.each if recipe.model.attn_implementation == "eager" else 0

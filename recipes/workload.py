@@ -33,6 +33,8 @@ CUE = 12
 """Tokens of a cue."""
 SENTENCE = 20
 """Tokens of a sentence."""
+PAIR = 3
+"""What a pair of replies costs in preference training, in replies of SFT: two, each also read by the reference."""
 WORD = 1.4
 """Tokens of a word."""
 VERDICT = 150
@@ -199,7 +201,8 @@ def _training(resources: Resources, arm: str, lengths: Lengths, seeds: int) -> W
     probes = steps // recipe.train.probe.every * 2 * recipe.train.probe.trials if recipe.train.probe else 0
     batch = Batch("probe", seeds * probes, recipe.sampling.max_new_tokens, seeds * probes)
     batches = (batch,) if probes else ()
-    return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), batches, 0, seeds * steps * step * tokens, arm, tokens)
+    trained = seeds * steps * step * tokens * (PAIR if recipe.train.method == "dpo" else 1)
+    return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), batches, 0, trained, arm, tokens)
 
 
 def _training_rows(resources: Resources, arm: str, lengths: Lengths) -> tuple[float, float]:

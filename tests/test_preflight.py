@@ -65,6 +65,12 @@ def test_a_mistake_is_refused_and_said_where_it_stands(tmp_path, override, messa
     assert message in refused(recipe(tmp_path, *words))
 
 
+@pytest.mark.parametrize("name", ["quickstart", "comparison", "evaluation", "gemma", "preferences"])
+def test_the_shipped_recipes_pass(tmp_path, name):
+    made = read_recipe(f"tiny/{name}", [f"runs={tmp_path / 'runs'}"])
+    check(made, whole(made))
+
+
 def test_all_mistakes_are_told_at_once_each_once(tmp_path):
     words = ["train.args.learnin_rate=1", "train.args.warmup_step=2", "train.lora.rr=3", "eval.restart_phrases=no.txt"]
     text = refused(recipe(tmp_path, *words))

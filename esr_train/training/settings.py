@@ -312,13 +312,15 @@ def check_settings(recipe: Recipe, directory: Path) -> TrainerConfig:
     return args
 
 
-def trainer_arguments(recipe: Recipe) -> TrainerArguments:
-    """The recipe's `train.args` over our defaults.
+def trainer_arguments(recipe: Recipe) -> CommonArguments:
+    """The recipe's `train.args` over our defaults, by its method.
 
     Raises:
         InputError: keys that do not exist and values that no field takes.
     """
-    return TrainerArguments(**_checked(recipe.train.args, TrainerArguments, SFTConfig, "train.args"))
+    preferences = recipe.train.method == "dpo"
+    schema, kind = (PreferenceArguments, DPOConfig) if preferences else (TrainerArguments, SFTConfig)
+    return schema(**_checked(recipe.train.args, schema, kind, "train.args"))
 
 
 def adapter_parameters(recipe: Recipe) -> tuple[int, int]:
