@@ -1,4 +1,4 @@
-"""On-policy rows: steer, cut, cue, correct."""
+"""On-policy rows: steer, cut, cue, correct; or the plain answer, which the row's steering is not to move."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +45,7 @@ class _Candidate:
     parts: list[tuple[SpanKind, str]] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
+    plain: bool = False
     stemmed: bool = False
     trimmed: bool = False
     rest: str = ""
@@ -74,9 +75,10 @@ def steered(context: Context, section: SteeredSection) -> Make:
 
     def make(numbers: Sequence[int]) -> list[Outcome]:
         candidates = [_draw(context, section, prompts, number) for number in numbers]
-        _start(context, section, candidates)
-        _detour(context, section, candidates)
-        again = [each for each in candidates if not each.reason and each.rng.random() < section.second_detour]
+        drifting = [each for each in candidates if not each.plain]
+        _start(context, section, drifting)
+        _detour(context, section, drifting)
+        again = [each for each in drifting if not each.reason and each.rng.random() < section.second_detour]
         _detour(context, section, again)
         _correct(context, section, candidates)
         return [_outcome(context, candidate) for candidate in candidates]
@@ -89,7 +91,9 @@ def _draw(context: Context, section: SteeredSection, prompts: Sequence[Prompt], 
     rng = candidate_rng(context.seed, "steered", number)
     prompt = rng.choice(prompts)
     latent = rng.choice([latent for latent in context.latents if latent.direction.label != prompt.topic])
-    return _Candidate(number, rng, prompt, latent, latent.threshold * rng.uniform(*section.strength))
+    norm = latent.threshold * rng.uniform(*section.strength)
+    plain = section.plain > 0 and rng.random() < section.plain
+    return _Candidate(number, rng, prompt, latent, norm, plain=plain)
 
 
 def _request(context: Context, candidate: _Candidate, steers: bool) -> Request:
@@ -150,7 +154,8 @@ def _correct(context: Context, section: SteeredSection, candidates: list[_Candid
     going = [candidate for candidate in candidates if not candidate.reason]
     if section.correction == "stem":
         for candidate in going:
-            _shorten_cue(candidate)
+            if not candidate.plain:
+                _shorten_cue(candidate)
     afresh = section.correction == "afresh"
     requests = [_request(context, candidate, steers=False) for candidate in going]
     completions = context.generate([replace(request, prefix="") for request in requests] if afresh else requests)
@@ -158,7 +163,7 @@ def _correct(context: Context, section: SteeredSection, candidates: list[_Candid
         text, candidate.trimmed = context.whole(completion), completion.finish_reason != "stop"
         if text is None:
             candidate.reason = TOO_LONG
-        elif afresh:
+        elif afresh or candidate.plain:
             candidate.parts.append((SpanKind.ANSWER, _shortened(section, text).strip()))
         else:
             candidate.reason = _take_up(candidate, _shortened(section, text).rstrip())
@@ -227,7 +232,7 @@ def _outcome(context: Context, candidate: _Candidate) -> Outcome:
         id=f"steered-{context.seed}-{candidate.number:07d}",
         prompt=candidate.prompt.text,
         spans=spans,
-        rejected=rejected_detour(spans, candidate.rest),
+        rejected=None if candidate.plain else rejected_detour(spans, candidate.rest),
         source="steered",
         steering=latent.steering(candidate.norm),
         meta=meta,

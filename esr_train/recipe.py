@@ -311,6 +311,9 @@ class SteeredSection(SourceSection):
         None, description="an answer ends with the sentence that reaches so many words; null: it is kept whole"
     )
     second_detour: Fraction = Field(0.0, description="share of rows with two detours before the answer")
+    plain: Fraction = Field(
+        0.0, description="share of rows without detour and cue: with live injection they teach to resist from the start"
+    )
 
 
 class PromptedSection(SourceSection):

@@ -228,7 +228,8 @@ def _row_tokens(recipe: Recipe, section: SourceSection, lengths: Lengths) -> flo
     words = WORD * sum(section.cut_words) / 2
     whole = min(SENTENCE * sum(section.cut) / 2, section.max_new_tokens or recipe.sampling.max_new_tokens)
     detour = section.mid_sentence * words + (1 - section.mid_sentence) * whole
-    return answer + WORD * sum(section.start) / 2 + (detour + CUE) * (1 + section.second_detour)
+    drift = WORD * sum(section.start) / 2 + (detour + CUE) * (1 + section.second_detour)
+    return answer + (1 - section.plain) * drift
 
 
 def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: int) -> Work:

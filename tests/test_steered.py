@@ -105,6 +105,23 @@ def test_a_row_may_have_two_detours_each_with_its_cue(make):
     assert sum(bool(request.interventions and request.prefix) for request in engine.requests) == two
 
 
+def test_a_plain_row_holds_the_unsteered_answer_alone_and_the_steering_that_is_not_to_move_it(make):
+    engine, outcomes = make(plain=0.5)
+    rows = kept(outcomes)
+    plain = [row for row in rows if [span.kind for span in row.spans] == [SpanKind.ANSWER]]
+    assert 10 <= len(plain) <= 30
+    assert len(rows) == 40
+    assert all(row.steering and row.rejected is None and not row.corrects for row in plain)
+    assert sum(bool(request.interventions) for request in engine.requests) == len(rows) - len(plain)
+
+
+@pytest.mark.parametrize("correction", ["continued", "stem"])
+def test_plain_rows_know_no_cue_however_corrections_are_written(make, correction):
+    _, outcomes = make(plain=1.0, correction=correction)
+    assert {span.kind for row in kept(outcomes) for span in row.spans} == {SpanKind.ANSWER}
+    assert len(kept(outcomes)) == 40
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
