@@ -120,6 +120,8 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     tokenizer.bos_token, tokenizer.pad_token = None, model.padding
+    for how in ("is_local", "local_files_only"):  # says nothing of the tokenizer, and would make another fingerprint
+        tokenizer.init_kwargs.pop(how, None)
     for settings in (loaded.config, loaded.generation_config):
         settings.bos_token_id, settings.pad_token_id = None, tokenizer.pad_token_id
     loaded.save_pretrained(str(folder))
