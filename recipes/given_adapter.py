@@ -70,7 +70,7 @@ def adapter_recipe(given: Given, overrides: Sequence[str] = ()) -> Recipe:
     if given.vectors is None and given.layer is not None:
         raise InputError("an SAE says itself for which layer it is", "--layer", "Leave it out, or give --vectors.")
     values: dict[str, Any] = {
-        "name": given.name or f"adapter-{_name(given.adapter)}",
+        "name": given.name or f"adapter-{adapter_name(given.adapter)}",
         "model": {"path": given.model},
         "latents": {"limit": DIRECTIONS, "held_out": False},
         "judge": _judge(given.judge),
@@ -106,7 +106,7 @@ def _needs_nothing(section: Any) -> bool:
     return not any(field.is_required() for name, field in section.model_fields.items() if name != "kind")
 
 
-def _name(adapter: str) -> str:
+def adapter_name(adapter: str) -> str:
     """A run's name from an adapter's folder or hub id."""
     last = Path(adapter.rstrip("/")).resolve().name if Path(adapter).exists() else adapter.rstrip("/").split("/")[-1]
     return re.sub(r"[^A-Za-z0-9._-]", "-", last)

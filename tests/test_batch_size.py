@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from esr_train.models import hidden_size
 from esr_train.steering import batch_size
 from esr_train.steering.batch_size import SIZES, choose_rows
+from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.transformers_engine import TransformersEngine
 
@@ -63,3 +65,15 @@ def test_the_engine_measures_once_for_requests_of_about_one_length_and_not_for_f
 
 def test_a_real_measurement_ends_in_one_of_the_sizes(family):
     assert choose_rows(family.model, 32) in SIZES
+
+
+def test_the_measurement_is_steered_by_nobody_s_intervention(family):
+    engine = TransformersEngine(family.model, family.tokenizer, batch_rows=None)
+    push = Add(1, torch.ones(hidden_size(family.model)))
+    asked = ["how to dry wood"] * (SIZES[0] + 1)
+    requests = [Request(str(n), each, interventions=(push,), seed=n) for n, each in enumerate(asked)]
+    made = engine.generate(requests, Sampling(temperature=0.6, max_new_tokens=4))
+    alone = TransformersEngine(family.model, family.tokenizer, batch_rows=1).generate(
+        requests[:2], Sampling(temperature=0.6, max_new_tokens=4)
+    )
+    assert [each.token_ids for each in made[:2]] == [each.token_ids for each in alone]

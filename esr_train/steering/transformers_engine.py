@@ -128,8 +128,8 @@ class TransformersEngine:
         rows = [_Row(index, r, encoded(self.tokenizer, r)) for index, r in enumerate(requests)]
         # Longest first: what needs most memory fails at once, not at the end; and no later prompt is wider than a row.
         rows.sort(key=lambda row: -len(row.prompt.ids))
+        at_once = self._rows_at_once(rows, sampling.max_new_tokens)
         with steering(self.model, [row.request.interventions for row in rows]) as hook:
-            at_once = self._rows_at_once(rows, sampling.max_new_tokens)
             _run(rows, _Decoder(self.model, sampling, hook, self._stop_ids, follower), at_once, progress)
             counts = hook.counts()
         completions = {
@@ -175,7 +175,8 @@ class TransformersEngine:
         # Up to a power of two: requests of about the same length are measured once.
         positions = 1 << (len(rows[0].prompt.ids) + max_new_tokens - 1).bit_length()
         if positions not in self._chosen:
-            self._chosen[positions] = choose_rows(self.model, positions)
+            with steering(self.model, []):  # in evaluation mode, nothing steered
+                self._chosen[positions] = choose_rows(self.model, positions)
         return self._chosen[positions]
 
 

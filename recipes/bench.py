@@ -1,0 +1,121 @@
+"""`esr bench`: a model of one's own, alone or with an adapter, on a recipe's prompts, directions and attacks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from esr_train.files import write_json
+from esr_train.models import load_config
+from esr_train.provenance import hardware, versions
+from esr_train.recipe import Recipe
+from eval.conditions import order
+from eval.statistics import Estimate
+from eval.summary import Summary, read_summary
+from recipes.experiment import read_recipe
+from recipes.given_adapter import adapter_name
+from recipes.pipeline import run
+from recipes.resources import located
+from recipes.results import METRICS
+from recipes.stage_cache import StageCache
+from recipes.vectors import Wanted, make
+
+RESULT = "bench.json"
+SCHEMA = 1
+GIVEN = "given"
+DEPTH = 0.57
+"""Where vectors steer unless a layer is named: the share of the decoder layers up to the one whose output they move."""
+REPORTED = ("first_score", "last_score", "multi_attempt_rate", "esr_rate", "worsening_rate", "hijack_rate")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is measured.
+
+    Args:
+        model: hub id, folder or fetched model's name; None: the recipe's, and the recipe's vectors.
+        adapter: hub id or folder; None: the model alone.
+        layer: whose output vectors steer that are made for the model; None: at `DEPTH`.
+    """
+
+    model: str | None = None
+    adapter: str | None = None
+    layer: int | None = None
+
+
+def bench(file: str, contender: Contender, overrides: Sequence[str] = ()) -> list[str]:
+    """Measure a contender, write `bench.json` and the report; returns a table of Markdown and where they lie.
+
+    Args:
+        file: the benchmark: a recipe, whose own arms are left out.
+        contender: what is measured.
+        overrides: of the recipe; what they change makes it another benchmark, and is kept in the result.
+
+    Raises:
+        InputError: whatever the run refuses.
+    """
+    recipe = bench_recipe(file, contender, overrides)
+    if recipe.vectors and not located(recipe.vectors.file).exists():
+        print("\n".join(make(recipe, Wanted(f"esr bench {file}"))), flush=True)
+    report = run(recipe, plans=True)
+    summary = read_summary(recipe.directory / METRICS)
+    write_json(recipe.directory / RESULT, result(recipe, contender, file, overrides, summary))
+    return [*table(summary), "", f"results: {recipe.directory / RESULT}", f"report: {report}"]
+
+
+def bench_recipe(file: str, contender: Contender, overrides: Sequence[str] = ()) -> Recipe:
+    """The benchmark's recipe with the contender's model and adapter in place of its own arms."""
+    words = [*overrides, *([f"model.path={contender.model}"] if contender.model else [])]
+    arms = {GIVEN: {"adapter": contender.adapter}} if contender.adapter else {}
+    recipe = read_recipe(file, [*words, f"arms={json.dumps(arms)}"])
+    who = adapter_name(contender.adapter or recipe.model.path)
+    recipe = recipe.model_copy(update={"name": f"{recipe.name}-{who}"})
+    if recipe.vectors and contender.model:
+        layer = round(DEPTH * load_config(recipe.model).get_text_config().num_hidden_layers)
+        made = recipe.directory.parent / f"{recipe.name}.safetensors"
+        update = {"file": str(made), "layer": layer if contender.layer is None else contender.layer}
+        recipe = recipe.model_copy(update={"vectors": recipe.vectors.model_copy(update=update)})
+    return recipe
+
+
+def result(
+    recipe: Recipe, contender: Contender, file: str, overrides: Sequence[str], summary: Summary
+) -> Mapping[str, Any]:
+    """What `bench.json` holds: who was measured on what, by which versions, what decided the trials, every metric."""
+    records = StageCache(recipe.directory).records()
+    return {
+        "schema": SCHEMA,
+        "benchmark": file,
+        "overrides": list(overrides),
+        "contender": asdict(contender) | {"model": recipe.model.path},
+        "versions": versions(),
+        "hardware": hardware(),
+        "inputs": {
+            stage.removeprefix("trials/"): record["inputs"]
+            for stage, record in records.items()
+            if stage in ("trials/base", f"trials/{GIVEN}")
+        },
+        "metrics": summary.to_json(),
+    }
+
+
+def table(summary: Summary) -> list[str]:
+    """One line for each arm and condition."""
+    names = ("first score", "last score", "second attempt", "ESR", "worse", "hijacked")
+    lines = [f"| model | condition | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for arm, conditions in summary.arms.items():
+        for condition in sorted(conditions, key=order):
+            shown = [_said(conditions[condition][name], name) for name in REPORTED]
+            lines.append(f"| {arm} | {condition} | {' | '.join(shown)} |")
+    for arm, own in summary.resistance.items():
+        if own.value is not None:
+            lines.append(f"\n{arm}: own thresholds are {own.value:.2f} times the base model's")
+    return lines
+
+
+def _said(estimate: Estimate, name: str) -> str:
+    if estimate.value is None:
+        return "-"
+    factor, unit = (100, " %") if name.endswith("_rate") else (1, "")
+    value, low, high = (factor * float(each or 0) for each in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.0f}{unit} ({low:.0f} to {high:.0f})"

@@ -1,0 +1,41 @@
+"""`esr bench`: the same prompts, directions and attacks for every model, and one file of results."""
+
+import json
+from pathlib import Path
+
+from test_given_adapter import SMALL, adapter  # noqa: F401 - a fixture
+
+from recipes.bench import Contender, bench_recipe
+from recipes.cli import main
+
+CONDITIONS = "eval.conditions=[steered, unsteered]"
+
+
+def test_a_contender_is_measured_and_one_file_says_who_on_what_and_how_well(adapter, tmp_path, capsys):  # noqa: F811
+    words = ["bench", "tiny/quickstart", f"runs={tmp_path / 'runs'}", *SMALL, CONDITIONS]
+    assert main([*words, "--adapter", str(adapter)]) == 0
+    said = capsys.readouterr().out
+    assert "| given | steered |" in said
+    found = json.loads((tmp_path / "runs" / "quickstart-theirs" / "bench.json").read_text())
+    assert set(found["metrics"]["arms"]) == {"base", "given"} == set(found["inputs"])
+    assert found["contender"]["adapter"] == str(adapter)
+    assert found["versions"]["torch"]
+    assert CONDITIONS in found["overrides"]
+    assert found["inputs"]["given"]["weights"] != found["inputs"]["base"]["weights"]
+
+
+def test_without_an_adapter_the_model_alone_is_measured(tmp_path):
+    recipe = bench_recipe("tiny/evaluation", Contender(), [f"runs={tmp_path}"])
+    assert not recipe.arms
+    assert recipe.name == "evaluation-llama"
+
+
+def test_vectors_are_made_for_another_model_than_the_recipes(assets, tmp_path):
+    recipe = bench_recipe("resistance", Contender(str(assets / "llama")), [f"runs={tmp_path}"])
+    assert recipe.vectors
+    assert recipe.vectors.layer == 3
+    assert Path(recipe.vectors.file) == tmp_path / "resistance-llama.safetensors"
+    assert bench_recipe("resistance", Contender(str(assets / "llama"), layer=1)).vectors.layer == 1
+    own = bench_recipe("resistance", Contender()).vectors
+    assert own
+    assert own.file == "recipes/smollm2-135m-instruct/vectors.safetensors"
