@@ -2,10 +2,11 @@
 
     python benchmarks/generate.py                     writes results/generate.md
     python benchmarks/generate.py --rounds 3          shorter
+    python benchmarks/generate.py --model FOLDER      on a real model, bfloat16, along random directions; printed
 
-Every variant generates the same number of tokens from the same prompts on the recipes' tiny Llama, greedily, and none
-may stop early. Rounds are interleaved: each runs every variant once, so that a busy machine slows all of them alike.
-vLLM and other libraries that steer (`others.py`) take part where they can be imported.
+Every variant generates the same number of tokens from the same prompts on the recipes' tiny Llama, greedily unless it
+says otherwise, and none may stop early. Rounds are interleaved: each runs every variant once, so that a busy machine
+slows all of them alike. vLLM and other libraries that steer (`others.py`) take part where they can be imported.
 """
 
 import argparse
@@ -23,8 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "generate.md"
-STRENGTH = 0.8
-"""In median residual norms."""
+ASSETS = ROOT / "recipes" / "tiny" / "assets"
+STRENGTH, MODERATE = 0.8, 0.4
+"""In median residual norms: of the tiny model's latents, of a real model's random directions."""
+TEMPERATURE = 0.6
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,15 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=8, help="of them, how many are run one at a time")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of every request")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", type=Path, help="folder of a real model")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     load = os.getloadavg()[0]
     variants, shape, remarks = prepared(options)
     seconds = measured(variants, options.rounds)
+    if options.model:
+        print(page(variants, seconds, shape, remarks, options, load))
+        return
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(page(variants, seconds, shape, remarks, options, load), encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
@@ -57,28 +64,17 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
     """The variants, model loaded; the model's shape in words, and what is to be said about the variants."""
     import torch
 
-    from esr_train.files import read_jsonl
     from esr_train.models import load_model, load_tokenizer
     from esr_train.recipe import ModelSection
-    from esr_train.steering.direction_files import load_sae
     from esr_train.steering.engine import Request, Sampling
-    from esr_train.steering.readout import measure_residual_norm
     from esr_train.steering.transformers_engine import TransformersEngine
-    from esr_train.transcript import SaeRef
 
-    assets = ROOT / "recipes" / "tiny" / "assets"
-    section = ModelSection(path=str(assets / "llama"), dtype="float32", attn_implementation="eager", device="cpu")
+    path, dtype = (options.model.resolve(), "bfloat16") if options.model else (ASSETS / "llama", "float32")
+    section = ModelSection(path=str(path), dtype=dtype, attn_implementation="eager", device="cpu")
     tokenizer, model = load_tokenizer(section), load_model(section)
-    texts = read_jsonl(assets / "prompts.jsonl", lambda row: row["prompt"])
-    texts = texts[: options.rows]
-    sae = load_sae(SaeRef(str(assets), "llama-sae"))
-    norm = measure_residual_norm(model, tokenizer, sae.layer, texts[:32])
-    directions = [sae.direction(number % sae.n_latents, norm) for number in range(len(texts))]
+    texts, pushes = (real if options.model else tiny)(model, tokenizer, options.rows)
     plain = [Request(str(number), text) for number, text in enumerate(texts)]
-    steered = [
-        replace(each, interventions=(direction.add(STRENGTH),))
-        for each, direction in zip(plain, directions, strict=True)
-    ]
+    steered = [replace(each, interventions=(push,)) for each, push in zip(plain, pushes, strict=True)]
     sampling = Sampling(temperature=0, max_new_tokens=options.tokens)
     engine = TransformersEngine(model, tokenizer, batch_rows=options.rows)
     engine._stop_ids = frozenset()
@@ -105,10 +101,39 @@ def prepared(options: argparse.Namespace) -> tuple[list[Variant], str, list[str]
         remarks.append("vLLM was not installed here.")
     config, parameters = model.config, sum(each.numel() for each in model.parameters())
     shape = (
-        f"{parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, {config.hidden_size} wide, float32, "
+        f"{parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, {config.hidden_size} wide, {dtype}, "
         f"torch on {torch.get_num_threads()} thread(s)"
     )
     return variants, shape, remarks
+
+
+def tiny(model: Any, tokenizer: Any, rows: int) -> tuple[list[str], list[Any]]:
+    """Prompts of the tiny world, and for each what its latent adds."""
+    from esr_train.files import read_jsonl
+    from esr_train.steering.direction_files import load_sae
+    from esr_train.steering.readout import measure_residual_norm
+    from esr_train.transcript import SaeRef
+
+    texts = read_jsonl(ASSETS / "prompts.jsonl", lambda row: row["prompt"])[:rows]
+    sae = load_sae(SaeRef(str(ASSETS), "llama-sae"))
+    norm = measure_residual_norm(model, tokenizer, sae.layer, texts[:32])
+    return texts, [sae.direction(number % sae.n_latents, norm).add(STRENGTH) for number in range(len(texts))]
+
+
+def real(model: Any, tokenizer: Any, rows: int) -> tuple[list[str], list[Any]]:
+    """How-to questions, and for each what a random direction of its own adds at the middle layer."""
+    import torch
+
+    from esr_train.files import read_jsonl
+    from esr_train.models import hidden_size
+    from esr_train.steering.directions import Add
+    from esr_train.steering.readout import measure_residual_norm
+
+    texts = read_jsonl(ROOT / "data_gen" / "prompts" / "how-to.jsonl", lambda row: row["prompt"])[:rows]
+    layer = model.config.num_hidden_layers // 2
+    norm = measure_residual_norm(model, tokenizer, layer, texts[:32])
+    drawn = torch.randn(len(texts), hidden_size(model), generator=torch.Generator().manual_seed(0))
+    return texts, [Add(layer, MODERATE * norm * each / each.norm()) for each in drawn]
 
 
 def of_others(
@@ -125,7 +150,8 @@ def of_others(
         chosen = list(steered if batched else steered[: options.alone])
         try:
             found = f"{package} {version(package)}"
-            run = make(section.path, load_model(section), tokenizer, Batch(tokenizer, chosen), options.tokens)
+            model = load_model(section)
+            run = make(section.path, model, tokenizer, Batch(tokenizer, chosen, model.dtype), options.tokens)
             made = run()
         except PackageNotFoundError:
             remarks.append(f"{package} was not installed here.")
@@ -148,25 +174,57 @@ def tokens_of(run: Callable[[], list[list[int]]]) -> int:
 
 def of_vllm(section: Any, tokenizer: Any, plain: Sequence[Any], steered: Sequence[Any], sampling: Any) -> list[Variant]:
     """The variants on vLLM, which is started here."""
-    from esr_train.steering.vllm.vllm_engine import VllmEngine
+    import esr_train.steering.vllm.vllm_engine as ours
     from esr_train.steering.vllm.vllm_server import VllmServer
 
-    class Endless(VllmEngine):
-        """Goes on behind an end of turn."""
-
-        def _params(self, *arguments: Any) -> Any:
-            params = super()._params(*arguments)
-            params.ignore_eos, params.stop_token_ids = True, []
-            return params
-
-    engine = Endless(VllmServer(section, rows=len(plain)), tokenizer)
-    engine.server.start()
+    chosen = ours._params
+    ours._params = lambda *arguments: endless(chosen(*arguments))
+    server = VllmServer(section, rows=len(plain))
+    engine = ours.VllmEngine(server, tokenizer)
+    server.start()
+    drawn = replace(sampling, temperature=TEMPERATURE)
+    stock, prompts = stock_vllm(server), [prompt_ids(tokenizer, each) for each in plain]
+    alike = "vLLM as it comes, unsteered, sampled with a seed per row"
     return [
         Variant("vLLM, unsteered", lambda: made(engine.generate(plain, sampling)), "vLLM, unsteered"),
         Variant(
             "vLLM, steered, a direction per row", lambda: made(engine.generate(steered, sampling)), "vLLM, unsteered"
         ),
+        Variant(alike, lambda: as_it_comes(stock, prompts, drawn), alike),
+        Variant("vLLM, steered, a direction per row, sampled", lambda: made(engine.generate(steered, drawn)), alike),
     ]
+
+
+def endless(params: Any) -> Any:
+    """Sampling parameters with which a row goes on behind an end of turn."""
+    params.ignore_eos, params.stop_token_ids = True, []
+    return params
+
+
+def stock_vllm(server: Any) -> Any:
+    """A second vLLM with the same settings but for what steers and what draws tokens."""
+    from vllm import LLM
+
+    added = ("worker_extension_cls", "logits_processors")
+    return LLM(**{key: value for key, value in server._arguments().items() if key not in added})
+
+
+def prompt_ids(tokenizer: Any, request: Any) -> list[int]:
+    """A request's prompt as the model reads it."""
+    from esr_train.template import encode_prompt
+
+    ids: list[int] = encode_prompt(tokenizer, request.prompt, None, "")[0]
+    return ids
+
+
+def as_it_comes(llm: Any, prompts: Sequence[list[int]], sampling: Any) -> int:
+    """Generate with vLLM's own seeded sampling; how many tokens that made."""
+    from vllm import SamplingParams
+
+    asked = {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens, "detokenize": False}
+    params = [endless(SamplingParams(seed=number, **asked)) for number in range(len(prompts))]
+    done = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return sum(len(each.outputs[0].token_ids) for each in done)
 
 
 def made(completions: Sequence[Any]) -> int:
@@ -220,7 +278,9 @@ def adding(vector: Any) -> Callable[..., Any]:
     """A forward hook that adds a vector to a decoder layer's output."""
 
     def hook(_: Any, __: Any, output: Any) -> Any:
-        return (output[0] + vector, *output[1:]) if isinstance(output, tuple) else output + vector
+        states = output[0] if isinstance(output, tuple) else output
+        added = states + vector.to(states.dtype)
+        return (added, *output[1:]) if isinstance(output, tuple) else added
 
     return hook
 
@@ -267,6 +327,7 @@ def page(
     load: float,
 ) -> str:
     """The result as Markdown."""
+    name = options.model.name if options.model else "recipes/tiny/assets/llama"
     lines = [
         "# Generation speed, steered and not",
         "",
@@ -274,7 +335,7 @@ def page(
         f"--rounds {options.rounds}`",
         "",
         f"{options.rows} prompts x {options.tokens} new tokens, greedy, in one batch; one at a time: the first "
-        f"{options.alone} of them. recipes/tiny/assets/llama: {shape}. Medians of {options.rounds} interleaved rounds; "
+        f"{options.alone} of them. {name}: {shape}. Medians of {options.rounds} interleaved rounds; "
         "a ratio is the median of the rounds' own ratios. Processor time is what the process itself computed: other "
         "load on the machine is not in it.",
         "",
@@ -292,7 +353,8 @@ def page(
     lines += ["", *(f"- {remark}" for remark in remarks)]
     lines += [
         "",
-        "Goals: steered at least 0.97 of unsteered in the same engine; one row at a time at most 0.125 of the batch.",
+        "Goals: steered at least 0.97 of unsteered in the same engine; one row at a time at most 0.125 of the batch; "
+        "vLLM steered and sampled at least 0.95 of vLLM as it comes.",
         "",
         circumstances(load),
         "",

@@ -25,9 +25,10 @@ class Batch:
     Args:
         tokenizer: the model's.
         requests: with one additive intervention each, all at one layer.
+        dtype: of the model, and so of the vectors.
     """
 
-    def __init__(self, tokenizer: Any, requests: Sequence[Any]) -> None:
+    def __init__(self, tokenizer: Any, requests: Sequence[Any], dtype: torch.dtype) -> None:
         from esr_train.template import encode_prompt
 
         rows = [encode_prompt(tokenizer, request.prompt, None, "")[0] for request in requests]
@@ -35,7 +36,7 @@ class Batch:
         padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
         self.ids = torch.tensor(padded)
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        self.vectors = torch.stack([request.interventions[0].vector for request in requests])
+        self.vectors = torch.stack([request.interventions[0].vector for request in requests]).to(dtype)
         self.layer = requests[0].interventions[0].layer
         self.width = width
 
@@ -44,7 +45,7 @@ def transformer_lens(path: str, model: Any, tokenizer: Any, batch: Batch, tokens
     """TransformerLens' bridge: a hook on `hook_out` of the block, one vector per row."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(path, tokenizer=tokenizer, dtype=torch.float32, device="cpu")
+    bridge = TransformerBridge.boot_transformers(path, tokenizer=tokenizer, dtype=model.dtype, device="cpu")
     bridge.eval()
     vectors = batch.vectors[:, None]
 
