@@ -1,13 +1,10 @@
-"""Talk to a model while it is steered: the base model beside an arm, in the terminal or on a page of this machine."""
+"""Talk to a model while it is steered: the base model beside an arm, in the terminal."""
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from esr_train.adapters import is_complete, load_adapter
@@ -18,13 +15,10 @@ from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Request, Sampling
 from esr_train.steering.transformers_engine import TransformersEngine
 from eval.calibration import read_thresholds
-from recipes.resources import Resources, open_resources
+from recipes.resources import Resources
 from recipes.steering_latents import THRESHOLDS
 from recipes.weights import adapter_folder
 
-PAGE = Path(__file__).with_name("chat.html")
-LONGEST = 20_000
-"""Bytes of a question that the page may send."""
 HELP = """\
 /list            what can steer        /with NAME    steer along it (a label, or its number)
 /at 1.2          how hard, {unit}
@@ -141,16 +135,6 @@ def _adapter(recipe: Recipe, arm: str) -> Path | None:
     return next((folder for folder in folders if is_complete(folder)), None)
 
 
-def chat(recipe: Recipe, arm: str | None, port: int | None) -> None:
-    """Open a recipe's model and answer until the user leaves, in the terminal or at a port of this machine."""
-    with open_resources(recipe, asks=False) as resources:
-        opened = open_chat(resources, arm)
-        if port is None:
-            talk(opened, sys.stdin)
-        else:
-            serve(opened, port)
-
-
 def talk(chat: Chat, lines: Iterable[str]) -> None:
     """Answer line by line; lines that begin with / change what steers."""
     arms = f"base and {chat.arm}" if chat.arm else "base alone: no arm is trained yet"
@@ -203,82 +187,3 @@ def _shown(answer: Answer) -> str:
         parts += [answer.text[at:start], f"\033[1m{answer.text[start:end]}\033[0m"]
         at = end
     return "".join([*parts, answer.text[at:]])
-
-
-def serve(chat: Chat, port: int) -> None:
-    """Serve the page to this machine alone until Ctrl-C.
-
-    Raises:
-        InputError: if the port is taken.
-    """
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler(chat))
-    except OSError as error:
-        raise InputError(f"the port cannot be used ({error.strerror})", f"--page {port}", "Name another one.") from None
-    print(f"http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
-    with server:
-        server.serve_forever()
-
-
-def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
-    """What answers the page's requests, one at a time."""
-    lock = Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/":
-                self._send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
-            elif self.path == "/directions":
-                names = [[number, each.label or str(number)] for number, each in chat.directions.items()]
-                self._send_json(200, {"directions": names, "unit": chat.unit})
-            else:
-                self._send_json(404, {"error": "there is no such page"})
-
-        def do_POST(self) -> None:
-            # A page of another site can send a form, but not JSON.
-            if self.headers.get("Content-Type") != "application/json" or self.path != "/answer":
-                self._send_json(400, {"error": "send JSON to /answer"})
-                return
-            try:
-                asked = _Asked.read(self.rfile.read(min(int(self.headers.get("Content-Length") or 0), LONGEST)), chat)
-            except (InputError, ValueError) as error:
-                self._send_json(400, {"error": str(error)})
-                return
-            with lock:
-                found = chat.answers(asked.prompt, asked.direction, asked.strength, asked.seed)
-            self._send_json(200, {"answers": [{"arm": a.arm, "text": a.text, "cues": a.cues} for a in found]})
-
-        def _send_json(self, status: int, value: Any) -> None:
-            self._send(status, json.dumps(value).encode(), "application/json")
-
-        def _send(self, status: int, body: bytes, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: the terminal belongs to the user."""
-
-    return Handler
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A question of the page."""
-
-    prompt: str
-    direction: int | None
-    strength: float
-    seed: int
-
-    @classmethod
-    def read(cls, body: bytes, chat: Chat) -> "_Asked":
-        """Raises ValueError, or InputError for a direction that is not there."""
-        value = json.loads(body)
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"].strip():
-            raise ValueError("there is no question")
-        name = value.get("direction")
-        direction = None if name is None else chat.find(str(name))
-        return cls(value["prompt"], direction, float(value.get("strength", 1)), int(value.get("seed", 0)))

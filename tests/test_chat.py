@@ -7,6 +7,7 @@ from threading import Thread
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from test_adapter_is_whole import LORA, adapted
 from test_merge_equals_adapter import base, section  # noqa: F401
 
@@ -16,7 +17,8 @@ from esr_train.models import load_model
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Sampling
 from esr_train.transcript import SaeRef
-from recipes.chat import Chat, handler, talk
+from recipes.chat import Chat, talk
+from recipes.serving import PATH, complete, handler, resisting
 
 SAMPLING = Sampling(temperature=0.6, max_new_tokens=16)
 
@@ -87,6 +89,64 @@ def test_the_page_answers_this_machine_and_refuses_what_it_cannot_read(opened):
             assert ask("POST", "/answer", wrong)[0] == 400
         assert ask("POST", "/answer", {"prompt": "a"}, "text/plain")[0] == 400
         assert ask("GET", "/elsewhere")[0] == 404
+        status, found = ask("POST", PATH, {"messages": [{"role": "user", "content": "how to dry wood"}]})
+        assert status == 200
+        assert (
+            json.loads(found)["choices"][0]["message"]["content"] == opened.answers("how to dry wood", None, 1)[1].text
+        )
+        status, found = ask("POST", PATH, {"messages": []})
+        assert status == 400
+        assert json.loads(found)["error"]["type"] == "invalid_request_error"
     finally:
         server.shutdown()
         server.server_close()
+
+
+def completed(chat: Chat, **asked: object) -> str:
+    body = {"messages": [{"role": "user", "content": "how to dry wood"}], **asked}
+    return complete(chat, json.dumps(body).encode())["choices"][0]["message"]["content"]
+
+
+def test_a_request_chooses_its_steering_and_whether_the_adapter_resists_it(opened):
+    for strength in (0, 3):
+        push = {"direction": "bread", "strength": strength}
+        plain, tuned = (each.text for each in opened.answers("how to dry wood", 3, strength))
+        assert completed(opened, steering=push, resistance=0) == plain
+        assert completed(opened, steering=push) == tuned
+    vector = opened.directions[3].add(6.0).vector
+    assert completed(opened, steering={"vector": vector.tolist(), "layer": 1}) == tuned
+
+
+def test_in_between_the_adapter_is_at_work_with_a_share_of_its_strength_and_only_for_that_request(opened):
+    def scales() -> set[float]:
+        return {each.scaling["default"] for each in opened.model.modules() if isinstance(each, LoraLayer)}
+
+    (whole,) = scales()
+    with resisting(opened, 0.25):
+        assert scales() == {0.25 * whole}
+    assert scales() == {whole}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"resistance": 1.5}, "resistance: "),
+        ({"steering": {"direction": "gold"}}, "nothing steers towards 'gold'"),
+        ({"steering": {}}, "either a direction or a vector"),
+        ({"steering": {"vector": [1.0], "layer": 0}}, "a vector has "),
+        ({"steering": {"direction": "bread", "towards": 1}}, "steering.towards: "),
+        ({"stream": True}, "stream: "),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages: a conversation is one user's message"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused_with_its_key(opened, asked, message):
+    with pytest.raises(InputError) as error:
+        completed(opened, **asked)
+    assert message in str(error.value)
+
+
+def test_without_an_adapter_there_is_no_resistance_to_set(opened):
+    alone = Chat(opened.model.unload(), opened.tokenizer, None, opened.directions, opened.thresholds, SAMPLING)
+    with pytest.raises(InputError, match="no adapter whose strength"):
+        completed(alone, resistance=0.5)
+    assert completed(alone, resistance=0)

@@ -1,0 +1,259 @@
+"""A steered model on a port of this machine: the page, and chat completions as OpenAI's API has them.
+
+A request names what steers it and how much of the adapter is at work: the switch, request by request.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import torch
+from peft.helpers import rescale_adapter_scale
+from pydantic import Field, ValidationError
+
+from esr_train.errors import InputError
+from esr_train.models import check_layer, hidden_size
+from esr_train.recipe import AtLeastOne, Count, Fraction, Recipe, Section
+from esr_train.steering.directions import Add
+from esr_train.steering.engine import Request, Sampling
+from esr_train.steering.transformers_engine import TransformersEngine
+from recipes.chat import Chat, open_chat, talk
+from recipes.resources import open_resources
+
+PAGE = Path(__file__).with_name("chat.html")
+PATH = "/v1/chat/completions"
+LONGEST = 200_000
+"""Bytes of a request."""
+ROLES = (["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant"])
+"""What a conversation may be: one question; a reply that has begun is gone on with."""
+
+
+def chat(recipe: Recipe, arm: str | None, port: int | None) -> None:
+    """Open a recipe's model and answer until the user leaves, in the terminal or at a port of this machine."""
+    with open_resources(recipe, asks=False) as resources:
+        opened = open_chat(resources, arm)
+        if port is None:
+            talk(opened, sys.stdin)
+        else:
+            serve(opened, port)
+
+
+class Message(Section):
+    """One turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class SteeringBody(Section):
+    """What pushes a request, and no other one."""
+
+    direction: str | int | None = Field(None, description="label or number of a direction of the recipe")
+    vector: list[float] | None = Field(None, description="in place of it: what is added at strength 1, [d_model]")
+    layer: Count | None = Field(None, description="whose output the vector is added to")
+    strength: float = Field(1.0, description="of a direction: see `esr chat`; of a vector: a factor")
+
+
+class Body(Section):
+    """A request."""
+
+    messages: list[Message]
+    model: str | None = Field(None, description="not looked at: there is one")
+    max_tokens: AtLeastOne | None = Field(None, description="at most as many as the recipe's sampling has")
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: Count = 0
+    stream: Literal[False] = False
+    n: Literal[1] = 1
+    steering: SteeringBody | None = None
+    resistance: Fraction = Field(1.0, description="how much of the adapter is at work; 0: the base model")
+
+
+def complete(chat: Chat, body: bytes) -> dict[str, Any]:
+    """Answer a request; returns OpenAI's chat completion.
+
+    Args:
+        chat: the model, and what it may be steered along.
+        body: JSON, see `Body`.
+
+    Raises:
+        InputError: for anything that is not a request, naming the key.
+    """
+    asked = _read(body)
+    request, sampling = _request(chat, asked), _sampling(chat.sampling, asked)
+    with resisting(chat, asked.resistance):
+        made = TransformersEngine(chat.model, chat.tokenizer, batch_rows=1).generate([request], sampling)[0]
+    prompt, generated = made.prompt_tokens, len(made.token_ids)
+    return {
+        "id": f"chatcmpl-{time.time_ns():x}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": chat.arm or "base",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": made.text},
+                "finish_reason": "stop" if made.finish_reason == "stop" else "length",
+            }
+        ],
+        "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
+    }
+
+
+def _read(body: bytes) -> Body:
+    try:
+        asked = Body.model_validate(json.loads(body))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(first["msg"], ".".join(map(str, first["loc"])) or None) from None
+    except ValueError as error:
+        raise InputError(f"this is no JSON ({error})") from None
+    if [message.role for message in asked.messages] not in ROLES:
+        raise InputError(
+            "a conversation is one user's message, perhaps behind a system's and before the beginning of a reply",
+            "messages",
+        )
+    return asked
+
+
+def _request(chat: Chat, asked: Body) -> Request:
+    said = {message.role: message.content for message in asked.messages}
+    adds = (_push(chat, asked.steering),) if asked.steering and asked.steering.strength else ()
+    return Request("chat", said["user"], said.get("system"), said.get("assistant", ""), adds, asked.seed)
+
+
+def _push(chat: Chat, steering: SteeringBody) -> Add:
+    if (steering.direction is None) is (steering.vector is None):
+        raise InputError("steering names either a direction or a vector", "steering")
+    if steering.direction is not None:
+        number = chat.find(str(steering.direction))
+        return chat.directions[number].add(steering.strength * chat.thresholds.get(number, 1.0))
+    assert steering.vector is not None
+    width = hidden_size(chat.model)
+    if steering.layer is None or len(steering.vector) != width:
+        raise InputError(f"a vector has {width} numbers and a layer", "steering.vector")
+    check_layer(chat.model, steering.layer, "steering.layer")
+    return Add(steering.layer, steering.strength * torch.tensor(steering.vector))
+
+
+def _sampling(own: Sampling, asked: Body) -> Sampling:
+    return Sampling(
+        own.temperature if asked.temperature is None else asked.temperature,
+        own.top_p if asked.top_p is None else asked.top_p,
+        min(asked.max_tokens or own.max_new_tokens, own.max_new_tokens),
+        own.repetition_penalty,
+    )
+
+
+@contextmanager
+def resisting(chat: Chat, share: float) -> Iterator[None]:
+    """The adapter at work with a share of its strength, 0 to 1, while the block runs; without one there is only 0.
+
+    Raises:
+        InputError: if no adapter is there that could be switched.
+    """
+    if chat.arm is None:
+        if share not in (0.0, 1.0):
+            raise InputError("there is no adapter whose strength could be set", "resistance", "Train an arm first.")
+        yield
+    elif share == 0:
+        with chat.model.disable_adapter():
+            yield
+    elif share == 1:
+        yield
+    else:
+        with rescale_adapter_scale(chat.model, share):
+            yield
+
+
+def serve(chat: Chat, port: int) -> None:
+    """Serve the page to this machine alone until Ctrl-C.
+
+    Raises:
+        InputError: if the port is taken.
+    """
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler(chat))
+    except OSError as error:
+        raise InputError(f"the port cannot be used ({error.strerror})", f"port {port}", "Name another one.") from None
+    print(f"http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+    with server:
+        server.serve_forever()
+
+
+def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
+    """What answers the page's requests, one at a time."""
+    lock = Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/":
+                self._send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+            elif self.path == "/directions":
+                names = [[number, each.label or str(number)] for number, each in chat.directions.items()]
+                self._send_json(200, {"directions": names, "unit": chat.unit})
+            else:
+                self._send_json(404, {"error": "there is no such page"})
+
+        def do_POST(self) -> None:
+            # A page of another site can send a form, but not JSON.
+            if self.headers.get("Content-Type") != "application/json" or self.path not in ("/answer", PATH):
+                self._send_json(400, {"error": f"send JSON to /answer or {PATH}"})
+                return
+            body = self.rfile.read(min(int(self.headers.get("Content-Length") or 0), LONGEST))
+            try:
+                with lock:
+                    found = complete(chat, body) if self.path == PATH else _answers(chat, body)
+                self._send_json(200, found)
+            except (InputError, ValueError) as error:
+                said: Any = {"message": str(error), "type": "invalid_request_error"}
+                self._send_json(400, {"error": said if self.path == PATH else str(error)})
+
+        def _send_json(self, status: int, value: Any) -> None:
+            self._send(status, json.dumps(value).encode(), "application/json")
+
+        def _send(self, status: int, body: bytes, kind: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: the terminal belongs to the user."""
+
+    return Handler
+
+
+def _answers(chat: Chat, body: bytes) -> dict[str, Any]:
+    """What the page shows: the base model's answer and the arm's."""
+    asked = _Asked.read(body, chat)
+    found = chat.answers(asked.prompt, asked.direction, asked.strength, asked.seed)
+    return {"answers": [{"arm": each.arm, "text": each.text, "cues": each.cues} for each in found]}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question of the page."""
+
+    prompt: str
+    direction: int | None
+    strength: float
+    seed: int
+
+    @classmethod
+    def read(cls, body: bytes, chat: Chat) -> "_Asked":
+        """Raises ValueError, or InputError for a direction that is not there."""
+        value = json.loads(body)
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"].strip():
+            raise ValueError("there is no question")
+        name = value.get("direction")
+        direction = None if name is None else chat.find(str(name))
+        return cls(value["prompt"], direction, float(value.get("strength", 1)), int(value.get("seed", 0)))
