@@ -3,11 +3,14 @@
 A condition is one registered function that turns what an arm has (`Setting`) into what it runs (`Plan`).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from esr_train.errors import InputError
 from esr_train.recipe import CONDITION_NAMES, EvalSection
 from esr_train.restarts import attempts, find_cues, sentences
 from eval.cells import Cell, derived_seed, unsteered
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
 
 PREFIX_SENTENCES = 2
 """Sentences of a response that another condition goes on from."""
+PUSHED_OFF_TOPIC, UNPUSHED_OFF_TOPIC = "steered_continues_steered", "unsteered_continues"
+PUSHED_ON_TOPIC, UNPUSHED_ON_TOPIC = "steered_continues", "unsteered_continues_unsteered"
+"""Push on or off, and a given beginning that is off-topic or on-topic, on the same cells."""
+CORRECTION, MATCHED = "steered_continues_correction", "steered_continues_matched"
+"""The matched-prefix control."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Setting:
         stand_ins: latent -> direction of a random latent of like activation frequency and decoder norm.
         value: of a sweep's condition, such as the multiple of `boost_x1.5`.
         adapted: latent -> a direction of equal norm that was optimised against the arm.
+        cues: phrases by which a correction begins.
     """
 
     arm: str
@@ -47,6 +56,7 @@ class Setting:
     stand_ins: Callable[[], Mapping[int, "Direction"]]
     value: float = 1.0
     adapted: Callable[[], Mapping[int, "Direction"]] = dict
+    cues: Callable[[], Sequence[str]] = tuple
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Condition:
         title: in words, for the report.
         plan: what an arm runs.
         goes_on_from: the condition from whose responses its replies go on; it must be measured, too.
+        against: the condition that it is compared with, cell by cell, beside `steered`.
         runs_every_cell: whether it runs `eval.trials` cells and not only `eval.control_trials`.
         reads_restarts: whether the log-probability of a restart is read at its responses' sentence ends.
         needs_frequency: whether it needs to know how often the SAE's latents are active.
@@ -69,6 +80,7 @@ class Condition:
     title: str
     plan: Callable[[Setting], Plan]
     goes_on_from: str | None = None
+    against: str | None = None
     runs_every_cell: bool = False
     reads_restarts: bool = False
     needs_frequency: bool = False
@@ -199,21 +211,38 @@ def _adaptive(setting: Setting) -> Plan:
     return Plan(tuple(setting.cells), replace(setting.steerer, directions=setting.adapted()))
 
 
-def _unsteered_continues(setting: Setting) -> Plan:
-    return _continued(setting, "steered", setting.cells, replace(setting.steerer, off=True))
+def _goes_on(setting: Setting, *, pushed: bool, off_topic: bool) -> Plan:
+    """From the beginning of a reply of the base model: the push and the text are chosen apart."""
+    return _continued(setting, "steered" if off_topic else "unsteered", pushed, _opening)
 
 
-def _steered_continues(setting: Setting) -> Plan:
-    return _continued(setting, "unsteered", unsteered(setting.cells), setting.steerer)
+def _continues_correction(setting: Setting) -> Plan:
+    return _continued(setting, "unsteered", True, lambda cell, reply: matched(reply, _cue(setting, cell))[0])
 
 
-def _continued(setting: Setting, condition: str, sources: Sequence[Cell], steerer: Steerer) -> Plan:
-    """The cells, each from where the base model's response under another condition is cut."""
+def _continues_matched(setting: Setting) -> Plan:
+    return _continued(setting, "unsteered", True, lambda cell, reply: matched(reply, _cue(setting, cell))[1])
+
+
+def _continued(setting: Setting, condition: str, steered: bool, begin: Callable[[Cell, str], str]) -> Plan:
+    """The cells, each from what `begin` makes of the base model's response under another condition."""
+    sources = setting.cells if condition == "steered" else unsteered(setting.cells)
     prefixes = {
-        cell.key: opening(setting.response("base", condition, source).response, PREFIX_SENTENCES)
+        cell.key: begin(cell, setting.response("base", condition, source).response)
         for cell, source in zip(setting.cells, sources, strict=True)
     }
-    return Plan(tuple(setting.cells), steerer, prefixes)
+    return Plan(tuple(setting.cells), replace(setting.steerer, off=not steered), prefixes)
+
+
+def _opening(_: Cell, reply: str) -> str:
+    return opening(reply, PREFIX_SENTENCES)
+
+
+def _cue(setting: Setting, cell: Cell) -> str:
+    cues = setting.cues()
+    if not cues:
+        raise InputError("no cue does without a subject's name", "data.cues", "Add one without {label}.")
+    return cues[derived_seed("correction", setting.seed, cell.key) % len(cues)]
 
 
 def _switched_off(setting: Setting) -> Plan:
@@ -257,15 +286,43 @@ for _condition in (
     Condition("three_layers", "Steered at three layers at once, of equal norm together", _three_layers),
     Condition("adaptive", "Steered along directions of equal norm, optimised against the arm", _adaptive),
     Condition(
-        "unsteered_continues",
+        UNPUSHED_OFF_TOPIC,
         "Unsteered, going on from the base model's steered beginning",
-        _unsteered_continues,
+        partial(_goes_on, pushed=False, off_topic=True),
         goes_on_from="steered",
+        against=UNPUSHED_ON_TOPIC,
     ),
     Condition(
-        "steered_continues",
+        PUSHED_ON_TOPIC,
         "Steered, going on from the base model's unsteered beginning",
-        _steered_continues,
+        partial(_goes_on, pushed=True, off_topic=False),
+        goes_on_from="unsteered",
+        against=UNPUSHED_ON_TOPIC,
+    ),
+    Condition(
+        PUSHED_OFF_TOPIC,
+        "Steered, going on from the base model's steered beginning",
+        partial(_goes_on, pushed=True, off_topic=True),
+        goes_on_from="steered",
+        against=UNPUSHED_ON_TOPIC,
+    ),
+    Condition(
+        UNPUSHED_ON_TOPIC,
+        "Unsteered, going on from the base model's unsteered beginning",
+        partial(_goes_on, pushed=False, off_topic=False),
+        goes_on_from="unsteered",
+    ),
+    Condition(
+        CORRECTION,
+        "Steered, going on from a correction",
+        _continues_correction,
+        goes_on_from="unsteered",
+        against=MATCHED,
+    ),
+    Condition(
+        MATCHED,
+        "Steered, going on from an on-topic text as long as the correction",
+        _continues_matched,
         goes_on_from="unsteered",
     ),
     Condition("switched_off", "Steered until the first restart, then unsteered", _switched_off, goes_on_from="steered"),
@@ -308,6 +365,24 @@ def opening(response: str, count: int) -> str:
         return first[: found[count - 1][1]]
     words = first.split(" ")
     return " ".join(words[: (len(words) + 1) // 2]).rstrip()
+
+
+def matched(reply: str, cue: str) -> tuple[str, str]:
+    """A correction, and an on-topic text of as many words, as far as the reply has them.
+
+    The correction is the cue and half as many words of an on-topic reply as `opening` takes; the other text is the
+    beginning of the same reply. Both end wherever their last word is, so that neither is helped by a sentence's end.
+
+    Args:
+        reply: an on-topic one.
+        cue: takes something back.
+    """
+    ends = [word.end() for word in re.finditer(r"\S+", reply)]
+    if not ends:
+        return cue, reply
+    own = max(1, len(opening(reply, PREFIX_SENTENCES).split()) // 2)
+    both = min(own + len(cue.split()), max(len(ends) - 1, 1))
+    return f"{cue} {reply[: ends[own - 1]].lstrip()}", reply[: ends[both - 1]]
 
 
 def through_restart(trial: Trial) -> str | None:

@@ -9,6 +9,7 @@ import eval.statistics as statistics
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.values import typed
+from eval.conditions import CONDITIONS
 from eval.metrics import METRICS, Gap, attempts_histogram, headline, pair_key
 from eval.resistance import Resistance
 from eval.retention import Retention
@@ -34,7 +35,8 @@ class Summary:
         schema: of the file.
         arms: every metric of every arm and condition.
         paired: every arm minus `base` (named `<arm>-base`) on the cells both have.
-        within: an arm's other conditions minus its own `steered` (named `<condition>-steered`), likewise.
+        within: an arm's other conditions minus its own `steered` (named `<condition>-steered`), likewise, and minus
+            the one that a condition is against (`eval.conditions.Condition`).
         two_way: of `arms` and `paired` the ends, `low` and `high`, of intervals that resample prompts, too.
         sign_flip: p-values of `paired` by flipping the sign of whole latents, where they are defined: `p`, and `holm`,
             adjusted for the number of all `tests`.
@@ -226,17 +228,22 @@ def _paired_with_base(groups: Conditions) -> Table[Measured]:
 
 
 def _paired_within(groups: Conditions) -> Table[Measured]:
-    """Every arm's other conditions that have the same latents and prompts minus its own `steered`."""
-    within = {}
+    """Every arm's conditions minus its own `steered` and minus what each is against, on the cells they share."""
+    within: dict[str, dict[str, dict[str, Measured]]] = {}
     for arm, conditions in groups.items():
-        steered = conditions.get(STEERED, [])
-        keys = {_cell_key(trial) for trial in steered}
+        keys = {condition: {_cell_key(trial) for trial in rows} for condition, rows in conditions.items()}
         within[arm] = {
-            f"{condition}-{STEERED}": {name: _differences(rows, steered, name) for name in METRICS}
+            f"{condition}-{partner}": {name: _differences(rows, conditions[partner], name) for name in METRICS}
             for condition, rows in conditions.items()
-            if condition != STEERED and any(_cell_key(trial) in keys for trial in rows)
+            for partner in _partners(condition)
+            if partner != condition and partner in conditions and keys[condition] & keys[partner]
         }
     return within
+
+
+def _partners(condition: str) -> list[str]:
+    against = CONDITIONS[condition].against if condition in CONDITIONS else None
+    return [STEERED, *([against] if against else [])]
 
 
 def _estimate(name: str, measured: Measured, bootstrap: int, seed: int) -> Estimate:

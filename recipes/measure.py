@@ -19,8 +19,9 @@ from eval.retention import MOST_REPLIES, read_replies, reply_store
 from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, Steerer, run_trials, trial_key
 from recipes.attacks import Attacked, adapted_directions
+from recipes.beginnings import read_beginnings
 from recipes.experiment import Experiment, base_inputs, judge_inputs, read_inputs, write_recipe
-from recipes.monitors import monitor_inputs, watched
+from recipes.monitors import cues_of, monitor_inputs, watched
 from recipes.resources import located
 from recipes.stage_cache import Stage
 from recipes.steering_latents import Shared, search_thresholds, threshold_key
@@ -39,9 +40,13 @@ def measure(experiment: Experiment, arm: str, weights: Weights, shared: Shared) 
     """
     write_recipe(experiment)
     run = ArmRun(experiment, arm, weights, shared)
+    plans: dict[str, Plan] = {}
     for measured in run.conditions():
-        run.measure(measured, run.plan(measured))
+        plans[measured.name] = run.plan(measured)
+        run.measure(measured, plans[measured.name])
     run.read_base_replies()
+    if shared.found:
+        read_beginnings(experiment, arm, run.arm, plans, shared.found, run.activating())
     return run.path
 
 
@@ -101,6 +106,7 @@ class ArmRun:
             stand_ins=partial(self._stand_ins, cells),
             value=measured.value,
             adapted=partial(self._adapted, cells),
+            cues=partial(cues_of, self.experiment.recipe),
         )
         return measured.condition.plan(setting)
 
@@ -163,6 +169,10 @@ class ArmRun:
         """What decides how likely the arm finds a text that nobody steers."""
         base = base_inputs(self.experiment)
         return {"base": base, "weights": self.weights.fingerprint, "variant": self.variant.to_json(), **self._edits()}
+
+    def activating(self) -> dict[str, Any]:
+        """What decides what the arm's activations are."""
+        return {"arm": self._inputs(), "read": read_inputs(self.experiment)}
 
     def _inputs(self) -> dict[str, Any]:
         """What decides all trials of the arm, whatever the condition."""

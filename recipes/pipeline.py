@@ -13,7 +13,7 @@ from esr_train.ranks import ALONE, Ranks, at_once
 from esr_train.recipe import Recipe
 from eval.conditions import measured_conditions
 from recipes.experiment import Experiment, is_finished, open_experiment
-from recipes.latent_search import find_detectors
+from recipes.latent_search import find_detectors, known_detectors
 from recipes.measure import ArmRun, measure
 from recipes.plan import Planner, announcing
 from recipes.preflight import Scope, check, whole
@@ -99,7 +99,7 @@ def prepare(experiment: Experiment, evaluates: bool = True) -> Shared:
     detectors = None
     if evaluates and takes_detectors(recipe):
         detectors = find_detectors(experiment, latents, calibrated if steers else None).of("off_topic")
-    return Shared(latents, calibrated, frequency, detectors)
+    return Shared(latents, calibrated, frequency, detectors, known_detectors(experiment) if evaluates else None)
 
 
 def measure_part(experiment: Experiment, shared: Shared, sources: Sources) -> None:

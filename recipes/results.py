@@ -11,6 +11,7 @@ from esr_train.errors import InputError, RunError
 from esr_train.files import write_json
 from esr_train.provenance import digest, source_hashes
 from esr_train.recipe import Recipe
+from eval.beginnings import Noticed, noticed_store
 from eval.calibration import Threshold, read_thresholds
 from eval.conditions import measured_conditions
 from eval.judging.agreement import Agreement, Panel, agreement, judge_again, judgement_store
@@ -24,6 +25,7 @@ from eval.resistance import resistance, thresholds_paired
 from eval.retention import Reply, reply_store, retention
 from eval.store import Trial, read_trials
 from eval.summary import RECALIBRATED, Summary, read_summary, summarise
+from recipes.beginnings import FOLDER as BEGINNINGS
 from recipes.experiment import Experiment, write_recipe
 from recipes.measure import RETENTION
 from recipes.report_facts import facts, held_out, losses
@@ -67,7 +69,7 @@ def _report_stage(experiment: Experiment, parts: Sequence[Experiment]) -> Path:
 
 def _trial_fingerprints(part: Experiment) -> dict[str, str]:
     records = part.cache.records()
-    decide = ("trials/", f"{RETENTION}/", "calibrate/")
+    decide = ("trials/", f"{RETENTION}/", "calibrate/", f"{BEGINNINGS}/")
     return {name: record["fingerprint"] for name, record in records.items() if name.startswith(decide)}
 
 
@@ -125,7 +127,12 @@ def _material(
         experiment.recipe.calibration.target,
         panel,
         losses(parts),
+        {arm: [row for part in parts for row in _noticed(part, arm)] for arm in rows},
     )
+
+
+def _noticed(part: Experiment, arm: str) -> list[Noticed]:
+    return noticed_store(part.directory / BEGINNINGS / f"{arm}.jsonl").rows()
 
 
 def _summary(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> Summary:

@@ -29,7 +29,7 @@ from eval.calibration import (
     score_store,
 )
 from eval.cells import SPLITS, Side, Split
-from eval.detectors import DetectorSet
+from eval.detectors import Detectors, DetectorSet
 from eval.report.story import progress_bar
 from eval.trials import Steerer
 from recipes.experiment import Experiment, base_inputs, judge_inputs, source_inputs
@@ -94,12 +94,14 @@ class Shared:
         calibrated: their thresholds on the base model.
         frequency: how often each latent of the SAE is active, [n_latents], where something is matched in it.
         detectors: the latents that notice, where an arm edits them.
+        found: all that a search in this run has found.
     """
 
     latents: Latents
     calibrated: Calibrated
     frequency: NDArray[np.float64] | None = None
     detectors: DetectorSet | None = None
+    found: Detectors | None = None
 
     def steerer(self, positions: Positions) -> Steerer:
         """Steers with the test latents at the base model's thresholds."""

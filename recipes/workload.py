@@ -242,7 +242,8 @@ def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: 
             count = seeds * response_count(math.ceil(directions * _test_share(recipe)), recipe.calibration)
             batches.append(Batch("calibrate", count, recipe.calibration.max_new_tokens, count))
     read = seeds * min(MOST_REPLIES, section.trials) * (lengths.prompt + lengths.reply)
-    stages = (f"trials/{arm}", f"retention/{arm}", f"calibrate/{arm}", f"merge/{arm}", f"scale/{arm}", f"attack/{arm}")
+    kinds = ("trials", "retention", "calibrate", "merge", "scale", "attack", "beginnings")
+    stages = tuple(f"{kind}/{arm}" for kind in kinds)
     return Work(f"trials {arm}", stages, tuple(batches), read if "unsteered" in section.conditions else 0.0)
 
 
@@ -250,7 +251,7 @@ def _condition(recipe: Recipe, measured: Measured, lengths: Lengths, seeds: int)
     section = recipe.eval
     every = measured.condition.runs_every_cell
     count = seeds * (section.trials if every else section.control_trials or section.trials)
-    steered = measured.name not in ("unsteered", "switched_off", "unsteered_continues")
+    steered = measured.name != "switched_off" and not measured.name.startswith("unsteered")
     tokens = recipe.sampling.max_new_tokens if steered else lengths.reply
     return Batch(f"trials/{measured.name}", count, tokens, QUESTIONS * count)
 

@@ -8,6 +8,7 @@ import torch
 
 from esr_train.errors import InputError
 from esr_train.recipe import CONDITION_NAMES, EvalSection
+from esr_train.restarts import attempts
 from esr_train.steering.directions import Direction
 from esr_train.transcript import SaeRef
 from eval.arms import matched_latents
@@ -16,6 +17,7 @@ from eval.conditions import (
     CONDITIONS,
     Condition,
     Setting,
+    matched,
     measured_conditions,
     opening,
     order,
@@ -172,6 +174,56 @@ def test_an_opening_is_the_first_sentences_of_the_first_attempt_and_never_all_of
     found = opening(response, 2)
     assert found == begun
     assert not response or len(found) < len(response)
+
+
+@pytest.mark.parametrize(
+    ("name", "pushed", "begun"),
+    [
+        ("steered_continues_steered", True, "Knead it. Dust it."),
+        ("steered_continues", True, "Fold it. Tuck it."),
+        ("unsteered_continues", False, "Knead it. Dust it."),
+        ("unsteered_continues_unsteered", False, "Fold it. Tuck it."),
+    ],
+)
+def test_push_and_text_are_chosen_apart_on_the_same_cells(name: str, pushed: bool, begun: str):
+    said = {"steered": "Knead it. Dust it. Shape it.", "unsteered": "Fold it. Tuck it. Stack it."}
+    plan = CONDITIONS[name].plan(setting(response=lambda arm, condition, cell: made(response=said[condition])))
+    assert list(plan.cells) == CELLS
+    assert {*plan.prefixes.values()} == {begun}
+    assert bool(adds(plan, CELLS[0])) == pushed
+
+
+REPLY = "Fold the sheet in half. Tuck the corners under it. Stack it with the others of its size."
+
+
+def test_a_correction_and_the_text_matched_to_it_have_as_many_words_of_the_same_reply():
+    cue = "Wait, that is not right."
+    correction, text = matched(REPLY, cue)
+    assert correction == f"{cue} Fold the sheet in half."
+    assert text == "Fold the sheet in half. Tuck the corners under it."
+    assert len(correction.split()) == len(text.split())
+    assert attempts(correction) == [(0, len(correction))], "the given cue is no restart of the arm's"
+
+
+@pytest.mark.parametrize("reply", ["", "Fold", "Fold it.", "  Fold it twice. "])
+def test_a_short_reply_is_never_given_whole_and_a_correction_always_begins_with_the_cue(reply: str):
+    correction, text = matched(reply, "Wait, that is not right.")
+    assert correction.startswith("Wait, that is not right.")
+    assert len(text) < len(reply.strip()) or len(reply.split()) < 2
+
+
+def test_corrections_begin_with_the_recipes_cues_and_both_conditions_steer():
+    cues = ["Wait, that is not right.", "Let me start over."]
+    given = setting(response=lambda *_: made(response=REPLY), cues=lambda: cues)
+    corrected, on_topic = (CONDITIONS[f"steered_continues_{each}"].plan(given) for each in ("correction", "matched"))
+    begun = {next(cue for cue in cues if text.startswith(cue)) for text in corrected.prefixes.values()}
+    assert begun == {*cues}
+    for cell in CELLS:
+        assert len(corrected.prefixes[cell.key].split()) == len(on_topic.prefixes[cell.key].split())
+        assert adds(corrected, cell)
+        assert adds(on_topic, cell)
+    with pytest.raises(InputError, match="without a subject's name"):
+        CONDITIONS["steered_continues_correction"].plan(replace(given, cues=tuple))
 
 
 @dataclass

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from esr_train.files import read_json, write_jsonl
 from esr_train.steering.latent_labels import read_labels
+from eval.beginnings import SQUARE
 from eval.cells import read_prompts
+from eval.conditions import CORRECTION, MATCHED
 from eval.store import read_trials
 from recipes.cli import main
 from tests.conftest import ROOT
@@ -29,11 +31,13 @@ TOPICS, TRIALS, CONTROLS = 12, 10, 6
 FULL = {"steered": TRIALS, "unsteered": TRIALS}
 SWEEP = ("boost_x0.5", "boost_x1.5")
 ATTACKS = ("three_layers", "adaptive")  # the others are conditions of one line: see test_conditions
-OTHERS = (*ATTACKS, "random_direction", "random_latents", "unsteered_continues", "steered_continues", "switched_off")
+BEGUN = (*SQUARE, CORRECTION, MATCHED)
+OTHERS = (*ATTACKS, "random_direction", "random_latents", *BEGUN, "switched_off")
 EVERY = FULL | dict.fromkeys((*SWEEP, *OTHERS), CONTROLS)
 FIGURES = {
     "rates", "first_scores", "last_scores", "first_vs_last", "restart_position", "restart_likelihood", "boost_sweep",
-    "prompt_variants", "ablations", "thresholds", "training_loss", "unsteered_scores",
+    "prompt_variants", "ablations", "thresholds", "training_loss", "unsteered_scores", "feel_or_read",
+    "sustained_resistance",
 }  # fmt: skip
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -133,10 +137,10 @@ def test_a_condition_steers_as_its_name_says(finished):
     by = {name: {row.cell.seed: row for row in rows if row.condition == name} for name in EVERY}
     for name, cells in by.items():
         begun = {seed for seed, row in cells.items() if row.prefix}
-        steers = name not in ("unsteered", "unsteered_continues")
+        steers = not name.startswith("unsteered")
         for seed, row in cells.items():
             assert (row.steered_tokens > 0) == (steers and not (name == "switched_off" and seed in begun))
-        if name.endswith("_continues"):
+        if name in BEGUN:
             assert begun == set(cells)
     for seed, row in by["boost_x1.5"].items():
         assert row.cell.strength.norm == pytest.approx(1.5 * by["steered"][seed].cell.strength.norm)

@@ -14,6 +14,8 @@ from esr_train.steering.token_reading import Activations, Projections, Reader, S
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.template import encode_prompt
 from esr_train.transcript import SaeRef
+from eval.beginnings import sums_of
+from eval.detectors import Detector, Detectors, DetectorSet
 from tests.conftest import ASSETS
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
@@ -73,6 +75,21 @@ def test_every_probe_reads_at_every_token_of_a_generated_reply_under_the_rows_ow
         torch.testing.assert_close(first, early, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(latents, world.sae.encode(there)[:, [7, 3]], atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(projected, early @ directions.T, atol=1e-3, rtol=1e-3)
+
+
+def test_what_detectors_make_of_a_text_is_the_sum_of_each_one_s_strongest_activation(world):
+    sets = [
+        DetectorSet(contrast, tuple(map(detector, latents)), None, (), (), (), 0, 0)
+        for contrast, latents in (("off_topic", (7, 3)), ("steered", ()))
+    ]
+    detectors, texts = Detectors("r", "i", world.sae.layer, tuple(sets)), ["Fold it.", "Knead it.", "Dust the bread."]
+    found = sums_of(world.engine, world.sae, detectors, world.requests, texts)
+    read = world.engine.read(world.requests, texts, [Activations(world.sae, (7, 3))])
+    assert [{"off_topic": pytest.approx(float(values.amax(0).sum()))} for (values,) in read] == found
+
+
+def detector(latent: int) -> Detector:
+    return Detector(latent, str(latent), *[0.0] * 8, 0, (0.0, 0.0))
 
 
 def test_the_pass_ends_behind_the_last_layer_that_is_read_or_steered(world):

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import combinations
 from operator import itemgetter
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.metrics import METRICS, Gap
 from eval.report.drawing import ARM_COLOURS, FAINT, INK, arm_colours, dots_svg, line_styles, panels_svg
-from eval.report.figures import WIDEST, Drawn, Material, estimates_table, figure
+from eval.report.figures import WIDEST, Drawn, Material, estimates_table, figure, scaled
 from eval.statistics import Estimate
 from eval.store import Trial, TrialVariant
 from eval.summary import STEERED
@@ -196,7 +196,7 @@ def ablations(material: Material) -> Drawn:
         if changed and (estimate := _beside_esr(material, arm, condition, metric))
     ]
     panels = {
-        label: [(row[0], INTERVAL, _scaled(row[-1], key[1])) for row in rows if row[-3:-1] == key]
+        label: [(row[0], INTERVAL, scaled(row[-1], key[1])) for row in rows if row[-3:-1] == key]
         for key, label in EDIT_PANELS.items()
     }
     words = [f"{arm}: " + "; ".join(_in_words(key, getattr(variants[arm], key)) for key in EDITS) for arm in changed]
@@ -215,14 +215,6 @@ def _beside_esr(material: Material, arm: str, condition: str, metric: str) -> Es
     if metric != RESISTANCE:
         return material.estimate(arm, condition, metric)
     return Estimate(found.value, found.low, found.high, found.n) if found and found.value is not None else None
-
-
-def _scaled(estimate: Estimate, metric: str) -> Estimate:
-    """Rates as percentages; scores and factors as they are."""
-    if metric not in METRICS or not METRICS[metric].is_rate:
-        return estimate
-    value, low, high = (None if end is None else 100 * end for end in (estimate.value, estimate.low, estimate.high))
-    return replace(estimate, value=value, low=low, high=high)
 
 
 figure("monitors", "Monitored arms")(partial(_variants, ("monitor",), WATCHED))

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from eval.beginnings import Noticed
 from eval.calibration import Threshold
 from eval.conditions import order
 from eval.judging.agreement import Agreement, Panel
@@ -49,6 +50,7 @@ class Material:
         target: the score that defines a threshold, 0-100.
         panel: judge -> arm -> the trials as this judge scores them, where several were asked.
         losses: arm -> (step, training loss) of each of its runs.
+        noticed: arm -> what detectors read in the beginnings that its replies go on from, where some were found.
     """
 
     summary: Summary
@@ -60,6 +62,7 @@ class Material:
     target: float = 30.0
     panel: Panel = field(default_factory=dict)
     losses: Mapping[str, Sequence[Sequence[tuple[float, float]]]] = field(default_factory=dict)
+    noticed: Mapping[str, Sequence[Noticed]] = field(default_factory=dict)
 
     def steered(self, arm: str) -> list[Trial]:
         """The arm's trials steered at the base model's thresholds."""
@@ -123,6 +126,14 @@ def draw_figures(material: Material) -> list[Figure]:
 def estimates_table(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """A figure's table of rows that end with an estimate; `names` head the other columns."""
     return [(*names, "value", "low", "high", "n", "unscored"), *((*row[:-1], *astuple(row[-1])) for row in rows)]
+
+
+def scaled(estimate: Estimate, metric: str) -> Estimate:
+    """Rates as percentages; scores and whatever is no metric as they are."""
+    if metric not in METRICS or not METRICS[metric].is_rate:
+        return estimate
+    value, low, high = (None if end is None else 100 * end for end in (estimate.value, estimate.low, estimate.high))
+    return replace(estimate, value=value, low=low, high=high)
 
 
 @figure("rates", "Rates per arm")

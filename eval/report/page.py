@@ -9,7 +9,7 @@ from typing import Any
 from esr_train.files import replacing
 from eval.conditions import order, title
 from eval.metrics import METRICS, headline, pair_key
-from eval.report import arm_figures  # noqa: F401 - registers its figures, behind those of `figures`
+from eval.report import arm_figures, prefix_figures  # noqa: F401 - register their figures, behind those of `figures`
 from eval.report.drawing import TEMPLATES, Figure, arm_colours, inline_svg, render, save_figures
 from eval.report.figures import Material, draw_figures
 from eval.report.findings import opening, story
