@@ -9,7 +9,7 @@ import torch
 from esr_train.models import bare_model
 from esr_train.steering.decoding import KeyValueCache, one_token_each
 
-SIZES = (16, 32, 64, 128, 256, 512)
+SIZES = (16, 32, 64, 128, 256, 512, 1024)
 GAIN = 1.1
 """By what factor a size must be faster than the one before; a larger batch also waits longer for its last rows."""
 STEPS = 3
