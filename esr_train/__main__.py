@@ -88,10 +88,12 @@ def _train(recipe: Recipe, arm: str) -> None:
     from esr_train.adapters import is_complete
     from esr_train.training.trainer import adapter_folder, train
     from recipes.preflight import Scope, check
+    from recipes.training_reward import recipe_reward
 
     if not is_complete(adapter_folder(arm, recipe.directory)):
         check(recipe, Scope((arm,), generates=False, evaluates=False))
-    folder = train(recipe, arm, recipe.directory, probe=_probe(recipe.for_arm(arm)))
+    section = recipe.for_arm(arm)
+    folder = train(recipe, arm, recipe.directory, _probe(section), recipe_reward(section))
     print(f"adapter: {folder}")
 
 

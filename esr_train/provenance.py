@@ -212,12 +212,16 @@ def provenance(
 def training_settings(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that decide what training does; `train.probe`, loggers and the hub only observe."""
     values = recipe.model_dump(mode="json")
-    train = {key: value for key, value in values["train"].items() if key not in ("probe", "data")}
+    rewards = recipe.train.method == "grpo"
+    left_out = ("probe", "data") if rewards else ("probe", "data", "reward")
+    train = {key: value for key, value in values["train"].items() if key not in left_out}
     train["args"] = {key: value for key, value in train["args"].items() if not key.startswith(REPORTING)}
     model = {key: value for key, value in values["model"].items() if key != "device"}
     sae = values["sae"] and {"release": values["sae"]["release"], "id": values["sae"]["id"]}
     positions = values["engine"]["positions"]
-    return {"seed": recipe.seed, "model": model, "sae": sae, "positions": positions, "train": train}
+    found = {"seed": recipe.seed, "model": model, "sae": sae, "positions": positions, "train": train}
+    most = values["sampling"]["max_new_tokens"]
+    return {**found, "judge": values["judge"], "max_new_tokens": most} if rewards else found
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: Path, parts: Sequence[str] = BINDING) -> None:

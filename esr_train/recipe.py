@@ -384,6 +384,18 @@ class LiveSection(Section):
     )
 
 
+class RewardSection(Section):
+    """What a reply is worth to GRPO: the judge's score of its last attempt, 0 to 1, less these."""
+
+    needless_restart: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="taken off a reply that restarts though nobody steers it"
+    )
+    relapse: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="times what the last attempt scores less than the first (0 to 1), taken off"
+    )
+    length: Annotated[float, Field(ge=0)] = Field(0.5, description="taken off a reply that runs into the token limit")
+
+
 class ProbeSection(Section):
     """A small steered and unsteered evaluation while training."""
 
@@ -394,10 +406,11 @@ class ProbeSection(Section):
 class TrainSection(Section):
     """LoRA on transcripts. `args` takes fields of the method's settings in TRL, `lora` those of peft.LoraConfig."""
 
-    method: Literal["sft", "dpo"] = Field(
+    method: Literal["sft", "dpo", "grpo"] = Field(
         "sft",
         description="sft: what the mask leaves of a reply is learned; dpo: it is preferred to the row's `rejected` "
-        "reply, behind what both have in common",
+        "reply, behind what both have in common; grpo: the model replies to the row's prompt under its steering, and "
+        "what the judge scores higher becomes likelier",
     )
     data: str | None = Field(None, description="file of transcripts or segments; null: what `data` generated")
     loss: Literal["masked", "unmasked", "answer_only"] = Field(
@@ -406,9 +419,16 @@ class TrainSection(Section):
     max_length: AtLeastOne = Field(4096, description="most tokens of a row; longer ones are refused, never cut")
     quantization: Literal["nf4"] | None = Field(None, description="nf4: the base model in four bits (QLoRA)")
     lora: dict[str, Any] = Field(default_factory=dict, description="fields of peft.LoraConfig")
-    args: dict[str, Any] = Field(default_factory=dict, description="fields of trl.SFTConfig, or trl.DPOConfig")
+    args: dict[str, Any] = Field(default_factory=dict, description="fields of trl.SFTConfig, DPOConfig or GRPOConfig")
     live: LiveSection | None = None
+    reward: RewardSection = Field(RewardSection(), description="for grpo")
     probe: ProbeSection | None = None
+
+    @model_validator(mode="after")
+    def _replies_are_steered_to_their_end(self) -> "TrainSection":
+        if self.method == "grpo" and self.live and self.live.answer != 1:
+            raise ValueError("method grpo steers replies to their end: set live.answer to 1")
+        return self
 
 
 CONDITION_NAMES: dict[str, str | None] = {}

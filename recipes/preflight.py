@@ -124,6 +124,7 @@ def _looks(recipe: Recipe, scope: Scope) -> Iterator[Look]:
             yield f"attack on {arm}", partial(_check_attack, recipe, arm)
     if scope.generates:
         yield from _looks_at_sources(resources, scope)
+    if scope.generates or any(recipe.for_arm(arm).train.method == "grpo" for arm in scope.arms):
         yield from _looks_at_models_that_are_asked(resources, scope, asks)
     if not wants_deepspeed():  # It divides weights among devices.
         yield "memory", partial(_check_memory, recipe, scope.arms)

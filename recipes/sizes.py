@@ -9,7 +9,7 @@ from typing import Any
 from esr_train.models import load_config
 from esr_train.recipe import Recipe
 from esr_train.steering.batch_size import key_value_heads
-from esr_train.training.settings import adapter_parameters, trainer_arguments
+from esr_train.training.settings import ROWS_AT_ONCE, RolloutArguments, adapter_parameters, trainer_arguments
 
 STATES = {"float32": 16, "8bit": 10, "none": 8}
 """Bytes of an adapter's parameter in training: itself and its gradient in float32, and what an optimiser keeps."""
@@ -77,7 +77,7 @@ def generating_bytes(recipe: Recipe, size: ModelSize, prompt: float) -> float:
 
 
 def training_bytes(recipe: Recipe, size: ModelSize, row: float) -> float:
-    """Memory that training an arm takes at its peak on one process; `row`: tokens of a row."""
+    """Memory that training an arm takes at its peak on one process; `row`: tokens of a row, its reply included."""
     args = trainer_arguments(recipe)
     weights = size.parameters * (NF4 if recipe.train.quantization else size.each)
     kind = "8bit" if "8bit" in (args.optim or "") else "none" if args.optim == "sgd" else "float32"
@@ -89,6 +89,9 @@ def training_bytes(recipe: Recipe, size: ModelSize, row: float) -> float:
     kept = size.layers * tokens * size.width * size.each
     activations = layer + kept if checkpoints_gradients(recipe) else size.layers * layer
     logits = 3 * tokens * size.vocabulary * 4
+    if isinstance(args, RolloutArguments):  # Replies are written before any are learned from.
+        cache = (recipe.engine.batch_rows or ROWS_AT_ONCE) * row * size.cached * size.each
+        activations = max(activations, cache)
     return LIBRARIES + weights + adapter_parameters(recipe)[1] * STATES[kind] + activations + logits
 
 

@@ -1,12 +1,11 @@
 """The behavioural probe of a training: validation cells, steered at the base model's thresholds."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esr_train.errors import InputError
-from esr_train.recipe import Recipe, judging_model
+from esr_train.recipe import Recipe
 from esr_train.restarts import find_cues
 from esr_train.steering.engine import Engine, Sampling
 from eval.calibration import load_thresholds
@@ -15,6 +14,7 @@ from eval.judging.judge import Judge, JudgeItem
 from eval.trials import Steerer
 from recipes.resources import Resources, required
 from recipes.steering_latents import THRESHOLDS, read_latents, steerable, threshold_key
+from recipes.training_reward import check_judge_fits
 
 if TYPE_CHECKING:
     from esr_train.training.callbacks import Observation, Probe
@@ -39,12 +39,7 @@ def calibrated_probe(recipe: Recipe, directory: Path) -> MakeProbe:
         InputError: if the run has not been calibrated, or a judge would have to be loaded beside sharded weights.
     """
     section = required(recipe.train.probe, "train.probe")
-    if judging_model(recipe, recipe.judge) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "the probe's judge cannot be loaded into one of several training processes",
-            "train.probe",
-            "Take judge.kind lexical or model, or set train.probe=null.",
-        )
+    check_judge_fits(recipe, "train.probe")
     if not (directory / THRESHOLDS).is_file():
         raise InputError(
             "train.probe steers at the base model's thresholds, which are not there",

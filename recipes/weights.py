@@ -21,11 +21,12 @@ from esr_train.steering.readout import activation_frequency
 from esr_train.transcript import SaeRef
 from eval.arms import PLAIN, Variant, matched_latents, prompt_text
 from eval.conditions import CONDITIONS
-from recipes.experiment import Experiment, base_inputs, hashed, sae_inputs, source_inputs
+from recipes.experiment import Experiment, base_inputs, hashed, judge_inputs, sae_inputs, source_inputs
 from recipes.rows import Rows
 from recipes.stage_cache import Stage
 from recipes.steering_latents import Latents, Shared
 from recipes.training_probe import calibrated_probe
+from recipes.training_reward import recipe_reward
 
 MATCH_TEXTS = 48
 """Unsteered answers of the base model on which activation frequencies are measured."""
@@ -93,6 +94,7 @@ def train_arm(experiment: Experiment, arm: str, rows: Rows, start: Weights | Non
         "model": hashed(experiment.resources, recipe.model),
         **(source_inputs(experiment) if recipe.train.live else {"sae": {}}),
         **({"start": start.fingerprint} if start else {}),
+        **({"judge": judge_inputs(experiment)} if recipe.train.method == "grpo" else {}),
     }
 
     def work() -> None:
@@ -113,7 +115,8 @@ def train_from_files(recipe: Recipe, directory: Path, arm: str) -> None:
     from esr_train.training.trainer import train
 
     section = recipe.for_arm(arm)
-    train(recipe, arm, directory, calibrated_probe(section, directory) if section.train.probe else None)
+    probe = calibrated_probe(section, directory) if section.train.probe else None
+    train(recipe, arm, directory, probe, recipe_reward(section))
 
 
 def scale_arm(experiment: Experiment, name: str, weights: Weights, scale: float) -> Weights:

@@ -15,7 +15,7 @@ from esr_train.files import read_json
 from esr_train.interchange import read_training_file
 from esr_train.masking import label
 from esr_train.recipe import Recipe, SourceSection, SteeredSection
-from esr_train.training.settings import trainer_arguments
+from esr_train.training.settings import RolloutArguments, trainer_arguments
 from esr_train.training.trainer import data_file
 from eval.calibration import response_count
 from eval.conditions import Measured, measured_conditions
@@ -35,6 +35,8 @@ SENTENCE = 20
 """Tokens of a sentence."""
 PAIR = 3
 """What a pair of replies costs in preference training, in replies of SFT: two, each also read by the reference."""
+WITH_REFERENCE = 1.5
+"""What a reply costs in GRPO, in replies of SFT: the reference reads it, too."""
 WORD = 1.4
 """Tokens of a word."""
 VERDICT = 150
@@ -197,12 +199,17 @@ def _training(resources: Resources, arm: str, lengths: Lengths, seeds: int) -> W
     args = trainer_arguments(recipe)
     rows, tokens = _training_rows(resources, arm, lengths)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps = args.max_steps or math.ceil(rows / step) * args.num_train_epochs
+    replies = args.num_generations * args.num_iterations if isinstance(args, RolloutArguments) else 1
+    steps = args.max_steps or math.ceil(rows * replies / step) * args.num_train_epochs
     probes = steps // recipe.train.probe.every * 2 * recipe.train.probe.trials if recipe.train.probe else 0
-    batch = Batch("probe", seeds * probes, recipe.sampling.max_new_tokens, seeds * probes)
-    batches = (batch,) if probes else ()
-    trained = seeds * steps * step * tokens * (PAIR if recipe.train.method == "dpo" else 1)
-    return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), batches, 0, trained, arm, tokens)
+    batches = [Batch("probe", seeds * probes, recipe.sampling.max_new_tokens, seeds * probes)] if probes else []
+    cost = {"sft": 1.0, "dpo": PAIR}.get(recipe.train.method, WITH_REFERENCE)
+    if isinstance(args, RolloutArguments):
+        most = args.max_completion_length or recipe.sampling.max_new_tokens
+        count, tokens = seeds * steps * step / args.num_iterations, lengths.prompt + most
+        batches.append(Batch("rollouts", count, most, count))
+    trained = seeds * steps * step * tokens * cost
+    return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), tuple(batches), 0, trained, arm, tokens)
 
 
 def _training_rows(resources: Resources, arm: str, lengths: Lengths) -> tuple[float, float]:

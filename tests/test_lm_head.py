@@ -142,7 +142,7 @@ def test_training_goes_as_with_trls_head(tmp_path, family, monkeypatch):
     ours = log_of(section, "runs/ours")
     assert scored
     count = len(scored)
-    monkeypatch.setattr(live_trainers, "score_trained_tokens", lambda model, with_mean: None)
+    monkeypatch.setattr(live_trainers, "score_trained_tokens", lambda *_: None)
     theirs = log_of(section, "runs/theirs")
     assert len(scored) == count
     # Behind the steps comes a summary.

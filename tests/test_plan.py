@@ -58,6 +58,14 @@ def test_every_stage_is_counted_as_the_recipe_asks(tmp_path):
     assert found["train tuned"].trained == pytest.approx(steps_and_rows * (normal + (start + detour + cue) / 2))
 
 
+def test_replies_that_are_learned_from_are_counted_and_judged(tmp_path):
+    arm = "{of: tuned, train: {method: grpo, args: {max_steps: 10, num_iterations: 2, max_completion_length: 40}}}"
+    found = works(recipe(tmp_path, f"arms={{tuned: {{}}, grpo: {arm}}}"))["train grpo"]
+    assert [(batch.kind, batch.requests, batch.tokens) for batch in found.batches] == [("rollouts", 80, 40)]
+    assert found.judged == 80
+    assert found.trained == 160 * (20 + 40) * 1.5
+
+
 def test_seeds_repeat_training_and_trials_and_share_the_rest(tmp_path):
     one, three = works(recipe(tmp_path)), works(recipe(tmp_path, "seeds=[1, 2, 3]"))
     assert three["train tuned"].trained == 3 * one["train tuned"].trained

@@ -75,7 +75,7 @@ def test_a_judge_of_our_own_is_not_loaded_beside_several_processes(tmp_path, lla
     section = probed(recipe())
     local = section.model_copy(update={"judge": LocalJudgeSection(model="model")})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"train\.probe: the probe's judge cannot be loaded"):
+    with pytest.raises(InputError, match=r"train\.probe: the judge cannot be loaded"):
         calibrated_probe(local, local.directory)
 
 

@@ -50,6 +50,7 @@ class TrainingRow:
         threshold_raw: strength, in decoder rows, that counts as one times the threshold.
         reply_start: index of the first token that holds some of the reply; 0 for an unsteered row.
         answer_start: the same of the answer that ends the reply (see `masking.Labelled`).
+        transcript: what it was made from.
         rejected: the row with the reply to which this one is preferred, where training prefers.
     """
 
@@ -59,6 +60,7 @@ class TrainingRow:
     threshold_raw: float
     reply_start: int
     answer_start: int
+    transcript: Transcript
     rejected: "TrainingRow | None" = None
 
     @property
@@ -106,11 +108,11 @@ def preference_row(
 def _steered_row(labelled: Labelled, transcript: Transcript) -> TrainingRow:
     steering = transcript.steering
     if steering is None:
-        return TrainingRow(labelled, transcript.source, None, 0.0, 0, 0)
+        return TrainingRow(labelled, transcript.source, None, 0.0, 0, 0, transcript)
     threshold = transcript.meta.get("threshold")
     raw = float(threshold["raw"]) if threshold else steering.strength.raw
     starts = labelled.reply_start, labelled.answer_start
-    return TrainingRow(labelled, transcript.source, VectorSource.of(steering), raw, *starts)
+    return TrainingRow(labelled, transcript.source, VectorSource.of(steering), raw, *starts, transcript)
 
 
 def _check_steering(rows: Sequence[TrainingRow], data: Path) -> None:
@@ -157,6 +159,23 @@ def to_dataset(sequences: Sequence[Sequence[TrainingRow]], sources: Sequence[Vec
             "reply_start": [[row.reply_start for row in rows] for rows in sequences],
             "answer_start": [[row.answer_start for row in rows] for rows in sequences],
             "key": [[row_key(row.labelled.id) for row in rows] for rows in sequences],
+        }
+    )
+
+
+def to_prompts(rows: Sequence[TrainingRow], sources: Sequence[VectorSource]) -> Dataset:
+    """What the model is to reply to, as columns: `prompt`, `system`, the `label` of what steers, and the steering as
+    in `to_dataset`."""
+    indices = {source: index for index, source in enumerate(sources)}
+    labels = (row.transcript.steering and row.transcript.steering.label for row in rows)
+    return Dataset.from_dict(
+        {
+            "prompt": [row.transcript.prompt for row in rows],
+            "system": [row.transcript.system for row in rows],
+            "label": list(labels),
+            "vector": [indices[row.vector] if row.vector else -1 for row in rows],
+            "threshold_raw": [row.threshold_raw for row in rows],
+            "key": [row_key(row.labelled.id) for row in rows],
         }
     )
 

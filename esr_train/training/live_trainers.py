@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import Sampler
 from transformers import Trainer
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from esr_train.errors import RunError
 from esr_train.masking import IGNORED
@@ -24,7 +24,7 @@ from esr_train.training.injection import COLUMNS, LiveInjection
 from esr_train.training.lm_head import score_trained_tokens
 
 REFERENCE = "ref"
-"""Name of the frozen copy of an adapter that training goes on from; DPO's reference, given by TRL."""
+"""Name of the frozen copy of an adapter that training goes on from; the reference of DPO and GRPO, given by TRL."""
 
 
 class LiveTrainer(Trainer):
@@ -41,7 +41,8 @@ class LiveTrainer(Trainer):
 
     def __init__(self, *, live: LiveInjection | None, meter: Meter, names: dict[int, str], **arguments: Any) -> None:
         super().__init__(**arguments)
-        score_trained_tokens(bare_model(self.model), with_mean=isinstance(self, DPOTrainer))
+        temperature = self.args.temperature if isinstance(self, GRPOTrainer) else 1.0
+        score_trained_tokens(bare_model(self.model), isinstance(self, DPOTrainer), temperature)
         self._live, self._meter, self._names = live, meter, names
         self._batch: list[str] = []
         self._step_rows: list[str] = []

@@ -16,15 +16,19 @@ from pydantic import Field, StrictBool, ValidationError
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from esr_train.errors import InputError, first_line, refuse
 from esr_train.models import decoder_layers, load_config
 from esr_train.recipe import AtLeastOne, Count, Fraction, Positive, Recipe, Section, TrainSection
+from esr_train.training.rollouts import reward_weights
 
 Logger = Literal["none", "wandb", "trackio", "tensorboard"]
 LOGGERS = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX")}
 """What each logger needs one of."""
+
+ROWS_AT_ONCE = 32
+"""Replies that a training writes at once, where the recipe gives no number: it fills the memory they could have."""
 
 Texts = str | list[str]
 Cadence = Literal["no", "steps", "epoch"]
@@ -103,6 +107,23 @@ class PreferenceArguments(CommonArguments):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+class RolloutArguments(CommonArguments):
+    """Those of trl.GRPOConfig; batches count replies."""
+
+    learning_rate: Positive = 1e-5
+    num_train_epochs: Positive = 1.0
+    train_sampling_strategy: Literal["random", "sequential"] = "random"
+    eval_strategy: Literal["no"] = "no"
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    max_completion_length: AtLeastOne | None = Field(None, description="None: sampling.max_new_tokens")
+    temperature: Positive = 1.0
+    beta: Annotated[float, Field(ge=0)] = 0.04
+    num_iterations: AtLeastOne = 1
+    epsilon: Positive = 0.2
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+
+
 class LoraArguments(Section):
     """The fields of peft.LoraConfig that do here what they say, with the paper's adapter as defaults."""
 
@@ -131,7 +152,10 @@ REASONS = {
     **dict.fromkeys(("padding_free", "pad_to_multiple_of"), "Set train.args.packing, which pads next to nothing."),
     **dict.fromkeys(("save_only_model", "ignore_data_skip"), "Training could not go on as if it had not stopped."),
     "precompute_ref_log_probs": "The reference is steered as the policy is, at strengths drawn anew in every epoch.",
-    "disable_dropout": "Preferences are learned without dropout: the reference has none.",
+    "disable_dropout": "There is no dropout: the reference has none, and replies are drawn without.",
+    **dict.fromkeys(("top_p", "top_k", "min_p"), "Replies are drawn from the whole distribution, which is learned."),
+    "reward_weights": "Set train.reward.",
+    "use_vllm": "Replies come from the model in training, as it is steered there.",
     "output_dir": "The run directory decides where files go.",
     "use_cpu": "Set model.device to cpu.",
     "max_length": "Set train.max_length.",
@@ -154,7 +178,13 @@ REASONS = {
 """Why a field of either library is not set in a recipe, or what it may be."""
 
 
-TrainerConfig = SFTConfig | DPOConfig
+TrainerConfig = SFTConfig | DPOConfig | GRPOConfig
+SCHEMAS: dict[str, tuple[type[CommonArguments], type[TrainerConfig]]] = {
+    "sft": (TrainerArguments, SFTConfig),
+    "dpo": (PreferenceArguments, DPOConfig),
+    "grpo": (RolloutArguments, GRPOConfig),
+}
+"""What `train.args` may hold by `train.method`, and what of TRL's it becomes."""
 
 
 def trainer_config(recipe: Recipe, directory: Path) -> TrainerConfig:
@@ -168,8 +198,7 @@ def trainer_config(recipe: Recipe, directory: Path) -> TrainerConfig:
         InputError: a key that does not exist (near matches are named) or does not do here what it says, a value that
             the trainer, its optimiser or its schedule refuses, packing that cuts rows, or a logger that is not there.
     """
-    kind = DPOConfig if recipe.train.method == "dpo" else SFTConfig
-    given = _preference_values(recipe) if kind is DPOConfig else _sft_values(recipe)
+    given = {"sft": _sft_values, "dpo": _preference_values, "grpo": _rollout_values}[recipe.train.method](recipe)
     _check_optimiser(given.get("optim"))
     # The trainer would upload checkpoints and a card of its own; see `training.saving`.
     del given["push_to_hub"]
@@ -182,12 +211,11 @@ def trainer_config(recipe: Recipe, directory: Path) -> TrainerConfig:
         "bf16": recipe.model.dtype == "bfloat16",
         "fp16": False,
         "use_cpu": on_cpu,
-        "max_length": recipe.train.max_length,
         "remove_unused_columns": False,
         "disable_tqdm": True,
     }
     try:
-        args = kind(**values)
+        args = SCHEMAS[recipe.train.method][1](**values)
         _try_optimiser(args)
     # Each library refuses a value in its own way.
     except Exception as error:
@@ -210,13 +238,26 @@ def _sft_values(recipe: Recipe) -> dict[str, Any]:
         what = f"the packing strategy {given['packing_strategy']!r} cuts rows, and with them detours from corrections"
         raise InputError(what, "train.args.packing_strategy", "Leave it out: bfd packs whole rows.")
     del given["packing_strategy"]
-    return {**given, "dataset_kwargs": {"skip_prepare_dataset": True}, "completion_only_loss": False}
+    own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "completion_only_loss": False}
+    return {**given, **own, "max_length": recipe.train.max_length}
 
 
 def _preference_values(recipe: Recipe) -> dict[str, Any]:
     given = _checked(recipe.train.args, PreferenceArguments, DPOConfig, "train.args")
     losses = given["loss_type"]
-    return {**given, "loss_type": [losses] if isinstance(losses, str) else losses}
+    losses = [losses] if isinstance(losses, str) else losses
+    return {**given, "loss_type": losses, "max_length": recipe.train.max_length}
+
+
+def _rollout_values(recipe: Recipe) -> dict[str, Any]:
+    given = _checked(recipe.train.args, RolloutArguments, GRPOConfig, "train.args")
+    own = {
+        "max_completion_length": recipe.sampling.max_new_tokens,
+        "shuffle_dataset": given.pop("train_sampling_strategy") == "random",
+        "reward_weights": reward_weights(recipe.train.reward),
+        "disable_dropout": True,
+    }
+    return {**own, **given}
 
 
 def _check_loggers(args: TrainerConfig) -> None:
@@ -300,16 +341,25 @@ def check_settings(recipe: Recipe, directory: Path) -> TrainerConfig:
     if plugin is None and wants_deepspeed():
         what = "accelerate was told to use DeepSpeed, yet it is not active"
         raise InputError(what, None, "Unset ACCELERATE_USE_CPU.")
-    if recipe.train.quantization and args.use_cpu and (args.eval_strategy != "no" or recipe.train.probe):
+    evaluates = args.eval_strategy != "no" or recipe.train.probe or recipe.train.method == "grpo"
+    if recipe.train.quantization and args.use_cpu and evaluates:
         raise InputError(
             "on the CPU, bitsandbytes repacks 4-bit weights when they are evaluated, and training would go on wrong",
             "train.quantization",
-            "Leave out train.args.eval_strategy and train.probe, or use an accelerator.",
+            "Leave out train.args.eval_strategy, train.probe and method grpo, or use an accelerator.",
         )
-    if recipe.train.quantization and plugin is not None and plugin.zero_stage == 3:
-        fix = "Launch with recipes/accelerate/zero2.yaml or ddp.yaml."
-        raise InputError("NF4 weights cannot be sharded by ZeRO-3", "train.quantization", fix)
+    if plugin is not None and plugin.zero_stage == 3:
+        _check_sharding(recipe)
     return args
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    fix = "Launch with recipes/accelerate/zero2.yaml or ddp.yaml."
+    if recipe.train.quantization:
+        raise InputError("NF4 weights cannot be sharded by ZeRO-3", "train.quantization", fix)
+    if recipe.train.method == "grpo":
+        what = "processes write replies of different lengths, for which ZeRO-3 cannot gather the weights it shards"
+        raise InputError(what, "train.method=grpo", fix)
 
 
 def trainer_arguments(recipe: Recipe) -> CommonArguments:
@@ -318,8 +368,7 @@ def trainer_arguments(recipe: Recipe) -> CommonArguments:
     Raises:
         InputError: keys that do not exist and values that no field takes.
     """
-    preferences = recipe.train.method == "dpo"
-    schema, kind = (PreferenceArguments, DPOConfig) if preferences else (TrainerArguments, SFTConfig)
+    schema, kind = SCHEMAS[recipe.train.method]
     return schema(**_checked(recipe.train.args, schema, kind, "train.args"))
 
 

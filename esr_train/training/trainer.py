@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, Trainer
+from trl import GRPOConfig
 
 from esr_train.adapters import adapter_source, is_complete, trainable_adapter
 from esr_train.errors import InputError, RunError, first_line
@@ -31,11 +32,14 @@ from esr_train.training.dataset import (
     singly,
     table,
     to_dataset,
+    to_prompts,
 )
 from esr_train.training.injection import LiveInjection, live_injection
 from esr_train.training.live_trainers import EsrTrainer, LiveTrainer, PreferenceTrainer, count_parameters
+from esr_train.training.rollouts import Reward, RolloutTrainer
 from esr_train.training.saving import check_checkpoint, last_checkpoint, save_adapter
 from esr_train.training.settings import (
+    ROWS_AT_ONCE,
     TrainerConfig,
     check_settings,
     decoder_only,
@@ -90,7 +94,9 @@ def start_folder(recipe: Recipe, arm: str, directory: Path) -> Path | None:
     return folder
 
 
-def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None = None) -> Path:
+def train(
+    recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None = None, reward: Reward | None = None
+) -> Path:
     """Train an arm's adapter, or go on where an earlier call stopped; a finished adapter is left as it is.
 
     Args:
@@ -98,6 +104,7 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
         arm: one of `recipe.arms`.
         directory: of the run; the data are `data/<arm>.jsonl` in it unless the recipe names a file.
         probe: makes the behavioural probe; called only if the recipe has `train.probe`.
+        reward: says what replies are worth, for `train.method: grpo`.
 
     Returns:
         the adapter's folder, `adapter/<arm>` in the run directory.
@@ -125,7 +132,7 @@ def train(recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None 
         if live:
             live.check_fits(model)
         model = trainable_adapter(model, start) if start else model
-        trainer = build_trainer(section, args, model, tokenizer, rows, live, probe)
+        trainer = build_trainer(section, args, model, tokenizer, rows, live, probe, reward)
         _run(trainer, folder, record, keeps_checkpoints="save_total_limit" in section.train.args)
     if hub and is_main_process:
         saving.upload(folder, hub)
@@ -166,6 +173,7 @@ def build_trainer(
     rows: Sequence[TrainingRow],
     live: LiveInjection | None = None,
     probe: ProbeFactory | None = None,
+    reward: Reward | None = None,
 ) -> LiveTrainer:
     """Wire up rows, adapter, injection and callbacks, and check packing and injection on two of the rows.
 
@@ -174,13 +182,16 @@ def build_trainer(
         args: from `check_settings`.
         model: as loaded, or with the adapter that training goes on from; a new one is added here otherwise.
         tokenizer, rows, live, probe: the model's, and what `read_rows`, `live_injection` and a `ProbeFactory` give.
+        reward: see `train`.
     """
     training, held_out = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
-    sources, prefers = table(rows), recipe.train.method == "dpo"
     collator = Collator(tokenizer.pad_token_id, packs(recipe), packs(recipe) and is_flash(recipe))
-    grouped = paired if prefers else singly
-    sequences = packed(training, recipe.train.max_length) if packs(recipe) else grouped(training)
-    kind = PreferenceTrainer if prefers else EsrTrainer
+    if isinstance(args, GRPOConfig):
+        kind: type[LiveTrainer] = RolloutTrainer
+        given = _prompts(recipe, args, training, reward)
+    else:
+        kind = PreferenceTrainer if recipe.train.method == "dpo" else EsrTrainer
+        given = _sequences(recipe, training, held_out, collator)
     try:
         trainer = kind(
             live=live,
@@ -188,18 +199,46 @@ def build_trainer(
             names={row_key(row.labelled.id): row.labelled.id for row in rows},
             model=model,
             args=args,
-            data_collator=PairCollator(collator) if prefers else collator,
-            train_dataset=to_dataset(sequences, sources),
-            eval_dataset=to_dataset(grouped(held_out), sources) if held_out else None,
             processing_class=tokenizer,
             peft_config=None if isinstance(model, PeftModel) else decoder_only(lora_config(recipe), model),
             callbacks=[Progress()],
+            **given,
         )
     except ValueError as error:
         raise InputError(f"the trainer refuses these settings ({first_line(error)})", "train") from error
     _add_callbacks(trainer, recipe, tokenizer, probe)
     _check_before_training(trainer, training, live, collator)
     return trainer
+
+
+def _sequences(
+    recipe: Recipe, training: Sequence[TrainingRow], held_out: Sequence[TrainingRow], collator: Collator
+) -> dict[str, Any]:
+    """What a trainer on written replies is given."""
+    sources, prefers = table([*training, *held_out]), recipe.train.method == "dpo"
+    grouped = paired if prefers else singly
+    sequences = packed(training, recipe.train.max_length) if packs(recipe) else grouped(training)
+    return {
+        "data_collator": PairCollator(collator) if prefers else collator,
+        "train_dataset": to_dataset(sequences, sources),
+        "eval_dataset": to_dataset(grouped(held_out), sources) if held_out else None,
+    }
+
+
+def _prompts(
+    recipe: Recipe, args: GRPOConfig, training: Sequence[TrainingRow], reward: Reward | None
+) -> dict[str, Any]:
+    """What a trainer on replies of its own is given."""
+    if reward is None:
+        raise InputError("nothing says what replies are worth", "train.method=grpo", "Pass `reward` to `train`.")
+    assert args.generation_batch_size
+    assert args.num_generations
+    prompts = args.generation_batch_size // args.num_generations
+    if len(training) < prompts:
+        what = f"a step replies to {prompts} prompts, and there are {len(training)} rows"
+        raise InputError(what, "train.args", "Lower per_device_train_batch_size or gradient_accumulation_steps.")
+    dataset = to_prompts(training, table(training))
+    return {"reward": reward, "rows_at_once": recipe.engine.batch_rows or ROWS_AT_ONCE, "train_dataset": dataset}
 
 
 def _add_callbacks(
