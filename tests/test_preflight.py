@@ -65,7 +65,7 @@ def test_a_mistake_is_refused_and_said_where_it_stands(tmp_path, override, messa
     assert message in refused(recipe(tmp_path, *words))
 
 
-@pytest.mark.parametrize("name", ["quickstart", "comparison", "evaluation", "gemma", "preferences"])
+@pytest.mark.parametrize("name", ["quickstart", "comparison", "evaluation", "gemma", "preferences", "reinforcement"])
 def test_the_shipped_recipes_pass(tmp_path, name):
     made = read_recipe(f"tiny/{name}", [f"runs={tmp_path / 'runs'}"])
     check(made, whole(made))
