@@ -1,12 +1,15 @@
 """The course of an episode: what is read token by token around a restart, against replies without one."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from esr_train.files import read_jsonl, write_jsonl
+from esr_train.values import typed
 from eval.statistics import Estimate, mean, paired
 
 Floats = NDArray[np.float64]
@@ -40,6 +43,28 @@ class Course:
         """The mean over a region's tokens; None if it has none."""
         first, end = self.regions.get(region, (0, 0))
         return float(self.values[first:end].mean()) if end > first else None
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """A reply as a report can colour it: the texts of its tokens, which make up the response, and the sum at each."""
+
+    key: str
+    tokens: tuple[str, ...]
+    sums: tuple[float, ...]
+
+
+def write_token_sums(path: Path, courses: Sequence[Course]) -> None:
+    """Write a reply a line."""
+    rows = (TokenSums(each.key, each.tokens, tuple(round(float(x), 4) for x in each.values)) for each in courses)
+    write_jsonl(path, map(asdict, rows))
+
+
+def read_token_sums(path: Path) -> dict[str, TokenSums]:
+    """The replies by their trials' keys; none where there is no file."""
+    if not path.is_file():
+        return {}
+    return {row.key: row for row in read_jsonl(path, lambda value: typed(TokenSums, value))}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ Floats = NDArray[np.float64]
 PENALTIES = (1e-3, 1e-2, 0.1, 1.0)
 """Of the mean log loss, on standardised states; which one, held-out directions decide."""
 FOLDS = 4
+UNSURE = 0.05
+"""How often a threshold may let more unsteered replies pass than was wanted."""
 POINTS = 200
 """Of a ROC curve that is kept."""
 
@@ -97,7 +99,13 @@ def area(negative: NDArray[np.floating], positive: NDArray[np.floating]) -> floa
 
 
 def level(peaks: Sequence[float], false_alarms: float) -> float:
-    """The threshold that another reply like these passes with at most this probability (split conformal).
+    """The lowest threshold that, with a confidence of 95 %, at most this share of replies like these passes.
+
+    The (n + 1) quantile of split conformal prediction keeps the share on average over all sets of replies by which a
+    threshold could be set, so that nearly half of all thresholds let more pass. Here the one-sided upper bound of
+    Clopper and Pearson (1934) for the share is at most what is wanted: k of n replies may pass where
+    P(Binomial(n, share) <= k) <= 0.05 (Vovk 2012, "Conditional validity of inductive conformal predictors",
+    proposition 2a). Replies count as independent.
 
     Args:
         peaks: highest score of each unsteered reply.
@@ -106,14 +114,18 @@ def level(peaks: Sequence[float], false_alarms: float) -> float:
     Raises:
         InputError: if there are too few replies for so small a share.
     """
-    rank = math.ceil((1 - false_alarms) * (len(peaks) + 1))
-    if rank > len(peaks):
+    from scipy.stats import binom
+
+    passing = np.arange(len(peaks))
+    allowed = passing[binom.cdf(passing, len(peaks), false_alarms) <= UNSURE]
+    if not len(allowed):
+        least = 1 - UNSURE ** (1 / len(peaks)) if peaks else 1.0
         raise InputError(
             f"{len(peaks)} unsteered replies cannot tell a false-alarm rate of {false_alarms:g}",
             "--false-alarms",
-            f"Ask for {1 / (len(peaks) + 1):.2g} or more.",
+            f"Ask for {math.ceil(1000 * least) / 1000:g} or more.",
         )
-    return sorted(peaks)[rank - 1]
+    return sorted(peaks)[len(peaks) - 1 - int(allowed[-1])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from esr_train.restarts import attempts, find_cues
 from esr_train.steering.directions import LoadedSae
 from esr_train.steering.monitored_engine import Monitorable
 from esr_train.steering.token_reading import Activations, States, with_reply
-from eval.course import Course, Rising, contrasts, matched, region_means
+from eval.course import Course, Rising, contrasts, matched, region_means, write_token_sums
 from eval.detectors import Classes, discovered, separation
 from eval.report.course_figures import course_figures, course_table, episodes_page
 from eval.report.drawing import save_figures
@@ -30,6 +30,8 @@ from recipes.monitor_eval import arms_with_trials, off_topic_sentences, trial_re
 from recipes.monitors import monitorable
 
 FOLDER = "course"
+TOKENS = "tokens.jsonl"
+"""The sum at every token of the replies that were read."""
 RECENT = 8
 """Tokens before a restart in which a latent's activation may rise."""
 MOST_RISING = 12
@@ -82,10 +84,15 @@ def course(recipe: Recipe, directory: Path | None, arm: str | None, latents: Seq
         save_figures(folder, course_figures(courses[:split], courses[split:], means))
         with replacing(folder / "episodes.html") as file:
             file.write(episodes_page(f"{recipe.name}: {arm}", courses[:split]))
+        write_token_sums(folder / TOKENS, courses)
         found = {"latents": chosen, "regions": means, "contrasts": pairs, "rising": rising}
         write_json(folder / "course.json", {"schema": 1, "arm": arm, **_plain(found)})
         lines = course_table(means, pairs, rising, (split, len(others)))
-        return [*lines, f"{folder}: course.json, episode.svg, overlay.svg, regions.svg, episodes.html"]
+        return [
+            *lines,
+            f"{folder}: course.json, {TOKENS}, episode.svg, overlay.svg, regions.svg, episodes.html",
+            f"`esr eval report {experiment.directory}` writes a report whose transcripts can be coloured by the sum",
+        ]
 
 
 def _plain(found: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def _read(
     read = engine.read(requests, texts, [States(sae.layer)])
     for number, ((states,), spot, request) in enumerate(zip(read, spots, requests, strict=True)):
         whole, tail = with_reply(engine.tokenizer, request, spot.trial.response)
-        tokens = tuple(engine.tokenizer.decode([token]) for token in whole.ids[-tail:])
+        tokens = token_texts(engine.tokenizer, whole.ids[-tail:], spot.trial.response)
         with torch.no_grad():
             activations = summed.of(states)
             border = max(spot.at - RECENT, spot.at // 2)
@@ -161,6 +168,19 @@ def _read(
         values = activations.sum(-1).double().cpu().numpy()
         courses.append(Course(spot.trial.key, cluster_of(spot.trial), values, spot.at, spot.regions, tokens))
     return courses, rises
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int], text: str) -> tuple[str, ...]:
+    """A reply's text divided at its tokens: together they are the text, whatever a token looks like alone.
+
+    A token that ends within a character is empty; the character belongs to the one that ends it.
+    """
+    lead = max(len(tokenizer.decode(ids)) - len(text), 0)  # white space that the template puts before a reply
+    ends = [0]
+    for count in range(1, len(ids)):
+        done = tokenizer.decode(ids[:count])[lead:]
+        ends.append(len(done) if text.startswith(done) and len(done) > ends[-1] else ends[-1])
+    return tuple(text[start:end] for start, end in zip(ends, [*ends[1:], len(text)], strict=True))
 
 
 def rising_latents(experiment: Experiment, others: NDArray[np.float32], restarts: NDArray[np.float32]) -> list[Rising]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from esr_train.errors import InputError, RunError
 from esr_train.files import write_json
-from esr_train.provenance import digest, source_hashes
+from esr_train.provenance import digest, sha256, source_hashes
 from esr_train.recipe import Recipe
 from eval.beginnings import Noticed, noticed_store
 from eval.calibration import Threshold, read_thresholds
 from eval.conditions import measured_conditions
+from eval.course import read_token_sums
 from eval.judging.agreement import Agreement, Panel, agreement, judge_again, judgement_store
 from eval.judging.judge import Judge
 from eval.judging.model_judge import ModelJudge
@@ -27,6 +28,8 @@ from eval.store import Trial, read_trials
 from eval.summary import RECALIBRATED, Summary, read_summary, summarise
 from recipes.beginnings import FOLDER as BEGINNINGS
 from recipes.experiment import Experiment, write_recipe
+from recipes.latent_course import FOLDER as COURSE
+from recipes.latent_course import TOKENS
 from recipes.measure import RETENTION
 from recipes.report_facts import facts, held_out, losses
 from recipes.stage_cache import Stage
@@ -52,7 +55,7 @@ def write_reports(experiment: Experiment, parts: Sequence[Experiment]) -> Path:
 
 def _report_stage(experiment: Experiment, parts: Sequence[Experiment]) -> Path:
     """Combine the parts' trials into `metrics.json` and `report.html`; made anew with new code, as it costs seconds."""
-    recipe = experiment.recipe
+    recipe, arms = experiment.recipe, ("base", *experiment.recipe.arms)
     inputs = {
         "trials": [_trial_fingerprints(part) for part in parts],
         "eval": recipe.eval.model_dump(mode="json"),
@@ -60,6 +63,7 @@ def _report_stage(experiment: Experiment, parts: Sequence[Experiment]) -> Path:
         "judges": [judge.name for judge in experiment.resources.further_judges()],
         "name": recipe.name,
         "outdated": outdated_lines((experiment, *parts)),
+        "course": {arm: sha256(file) for arm in arms if (file := _token_file(experiment, arm)).is_file()},
         "code": digest(source_hashes(("recipes.results",))),
     }
     stage = Stage("report", inputs, ("metrics.json", "report.html"), ("recipes.results",))
@@ -128,7 +132,12 @@ def _material(
         panel,
         losses(parts),
         {arm: [row for part in parts for row in _noticed(part, arm)] for arm in rows},
+        {arm: read_token_sums(file) for arm in rows if (file := _token_file(experiment, arm)).is_file()},
     )
+
+
+def _token_file(experiment: Experiment, arm: str) -> Path:
+    return experiment.directory / COURSE / arm / TOKENS
 
 
 def _noticed(part: Experiment, arm: str) -> list[Noticed]:

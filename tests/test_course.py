@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from eval.course import Course, aligned, contrasts, matched, region_means, signed_rank
+from esr_train.steering.engine import Request
+from esr_train.steering.token_reading import with_reply
+from eval.course import (
+    Course,
+    aligned,
+    contrasts,
+    matched,
+    read_token_sums,
+    region_means,
+    signed_rank,
+    write_token_sums,
+)
 from eval.report.course_figures import course_figures, course_table, episodes_page
-from recipes.latent_course import rising_latents, spot_of
+from recipes.latent_course import rising_latents, spot_of, token_texts
 from tests.test_monitor import Words
 from tests.trial_maker import made
 
@@ -82,6 +93,26 @@ def test_a_latent_that_rises_before_restarts_is_found_among_many_and_others_by_t
     assert [(each.latent, each.by_label) for each in found] == [(7, False), (9, True)]
     assert found[0].rise - found[0].other == pytest.approx(3, abs=0.7)
     assert rising_latents(experiment, others[:1], restarts) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["Fold the sheet.\n\nTuck it in.", "Fold 🧺🧺 it — naïvely.", "Fold", "  Fold it. "])
+def test_a_text_is_divided_at_its_tokens_and_nothing_is_lost(family, text):
+    request = Request("a", "How do I fold a sheet?")
+    whole, tail = with_reply(family.tokenizer, request, text)
+    pieces = token_texts(family.tokenizer, whole.ids[-tail:], text)
+    assert "".join(pieces) == text
+    assert len(pieces) == tail
+    if len(text.split()) > 2:
+        assert sum(map(bool, pieces)) > len(text.split())
+
+
+def test_token_sums_are_read_as_they_were_written(tmp_path):
+    assert read_token_sums(tmp_path / "tokens.jsonl") == {}
+    write_token_sums(tmp_path / "tokens.jsonl", THREE)
+    found = read_token_sums(tmp_path / "tokens.jsonl")
+    assert {key: (each.tokens, each.sums) for key, each in found.items()} == {
+        each.key: (each.tokens, tuple(each.values)) for each in THREE
+    }
 
 
 def test_figures_and_page_show_the_texts_and_escape_them():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import beta, norm
 
 from esr_train.errors import InputError
 from eval.monitoring import Followed, area, detection, fit_probe, level
@@ -40,15 +41,25 @@ def test_a_probe_needs_both_kinds_of_tokens():
         fit_probe(np.ones((4, 2), np.float32), np.ones(4, bool), [1, 2, 3, 4])
 
 
-def test_a_threshold_lets_no_more_unsteered_replies_pass_than_was_asked():
-    passed = []
-    for _ in range(300):
-        peaks = RNG.normal(size=300)
-        passed.append((RNG.normal(size=300) > level(peaks.tolist(), 0.05)).mean())
-    assert 0.04 < np.mean(passed) < 0.0505
-    assert level([float(n) for n in range(99)], 0.01) == 98
-    with pytest.raises(InputError, match="98 unsteered replies cannot tell"):
-        level([0.0] * 98, 0.01)
+def test_one_threshold_in_twenty_lets_more_unsteered_replies_pass_than_was_asked():
+    shares = np.array([norm.sf(level(RNG.normal(size=400).tolist(), 0.05)) for _ in range(2000)])
+    assert 0.02 < (shares > 0.05).mean() < 0.055
+    assert shares.mean() > 0.03, "no more careful than that takes"
+
+
+def test_as_many_replies_pass_as_the_upper_bound_of_their_share_allows():
+    replies = [float(n) for n in range(400)]
+    for share, passing in ((0.01, 0), (0.02, 3), (0.05, 12)):
+        assert level(replies, share) == 399 - passing
+        upper = [beta.ppf(0.95, k + 1, 400 - k) for k in (passing, passing + 1)]
+        assert upper[0] <= share < upper[1]
+
+
+def test_a_share_that_too_few_replies_cannot_tell_is_refused():
+    assert level([float(n) for n in range(299)], 0.01) == 298
+    with pytest.raises(InputError, match="298 unsteered replies cannot tell") as refused:
+        level([0.0] * 298, 0.01)
+    assert "Ask for 0.011 or more" in str(refused.value)
 
 
 def test_the_area_counts_ties_half():

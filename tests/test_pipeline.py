@@ -179,6 +179,9 @@ def test_the_course_of_a_run_is_read_around_its_restarts(finished, tmp_path, cap
     restarts = sum(row.response == text for row in rows)
     assert (found["latents"], found["regions"]["cue"]["n"]) == ([3, 17], restarts)
     assert (copy / "course" / "tuned" / "episodes.html").read_text().count("│") == restarts
+    assert 'name="colour"' not in (copy / "report.html").read_text()
+    assert main(["eval", "report", str(copy)]) == 0
+    assert 'name="colour"' in (copy / "report.html").read_text()
 
 
 def test_a_run_killed_again_and_again_ends_in_the_same_metrics(finished, assets, tmp_path):

@@ -41,10 +41,10 @@ def material(rows: dict[str, list[Trial]], **given) -> Material:
 @pytest.mark.parametrize(
     ("rates", "said"),
     [
-        ((0.75, 0.75, 0.0, 0.0), "By these rates tuned feels the push, and that it reads the text does not show"),
-        ((0.75, 0.0, 0.75, 0.0), "By these rates tuned reads the text, and that it feels the push does not show"),
+        ((0.75, 0.75, 0.0, 0.0), "By these rates tuned feels the push, and that it reads the text alone does not show"),
+        ((0.75, 0.0, 0.75, 0.0), "By these rates tuned reads the text, and that it feels the push alone does not show"),
         ((1.0, 0.5, 0.5, 0.0), "By these rates tuned feels the push and reads the text"),
-        ((0.75, 0.0, 0.0, 0.0), "By these rates tuned restarts where push and off-topic text meet (+75 (+75 to +75))"),
+        ((0.75, 0.0, 0.0, 0.0), "By these rates tuned restarts where push and off-topic text meet"),
         ((0.0, 0.0, 0.0, 0.0), "By these rates of tuned the numbers do not decide it"),
         ((0.5, 0.5, 0.5, 0.5), "By these rates of tuned the numbers do not decide it"),
     ],
@@ -62,6 +62,7 @@ def test_the_push_alone_is_measured_on_on_topic_text_and_text_alone_without_a_pu
     assert drawn is not None
     assert "the push alone adds +50 (" in drawn.caption
     assert "off-topic text alone +25 (" in drawn.caption
+    assert "both +100 (" in drawn.caption
 
 
 def test_an_arm_without_all_four_conditions_is_left_out_and_without_any_there_is_no_figure() -> None:

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from eval.calibration import Threshold
+from eval.course import TokenSums
 from eval.judging.agreement import agreement
 from eval.metrics import headline
 from eval.report.drawing import save_for_print
@@ -164,6 +165,40 @@ def test_an_empty_line_in_a_response_is_not_coloured(tmp_path: Path) -> None:
         ("s4", badge.format(90) + "Wait, no. Fold it.", "\n\n"),
         ("s4", "Done.", " "),
     ]
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report in which two replies of the tuned arm were read token by token, and one that has changed since."""
+    rows = arms()
+    first, hostile, stale = rows["tuned"][0], rows["tuned"][10], rows["tuned"][1]
+    texts = [(first, first.response), (hostile, HOSTILE), (stale, "another")]
+    sums = {
+        row.key: TokenSums(row.key, tuple(text), tuple(float(n % 5) for n in range(len(text)))) for row, text in texts
+    }
+    return write_report(
+        tmp_path_factory.mktemp("summed"), "Sums", Material(summarise(rows, 50), rows, token_sums={"tuned": sums}), {}
+    )
+
+
+def test_transcripts_are_coloured_token_by_token_where_they_were_read(coloured: Path, tmp_path: Path) -> None:
+    document, console = browse(coloured, tmp_path, arm="tuned", colour="sum")
+    assert console == ""
+    assert found(document) == 2, "a response that has changed since is not coloured"
+    shades = re.findall(r'<span title="([\d.]+)" style="background: rgba\(213, 94, 0, ([\d.]+)\);">', document)
+    shades += [
+        pair[::-1]
+        for pair in re.findall(r'<span style="background: rgba\(213, 94, 0, ([\d.]+)\);" title="([\d.]+)">', document)
+    ]
+    assert {(float(value), float(shade)) for value, shade in shades} == {(0, 0), (1, 0.2), (2, 0.4), (3, 0.6), (4, 0.8)}
+    assert document.count("<b>│</b>") == 1, "the bar stands where the second attempt begins"
+    assert "<title>Sums</title>" in document
+
+
+def test_without_a_course_there_is_no_choice_of_colours(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    assert 'name="colour"' not in page
+    assert "detector sum" not in page
 
 
 def test_controls_filter_as_a_reader_moves_them(report: Path, tmp_path: Path) -> None:

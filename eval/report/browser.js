@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const form = document.getElementById("filters"), cards = document.getElementById("cards");
   const more = document.getElementById("more"), count = document.getElementById("count");
-  const fields = ["arm", "condition", "attempts", "min", "max", "q"];
+  const fields = ["arm", "condition", "attempts", "min", "max", "q", ...(form.elements.colour ? ["colour"] : [])];
   const page = 12;
   let shown = page;
 
@@ -12,6 +12,11 @@
   const text = trial =>
     [trial.prompt, trial.label || "", ...trial.parts.map(part => part[0])].join(" ").toLowerCase();
   const base = new Map(data.trials.filter(t => t.arm === "base").map(t => [t.cell, t]));
+
+  const sums = data.trials.flatMap(trial => (trial.sums || []).map(token => token[1]));
+  const lowest = sums.reduce((a, b) => Math.min(a, b), Infinity);
+  const highest = sums.reduce((a, b) => Math.max(a, b), -Infinity);
+  const bySum = () => form.elements.colour?.value === "sum";
 
   // Everything enters the page through textContent, so a response is never markup.
   function element(tag, className, content) {
@@ -32,7 +37,28 @@
     if (wanted.attempts && (failed || Math.min(tries, 3) !== Number(wanted.attempts))) return false;
     if (wanted.min && (score === null || score < Number(wanted.min))) return false;
     if (wanted.max && (score === null || score > Number(wanted.max))) return false;
+    if (wanted.colour && !trial.sums) return false;
     return !wanted.q || text(trial).includes(wanted.q.toLowerCase());
+  }
+
+  function summed(trial) {
+    const words = element("div", "reply sum");
+    const restarts = [];
+    let at = 0, start = 0;
+    for (const part of trial.parts) {
+      if (part[2] && start) restarts.push(start);
+      start += part[0].length;
+    }
+    for (const [content, value] of trial.sums || []) {
+      while (restarts.length && restarts[0] <= at) { words.append(element("b", "", "│")); restarts.shift(); }
+      const token = element("span", "", content);
+      token.style.background = `rgba(213, 94, 0, ${(0.8 * (value - lowest) / (highest - lowest || 1)).toFixed(2)})`;
+      token.title = value.toPrecision(3);
+      words.append(token);
+      at += content.length;
+    }
+    if (!trial.sums) words.append(...trial.parts.map(part => part[0]));
+    return words;
   }
 
   function reply(trial) {
@@ -41,6 +67,7 @@
     const remarks = trial.flags.map(flag => flag.replaceAll("_", " "));
     if (trial.error !== null) remarks.push("unscored: " + trial.error);
     if (remarks.length) who.append(element("span", "flag", remarks.join(", ")));
+    if (bySum()) { box.append(who, summed(trial)); return box; }
     const words = element("div", "reply");
     for (const [content, score, isAttempt] of trial.parts) {
       if (!isAttempt) { words.append(content); continue; }

@@ -11,6 +11,7 @@ import numpy as np
 from eval.beginnings import Noticed
 from eval.calibration import Threshold
 from eval.conditions import order
+from eval.course import TokenSums
 from eval.judging.agreement import Agreement, Panel
 from eval.metrics import METRICS, Gap
 from eval.report.drawing import FAINT, INK, Dot, Figure, arm_colours, dots_svg, line_styles, svg_of
@@ -51,6 +52,7 @@ class Material:
         panel: judge -> arm -> the trials as this judge scores them, where several were asked.
         losses: arm -> (step, training loss) of each of its runs.
         noticed: arm -> what detectors read in the beginnings that its replies go on from, where some were found.
+        token_sums: arm -> trial key -> the detectors' sum at every token, where `esr latents course` has read it.
     """
 
     summary: Summary
@@ -63,6 +65,7 @@ class Material:
     panel: Panel = field(default_factory=dict)
     losses: Mapping[str, Sequence[Sequence[tuple[float, float]]]] = field(default_factory=dict)
     noticed: Mapping[str, Sequence[Noticed]] = field(default_factory=dict)
+    token_sums: Mapping[str, Mapping[str, TokenSums]] = field(default_factory=dict)
 
     def steered(self, arm: str) -> list[Trial]:
         """The arm's trials steered at the base model's thresholds."""

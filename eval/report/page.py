@@ -8,6 +8,7 @@ from typing import Any
 
 from esr_train.files import replacing
 from eval.conditions import order, title
+from eval.course import TokenSums
 from eval.metrics import METRICS, headline, pair_key
 from eval.report import arm_figures, prefix_figures  # noqa: F401 - register their figures, behind those of `figures`
 from eval.report.drawing import TEMPLATES, Figure, arm_colours, inline_svg, render, save_figures
@@ -23,6 +24,8 @@ MOST_TRIALS = 600
 """Trials embedded in the page."""
 CELLS_IN_TURN = {STEERED: 6, "unsteered": 2}
 """How many cells of a condition are taken in turn to be embedded; one of any other."""
+Sums = Mapping[str, Mapping[str, TokenSums]]
+"""Arm -> trial key -> the detectors' sum at every token."""
 Notes = Mapping[str, str | Sequence[str] | Mapping[str, str]]
 """What a report says about how it was measured: name -> a text, several, or named ones."""
 
@@ -55,7 +58,7 @@ def report_page(heading: str, material: Material, notes: Notes, figures: Sequenc
     # Where there is no headline, the controls take its place.
     first = [name for name in conditions if name in FIRST] or conditions
     halves = (first, [name for name in conditions if name not in first])
-    trials = embedded(material.rows_by_arm)
+    trials = embedded(material.rows_by_arm, sums=material.token_sums)
     return render(
         TEMPLATES,
         "page.html",
@@ -74,6 +77,7 @@ def report_page(heading: str, material: Material, notes: Notes, figures: Sequenc
         figures=[(figure, inline_svg(figure.svg, arm_colours(arms))) for figure in figures],
         notes={name.replace("_", " "): _lines(value) for name, value in notes.items()},
         embedded=len(trials),
+        summed=sum("sums" in entry for entry in trials),
         trials=sum(len(rows) for rows in material.rows_by_arm.values()),
         noun=material.noun,
         data=script_json(
@@ -99,7 +103,9 @@ def _lines(value: str | Sequence[str] | Mapping[str, str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def embedded(rows_by_arm: Mapping[str, Sequence[Trial]], most: int = MOST_TRIALS) -> list[dict[str, Any]]:
+def embedded(
+    rows_by_arm: Mapping[str, Sequence[Trial]], most: int = MOST_TRIALS, sums: Sums | None = None
+) -> list[dict[str, Any]]:
     """At most `most` trials: whole cells, so that arms stand side by side, of every condition, most of `steered`.
 
     Cells are taken in the order of a hash of what they are: the same choice whatever the file order, and
@@ -118,7 +124,7 @@ def embedded(rows_by_arm: Mapping[str, Sequence[Trial]], most: int = MOST_TRIALS
     for number, (*_, cell) in enumerate(sorted(turns, key=lambda turn: turn[:3])):
         if len(entries) + len(cell) > most:
             break
-        entries += [_entry(arm, row, number) for arm, row in cell]
+        entries += [{**_entry(arm, row, number), **_summed(row, (sums or {}).get(arm, {}))} for arm, row in cell]
     return entries
 
 
@@ -147,6 +153,14 @@ def _entry(arm: str, row: Trial, cell: int) -> dict[str, Any]:
         "flags": sorted(name for name, found in row.flags.items() if found),
         "error": row.error,
     }
+
+
+def _summed(row: Trial, sums: Mapping[str, TokenSums]) -> dict[str, Any]:
+    """The response token by token as [text, sum], if it was read and is still the one that was read."""
+    read = sums.get(row.key)
+    if read is None or "".join(read.tokens) != row.response:
+        return {}
+    return {"sums": [list(pair) for pair in zip(read.tokens, read.sums, strict=True)]}
 
 
 def _parts(row: Trial) -> list[list[Any]]:

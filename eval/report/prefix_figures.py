@@ -29,7 +29,8 @@ DETECTORS = (
 SUSTAINED = (
     "Steered replies that go on from a correction (a cue and on-topic words) or from as many on-topic words of the "
     "same reply. What is above 0 a correction does beyond recent on-topic text: resistance that is sustained. Around "
-    "0, restarting is the event, and what keeps the answer on topic behind it is the text. Given words count in the "
+    "0, restarting is the event, and what keeps the answer on topic behind it is the text; below, a correction helps "
+    "less than as many words of an answer. Given words count in the "
     "scores of both. 95 % intervals clustered by direction."
 )
 
@@ -79,16 +80,16 @@ def _clause(material: Material, arm: str) -> str | None:
     if push is None or text is None or both is None:
         return None
     feels, reads, meets = map(_is_above, found)
-    said = f"the push alone adds {push} points of restarts, off-topic text alone {text}"
+    said = f"the push alone adds {push} points of restarts, off-topic text alone {text}, both {both}"
     if feels and reads:
         return f"{arm} feels the push and reads the text: {said}"
     if feels:
-        return f"{arm} feels the push, and that it reads the text does not show: {said}"
+        return f"{arm} feels the push, and that it reads the text alone does not show: {said}"
     if reads:
-        return f"{arm} reads the text, and that it feels the push does not show: {said}"
+        return f"{arm} reads the text, and that it feels the push alone does not show: {said}"
     if meets:
-        return f"{arm} restarts where push and off-topic text meet ({both}): {said}"
-    return f"of {arm} the numbers do not decide it: {said}, both {both}"
+        return f"{arm} restarts where push and off-topic text meet: {said}"
+    return f"of {arm} the numbers do not decide it: {said}"
 
 
 def _difference(material: Material, arm: str, condition: str, partner: str, metric: str) -> Estimate | None:
