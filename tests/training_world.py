@@ -98,7 +98,9 @@ def probed(section: Recipe, every: int = 2) -> Recipe:
     """The recipe with a behavioural probe, its files written to the current directory as if it were calibrated."""
     write_jsonl("labels.jsonl", ({"index": i, "description": TOPICS[i % len(TOPICS)]} for i in range(LATENTS)))
     write_jsonl("prompts.jsonl", ({"prompt": f"How does {t} go? ({i})", "topic": t} for t in TOPICS for i in range(4)))
-    write_json("vocabulary.json", {topic: [f"{topic}tool"] for topic in TOPICS})
+    # Letters, which an untrained model writes: its replies to the training prompts then score differently.
+    letters = {"sheet": ["a", "e", "s", "t"], "jib": ["i", "o", "n", "r"]}
+    write_json("vocabulary.json", {**{topic: [f"{topic}tool"] for topic in TOPICS}, **letters})
     values = section.model_dump()
     values["train"]["probe"] = {"every": every, "trials": 2}
     more = Recipe.model_validate(
