@@ -1,8 +1,8 @@
 """Which latents may steer rows of which split."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from esr_train.errors import InputError
@@ -17,6 +17,10 @@ TWINS = 0.8
 COMPARED_AT_ONCE = 2048
 """Decoder rows compared with all others in one piece: of 65k latents that is half a gigabyte of cosines."""
 ACTIVE, TWIN, SURPLUS = "active on a prompt", "twin of an earlier latent", "beyond latents.limit"
+ASKED_AT_ONCE = 200
+"""Latents looked at in one piece by what costs something for each."""
+Faults = Callable[[Sequence["Direction"]], Sequence[str | None]]
+"""Says of each latent why it may not steer, None if it may."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ def choose(
     topics: Mapping[str, Split],
     splits: SplitSection | None,
     limit: int | None,
+    faults: Faults | None = None,
 ) -> Choice:
     """Choose which of the candidates may steer, and deal them to splits by their labels.
 
@@ -50,6 +55,7 @@ def choose(
         topics: of the prompts, with their splits.
         splits: shares and seed of the splits; None: all are for the test.
         limit: most latents in all; None takes every one.
+        faults: asked last, and only of so many latents as it takes to fill the limit.
 
     Raises:
         InputError: if none is left.
@@ -58,11 +64,14 @@ def choose(
     single = without_twins(inactive)
     everything: dict[Split, list[Direction]] = {"train": [], "validation": [], "test": single}
     dealt = split_latents(single, topics, splits) if splits else everything
-    drawn = limited(dealt, limit, splits.seed if splits else 0)
-    counts = [len(latents), len(inactive), len(single), sum(map(len, drawn.values()))]
-    lost = [before - after for before, after in pairwise(counts)]
-    left_out = {reason: count for reason, count in zip((ACTIVE, TWIN, SURPLUS), lost, strict=True) if count}
-    if not counts[-1]:
+    seed = splits.seed if splits else 0
+    refused = refusals(dealt, limit, seed, faults) if faults else {}
+    drawn = limited(dealt, limit, seed, refused)
+    kept = sum(map(len, drawn.values()))
+    lost = Counter({ACTIVE: len(latents) - len(inactive), TWIN: len(inactive) - len(single)})
+    lost += Counter(refused.values()) + Counter({SURPLUS: len(single) - len(refused) - kept})
+    left_out = dict(lost)
+    if not kept:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "no label is usable"
         what = f"none of {len(latents)} labelled latents may steer ({reasons})"
         raise InputError(what, "sae.labels", "Label more latents.")
@@ -88,13 +97,34 @@ def without_twins(latents: Sequence["Direction"], cosine: float = TWINS) -> list
 
 
 def limited(
-    dealt: Mapping[Split, Sequence["Direction"]], limit: int | None, seed: int
+    dealt: Mapping[Split, Sequence["Direction"]], limit: int | None, seed: int, refused: Collection[int] = ()
 ) -> dict[Split, list["Direction"]]:
-    """At most `limit` of the latents, from each split its share; drawn by a seeded hash, kept in their order."""
-    ranked: list[tuple[float, Split, int]] = []
+    """At most `limit` of the latents that are not refused, from each split its share; drawn in turn, kept in order."""
+    fit = [latent.latent for latent in in_turn(dealt, seed) if latent.latent not in refused]
+    chosen = set(fit[:limit])
+    return {split: [latent for latent in group if latent.latent in chosen] for split, group in dealt.items()}
+
+
+def refusals(
+    dealt: Mapping[Split, Sequence["Direction"]], limit: int | None, seed: int, faults: Faults
+) -> dict[int, str]:
+    """The latents that may not steer, and why; looked at in turn until `limit` others are found."""
+    order, refused = in_turn(dealt, seed), dict[int, str]()
+    for start in range(0, len(order), ASKED_AT_ONCE):
+        if limit is not None and start - len(refused) >= limit:
+            break
+        piece = order[start : start + ASKED_AT_ONCE]
+        refused |= {latent.latent: fault for latent, fault in zip(piece, faults(piece), strict=True) if fault}
+    return refused
+
+
+def in_turn(dealt: Mapping[Split, Sequence["Direction"]], seed: int) -> list["Direction"]:
+    """The latents in the order in which they are drawn: by a seeded hash, the splits in turn.
+
+    Every split's first comes before any split's second, and the others take turns in proportion.
+    """
+    ranked: list[tuple[float, Split, int, Direction]] = []
     for split, group in dealt.items():
         drawn = sorted(group, key=lambda latent: derived_seed("latent", seed, latent.latent))
-        # Every split's first comes before any split's second, and the others take turns in proportion.
-        ranked += [(rank / len(drawn), split, latent.latent) for rank, latent in enumerate(drawn)]
-    chosen = {(split, latent) for _, split, latent in sorted(ranked)[:limit]}
-    return {split: [latent for latent in group if (split, latent.latent) in chosen] for split, group in dealt.items()}
+        ranked += [(rank / len(drawn), split, latent.latent, latent) for rank, latent in enumerate(drawn)]
+    return [latent for *_, latent in sorted(ranked, key=lambda each: each[:3])]

@@ -125,6 +125,11 @@ class LatentsSection(Section):
         256, description="at most so many, each split's share drawn by the seed, before anything is calibrated"
     )
     per_label: AtLeastOne = Field(1, description="at most so many with one label, the first in the file of labels")
+    concreteness: Score | None = Field(
+        None,
+        description="labels that the judge, a language model, finds less concrete than this (0-100) are left out; the "
+        "paper takes 65; null: none is rated",
+    )
     held_out: bool = Field(
         True, description="those of the test split are measured; false: all are, which takes that none is trained on"
     )
@@ -657,6 +662,15 @@ class Recipe(Section):
     def _edits_sae(self, arm: ArmSection) -> bool:
         """Whether it changes latents of the SAE under `sae`."""
         return arm.edit is not None and not (arm.edit.takes_detectors and self.read.sae)
+
+    @model_validator(mode="after")
+    def _labels_have_a_rater(self) -> "Recipe":
+        if self.latents.concreteness is not None and not isinstance(self.judge, ModelJudgeSection | LocalJudgeSection):
+            raise ValueError(
+                f"latents.concreteness: a language model rates labels, and a judge of kind {self.judge.kind!r} is "
+                "none: take one of kind model or local, or remove the key"
+            )
+        return self
 
     @model_validator(mode="after")
     def _judges_differ(self) -> "Recipe":

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_gen.collect import KEPT
-from data_gen.latent_choice import choose
+from data_gen.concreteness import rate_labels
+from data_gen.latent_choice import Faults, choose
 from data_gen.sources import SteerableLatent, sources_steer
 from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
@@ -30,6 +31,7 @@ from eval.calibration import (
 )
 from eval.cells import SPLITS, Side, Split
 from eval.detectors import Detectors, DetectorSet
+from eval.judging.model_judge import ModelJudge
 from eval.report.story import progress_bar
 from eval.trials import Steerer
 from recipes.experiment import Experiment, base_inputs, judge_inputs, source_inputs
@@ -44,6 +46,7 @@ WIDER = 2.0
 """Upper bound of a recalibration, in multiples of the base model's: a tuned model may resist more."""
 ALL_MEASURED = "nothing is trained here on the {}s, so all of them are measured"
 MORE = {"vector": "Name a file with more vectors", "latent": "Label more latents"}
+ABSTRACT, UNRATED = "label is too abstract", "label got no rating"
 NO_TOPIC, LATER, ZEROS = "label is no topic of the prompts", "beyond latents.per_label", "decoder row of zeros"
 
 
@@ -122,9 +125,11 @@ def choose_latents(experiment: Experiment) -> Latents:
     inputs = {
         "base": base_inputs(experiment),
         **source_inputs(experiment),
-        "latents": recipe.latents.model_dump(),
+        "latents": recipe.latents.model_dump(exclude={"concreteness"}),
         "splits": resources.prompt_section().splits.model_dump(),
     }
+    if recipe.latents.concreteness is not None:
+        inputs["concreteness"] = [recipe.latents.concreteness, resources.judge().name]
     stage = Stage("latents", inputs, (LATENTS, FUNNELS["latents"]), ("recipes.steering_latents",))
 
     def work() -> None:
@@ -152,10 +157,13 @@ def _chosen(experiment: Experiment) -> dict[str, Any]:
         notes.append(f"vectors of {recipe.vectors.file} are added to the output of layer {source.layer}")
     splits = resources.prompt_section().splits
     all_measured = _all_are_measured(recipe, len(directions))
-    choice = choose(directions, active, pools.topics, None if all_measured else splits, recipe.latents.limit)
+    ratings: dict[str, float | None] = {}
+    dealt_by, faults = None if all_measured else splits, _label_faults(experiment, ratings)
+    choice = choose(directions, active, pools.topics, dealt_by, recipe.latents.limit, faults)
     _check_dealt(recipe, choice.splits)
     kept = sum(map(len, choice.splits.values()))
     notes += [ALL_MEASURED.format(direction_noun(recipe))] if all_measured else []
+    notes += [_rated(experiment, ratings)] if ratings else []
     for note in notes:
         experiment.say(note)
     return {
@@ -164,7 +172,30 @@ def _chosen(experiment: Experiment) -> dict[str, Any]:
         "layer": source.layer,
         "residual_norm": norm,
         "splits": {split: [direction.latent for direction in group] for split, group in choice.splits.items()},
+        **({"concreteness": ratings} if ratings else {}),
     }
+
+
+def _label_faults(experiment: Experiment, ratings: dict[str, float | None]) -> Faults | None:
+    """Leaves out latents whose label the judge finds too abstract, and notes its ratings; None if none is asked for."""
+    least, resources = experiment.recipe.latents.concreteness, experiment.resources
+    if least is None:
+        return None
+
+    def faults(latents: Sequence[Direction]) -> list[str | None]:
+        judge, labels = resources.judge(), [str(latent.label) for latent in latents]
+        assert isinstance(judge, ModelJudge)  # the recipe refuses others
+        found = rate_labels(labels, judge.asker)
+        ratings.update(zip(labels, found, strict=True))
+        return [UNRATED if score is None else ABSTRACT if score < least else None for score in found]
+
+    return faults
+
+
+def _rated(experiment: Experiment, ratings: Mapping[str, float | None]) -> str:
+    least = experiment.recipe.latents.concreteness or 0
+    concrete = sum(score is not None and score >= least for score in ratings.values())
+    return f"{concrete} of {len(ratings)} labels are rated {least:g} or more for concreteness"
 
 
 def _active_on_prompts(experiment: Experiment) -> tuple[frozenset[int], list[str]]:

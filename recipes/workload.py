@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from data_gen.concreteness import LABELS_PER_QUESTION
 from data_gen.sources import sources_steer, wanted_sources
 from data_gen.steered import START_TOKENS
 from esr_train.files import read_json
@@ -43,6 +44,8 @@ VERDICT = 150
 """Tokens that a judge writes."""
 LETTERS = 4
 """Letters of a token of English."""
+RATED = 2
+"""Labels that are rated for each that is concrete enough: a guess."""
 QUESTIONS = 2
 """Of a trial a judge is asked for its attempts, and of one attempt whether it strays and returns."""
 SAMPLE = 64
@@ -127,7 +130,7 @@ def workload(resources: Resources, lengths: Lengths) -> list[Work]:
     recipe = resources.recipe
     directions = _directions(resources)
     seeds = len(recipe.seeds or (0,))
-    works = [Work("latents", ("latents", "frequency"))] if directions else []
+    works = [Work("latents", ("latents", "frequency"), _ratings(recipe, directions))] if directions else []
     works += list(_calibration(recipe, directions))
     for name, (recipe_of_arm, section) in _sources(recipe).items():
         works.append(Work(f"{name} rows", (f"data/sources/{name}",), (_rows(recipe_of_arm, name, section, lengths),)))
@@ -155,6 +158,13 @@ def _directions(resources: Resources) -> int:
     topics = set() if recipe.vectors or not recipe.prompts else set(resources.prompts().topics)
     first, _ = first_of_each(resources.labels(), topics, recipe.latents.per_label)
     return min(len(first), recipe.latents.limit or len(first))
+
+
+def _ratings(recipe: Recipe, directions: int) -> tuple[Batch, ...]:
+    """Questions about how concrete labels are."""
+    asked = recipe.latents.concreteness is not None
+    questions = math.ceil(RATED * directions / LABELS_PER_QUESTION)
+    return (Batch("concreteness", 0, 0, questions),) if asked else ()
 
 
 def _calibration(recipe: Recipe, directions: int) -> Iterator[Work]:

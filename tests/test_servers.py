@@ -59,13 +59,13 @@ def test_a_whole_model_takes_the_place_of_the_one_before(calls):
 
 def test_a_judge_on_the_same_model_shares_its_server(calls):
     resources = Resources(recipe({"model": LLAMA}))
-    assert resources.judge()._asker.llm.open_engine().server is resources.base().server
+    assert resources.judge().asker.llm.open_engine().server is resources.base().server
     assert resources.base().server.memory is None
 
 
 def test_a_judge_on_another_model_has_a_server_beside_it(calls):
     resources = Resources(recipe({"model": GEMMA}, concurrency=5))
-    judge = resources.judge()._asker.llm.open_engine()
+    judge = resources.judge().asker.llm.open_engine()
     assert (judge.server.section.path, judge.server.rows, judge.tokenizer.name_or_path) == (GEMMA, 5, GEMMA)
     assert judge.server.memory == resources.base().server.memory == pytest.approx(0.45)
     assert not any(call.startswith("stop") for call in calls)
@@ -75,7 +75,7 @@ def test_a_judge_on_another_model_has_a_server_beside_it(calls):
 
 def test_a_judge_on_the_base_model_has_its_own_where_an_arm_takes_the_base_models_place(calls):
     resources = Resources(recipe({"model": LLAMA}, {"merged": {"of": "tuned", "merged": True}}))
-    judge = resources.judge()._asker.llm.open_engine()
+    judge = resources.judge().asker.llm.open_engine()
     assert judge.server is not resources.base().server
     calls.clear()
     resources.engine(None, GEMMA)
@@ -91,6 +91,6 @@ def test_room_is_made_for_an_adapter_that_is_there_already(calls, tmp_path):
 
 def test_the_transformers_engine_has_none(calls):
     resources = Resources(recipe({"model": GEMMA}, kind="transformers"))
-    assert isinstance(resources.judge()._asker.llm.open_engine(), TransformersEngine)
+    assert isinstance(resources.judge().asker.llm.open_engine(), TransformersEngine)
     resources.free_all()
     assert calls == []

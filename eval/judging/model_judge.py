@@ -65,12 +65,12 @@ class ModelJudge:
 
     def __init__(self, llm: Llm, cache: Path | None = None, repeat: int = 0, ledger: Ledger | None = None) -> None:
         self.name = judge_name(llm, repeat)
-        self._asker = Asker(llm, ledger or Ledger(llm.name), cache, repeat, label="judge")
+        self.asker = Asker(llm, ledger or Ledger(llm.name), cache, repeat, label="judge")
 
     @property
     def spent(self) -> str:
         """What was asked so far and what it cost, in words."""
-        return f"{self.name}: {self._asker.ledger.spent}"
+        return f"{self.name}: {self.asker.ledger.spent}"
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Judgement]:
         """One judgement an item; what the model did not answer is an error in it.
@@ -105,7 +105,7 @@ class ModelJudge:
             item = cases[index].item
             return read_reply(reply, partial(read, cases[index]), f"{item.prompt}\n{item.response}")
 
-        return self._asker.ask([question(case) for case in cases], parse, form)
+        return self.asker.ask([question(case) for case in cases], parse, form)
 
     def _judgement(self, case: _Case) -> Judgement:
         item, cut, parts = case.item, case.cut, case.parts
