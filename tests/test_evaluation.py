@@ -36,8 +36,8 @@ OTHERS = (*ATTACKS, "random_direction", "random_latents", *BEGUN, "switched_off"
 EVERY = FULL | dict.fromkeys((*SWEEP, *OTHERS), CONTROLS)
 FIGURES = {
     "rates", "first_scores", "last_scores", "first_vs_last", "restart_position", "restart_likelihood", "boost_sweep",
-    "prompt_variants", "ablations", "thresholds", "training_loss", "unsteered_scores", "feel_or_read",
-    "sustained_resistance",
+    "prompt_variants", "prompting_and_tuning", "ablations", "thresholds", "training_loss", "unsteered_scores",
+    "feel_or_read", "sustained_resistance",
 }  # fmt: skip
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

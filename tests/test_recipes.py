@@ -34,7 +34,7 @@ def test_no_recipe_is_overlooked():
 @recipes
 def test_a_recipe_and_the_trainers_settings_in_it_are_valid(path, tmp_path):
     recipe = load_recipe(path, ["model.device=cpu"])
-    for arm in recipe.arms:
+    for arm in recipe.trained_arms:
         section = recipe.for_arm(arm)
         assert trainer_config(section, tmp_path).output_dir == str(tmp_path)
         assert lora_config(section).r == section.train.lora["r"]
@@ -49,7 +49,7 @@ def test_what_steers_is_shipped_or_in_sae_lens_directory(path):
         return
     sae = recipe.sae
     assert sae is not None
-    if path.parent.name in LARGE:
+    if path.parent.name in (*LARGE, "paper"):
         assert sae.id in get_pretrained_saes_directory()[sae.release].saes_map
     else:
         assert sae.release.startswith("recipes/")

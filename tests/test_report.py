@@ -16,6 +16,7 @@ from eval.calibration import Threshold
 from eval.course import TokenSums
 from eval.judging.agreement import agreement
 from eval.metrics import headline
+from eval.report.arm_figures import prompting_and_tuning
 from eval.report.drawing import save_for_print
 from eval.report.figures import Material, draw_figures
 from eval.report.findings import headline_arm, opening, story
@@ -348,6 +349,23 @@ def test_sweeps_variants_and_judges_have_figures_where_there_are_data(tmp_path: 
     assert [(row["run"], row["loss"]) for row in tables["training_loss"]] == [
         ("0", "2.0"), ("0", "1.0"), ("1", "1.9"), ("1", "1.1")
     ]  # fmt: skip
+
+
+def test_prompting_stands_beside_fine_tuning_only_where_a_run_has_both() -> None:
+    both = everything()
+    drawn = prompting_and_tuning(both)
+    assert drawn is not None
+    head, *rows = drawn.table
+    values = {row[:4]: row[4] for row in rows}
+    assert head[:5] == ("arm", "prompted", "condition", "metric", "value")
+    assert values["asked", True, "steered", "multi_attempt_rate"] == 1
+    assert values["asked", True, "steered", "esr_rate"] == 1
+    assert values["mixed-10", False, "steered", "esr_rate"] == 1
+    assert "ablated" not in {row[0] for row in rows}
+    assert b"asked (prompt)" in drawn.svg()
+    for left_out in ("asked",), ("tuned", "mixed-10", "mixed-90"):
+        kept = {arm: rows for arm, rows in both.rows_by_arm.items() if arm not in left_out}
+        assert prompting_and_tuning(replace(both, rows_by_arm=kept)) is None
 
 
 def test_the_likelihood_of_restarts_has_levels_and_differences_from_base(tmp_path: Path) -> None:

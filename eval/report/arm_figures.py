@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from eval.metrics import METRICS, Gap
-from eval.report.drawing import ARM_COLOURS, FAINT, INK, arm_colours, dots_svg, line_styles, panels_svg
+from eval.report.drawing import ARM_COLOURS, BASE_COLOUR, FAINT, INK, arm_colours, dots_svg, line_styles, panels_svg
 from eval.report.figures import WIDEST, Drawn, Material, estimates_table, figure, scaled
 from eval.statistics import Estimate
 from eval.store import Trial, TrialVariant
@@ -181,6 +181,80 @@ LATENTS = (
 )
 WATCHED = "Steered responses of arms that a monitor follows, beside arms without one."
 figure("prompt_variants", "Prompt variants")(partial(_variants, ("prompt",), PROMPTS))
+
+
+BARS = {"better (ESR)": ARM_COLOURS[2], "neither": BASE_COLOUR, "worse": ARM_COLOURS[1]}
+"""What a bar of second attempts is divided into."""
+
+
+SECONDS = ("multi_attempt_rate", "esr_rate", "worsening_rate")
+FALSE = ("unsteered", "restart_rate")
+
+
+@figure("prompting_and_tuning", "Prompting against fine-tuning")
+def prompting_and_tuning(material: Material) -> Drawn | None:
+    """Second attempts of prompted and of tuned arms, divided by what became of them; what each does unsteered."""
+    variants = {arm: _variant(rows) for arm, rows in material.rows_by_arm.items()}
+    keys = [*((STEERED, name) for name in SECONDS), FALSE]
+    found = {
+        arm: {key: each for key in keys if (each := material.estimate(arm, *key))}
+        for arm, variant in variants.items()
+        if not (variant.monitor or any(getattr(variant, key) for key in EDITS))
+    }
+    found = {arm: each for arm, each in found.items() if len(each) - (FALSE in each) == len(SECONDS)}
+    prompted = {arm for arm in found if variants[arm].prompt}
+    if not prompted or not found.keys() - prompted - {"base"}:
+        return None
+    lines = {f"{arm} (prompt)" if arm in prompted else arm: found[arm] for arm in found}
+    draws = [partial(_draw_seconds, lines)]
+    if measured := any(FALSE in each for each in found.values()):
+        draws.append(partial(_draw_false, lines))
+    caption = (
+        "How often an arm begins again under steering, and what became of it: the last attempt scores better than "
+    )
+    caption += "the first, worse, or the same" + (
+        "; below, how often it restarts when nobody steers" if measured else ""
+    )
+    caption += ". 95 % intervals clustered by direction (unsteered: by prompt)."
+    table = [(arm, arm in prompted, *key, each) for arm, measures in found.items() for key, each in measures.items()]
+    svg = partial(panels_svg, draws, BARS, 0.7 + 0.3 * len(lines))
+    return Drawn(caption, svg, estimates_table(("arm", "prompted", "condition", "metric"), table))
+
+
+Measures = Mapping[tuple[str, str], Estimate]
+"""(condition, metric) -> its estimate."""
+
+
+def _draw_seconds(lines: Mapping[str, Measures], axes: "Axes") -> None:
+    for y, measures in enumerate(lines.values()):
+        whole, better, worse = (measures[STEERED, name].value or 0 for name in SECONDS)
+        left = 0.0
+        for colour, share in zip(BARS.values(), (better, max(whole - better - worse, 0), worse), strict=True):
+            axes.barh([y], [100 * share], 0.6, 100 * left, color=colour)
+            left += share
+        _draw_interval(axes, y, measures[STEERED, SECONDS[0]])
+    _name_lines(axes, list(lines), "% second attempt, steered")
+
+
+def _draw_false(lines: Mapping[str, Measures], axes: "Axes") -> None:
+    for y, measures in enumerate(lines.values()):
+        if restarts := measures.get(FALSE):
+            axes.barh([y], [100 * (restarts.value or 0)], 0.6, color=FAINT)
+            _draw_interval(axes, y, restarts)
+    _name_lines(axes, list(lines), "% restart, unsteered")
+
+
+def _draw_interval(axes: "Axes", y: int, estimate: Estimate) -> None:
+    if estimate.low is not None and estimate.high is not None:
+        axes.plot([100 * estimate.low, 100 * estimate.high], [y, y], color=INK, lw=1.2, solid_capstyle="butt")
+
+
+def _name_lines(axes: "Axes", names: Sequence[str], label: str) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label)
+    axes.grid(axis="x")
 
 
 @figure("ablations", "Changed latents")
