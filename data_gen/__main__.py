@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esr_train.command import add_command, add_recipe, guarded, prepare
+from esr_train.command import add_command, add_recipe, guarded, parse_command, prepare
 from esr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_generate, _add_mix, _add_import_and_export, _add_labels, _add_views):
         add(commands)
-    options = parser.parse_args(arguments)
+    options = parse_command(parser, arguments)
     return guarded(lambda: options.act(options), options.debug)
 
 

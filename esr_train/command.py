@@ -5,7 +5,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from esr_train.errors import InputError, RunError
 
@@ -49,6 +49,17 @@ def add_command(
     parser.set_defaults(act=act)
     add_debug(parser)
     return parser
+
+
+def parse_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command with sub-commands; overrides of a recipe (`key=value`) may stand behind options, too."""
+    options, others = parser.parse_known_args(arguments)
+    known = getattr(options, "overrides", None)
+    if others and (known is None or not all("=" in word and word[0] != "-" for word in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        options.overrides = [*(known or ()), *others]
+    return options
 
 
 def guarded(run: Callable[[], None], debug: bool) -> int:

