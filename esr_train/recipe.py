@@ -456,6 +456,10 @@ class EvalSection(Section):
     boost: tuple[Positive, ...] = Field(
         (0.5, 0.75, 1.25, 1.5), description="multiples of the threshold; each is a condition of its own"
     )
+    welcome: str = Field(
+        "Tell me about {label}.",
+        description="the prompt of `welcomed` where a direction's {label} is no topic of the prompts",
+    )
     restart_phrases: str | None = Field(
         None, description="text file, one a line: how likely they are is measured at sentence ends"
     )
@@ -471,6 +475,8 @@ class EvalSection(Section):
                 raise ValueError(f"{condition!r} goes on from responses of {source!r}: add that condition")
         if "boost" in self.conditions and not self.boost:
             raise ValueError("the condition 'boost' needs multiples in eval.boost")
+        if "{label}" not in self.welcome:
+            raise ValueError("the prompt in eval.welcome leaves out {label}")
         return self
 
 

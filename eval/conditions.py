@@ -4,6 +4,7 @@ A condition is one registered function that turns what an arm has (`Setting`) in
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from esr_train.errors import InputError
 from esr_train.recipe import CONDITION_NAMES, EvalSection
 from esr_train.restarts import attempts, find_cues, sentences
-from eval.cells import Cell, derived_seed, unsteered
+from eval.cells import Cell, Prompt, derived_seed, unsteered
 from eval.store import Trial
 from eval.trials import Plan, Steerer
 
@@ -45,6 +46,8 @@ class Setting:
         value: of a sweep's condition, such as the multiple of `boost_x1.5`.
         adapted: latent -> a direction of equal norm that was optimised against the arm.
         cues: phrases by which a correction begins.
+        prompts: all test prompts.
+        welcome: a prompt with {label}.
     """
 
     arm: str
@@ -57,6 +60,8 @@ class Setting:
     value: float = 1.0
     adapted: Callable[[], Mapping[int, "Direction"]] = dict
     cues: Callable[[], Sequence[str]] = tuple
+    prompts: Sequence[Prompt] = ()
+    welcome: str = "{label}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Condition:
         reads_restarts: whether the log-probability of a restart is read at its responses' sentence ends.
         needs_frequency: whether it needs to know how often the SAE's latents are active.
         for_plain_base: whether it says anything about the base model as it is.
+        attacks: whether it tries to derail an answer, at a strength that the base model decides.
         sweep: for a family of conditions, their names and values as the recipe wants them.
     """
 
@@ -85,6 +91,7 @@ class Condition:
     reads_restarts: bool = False
     needs_frequency: bool = False
     for_plain_base: bool = True
+    attacks: bool = False
     sweep: Callable[[EvalSection], Mapping[str, float]] | None = None
 
 
@@ -140,6 +147,11 @@ def title(name: str) -> str:
     if name.startswith("boost_x"):
         return f"Steered at {name.removeprefix('boost_x')} × the threshold"
     return CONDITIONS[name].title if name in CONDITIONS else name
+
+
+def is_attack(name: str) -> bool:
+    """Whether a condition tries to derail an answer, at a strength that the base model decides."""
+    return name.startswith("boost_x") or (name in CONDITIONS and CONDITIONS[name].attacks)
 
 
 def order(name: str) -> tuple[int, float, str]:
@@ -216,6 +228,10 @@ def _goes_on(setting: Setting, *, pushed: bool, off_topic: bool) -> Plan:
     return _continued(setting, "steered" if off_topic else "unsteered", pushed, _opening)
 
 
+def _welcomed(setting: Setting) -> Plan:
+    return Plan(tuple(welcomed(setting.cells, setting.prompts, setting.welcome)), setting.steerer)
+
+
 def _continues_correction(setting: Setting) -> Plan:
     return _continued(setting, "unsteered", True, lambda cell, reply: matched(reply, _cue(setting, cell))[0])
 
@@ -265,7 +281,14 @@ def boosts(section: EvalSection) -> dict[str, float]:
 
 
 for _condition in (
-    Condition("steered", "Steered at the base model's thresholds", _steered, runs_every_cell=True, reads_restarts=True),
+    Condition(
+        "steered",
+        "Steered at the base model's thresholds",
+        _steered,
+        runs_every_cell=True,
+        reads_restarts=True,
+        attacks=True,
+    ),
     Condition("unsteered", "Unsteered", _unsteered, runs_every_cell=True, reads_restarts=True),
     Condition(
         "steered_recalibrated",
@@ -274,17 +297,23 @@ for _condition in (
         runs_every_cell=True,
         for_plain_base=False,
     ),
-    Condition("random_direction", "Steered along random directions of equal norm", _along_random_directions),
+    Condition("welcomed", "Steered towards what the prompt asks for", _welcomed),
+    Condition(
+        "random_direction", "Steered along random directions of equal norm", _along_random_directions, attacks=True
+    ),
     Condition(
         "random_latents",
         "Steered by random latents of like frequency and decoder norm",
         _by_random_latents,
         needs_frequency=True,
+        attacks=True,
     ),
-    Condition("generated_only", "Steered from the reply's first token on", _generated_only),
-    Condition("two_directions", "Steered along two directions at once, of equal norm together", _two_directions),
-    Condition("three_layers", "Steered at three layers at once, of equal norm together", _three_layers),
-    Condition("adaptive", "Steered along directions of equal norm, optimised against the arm", _adaptive),
+    Condition("generated_only", "Steered from the reply's first token on", _generated_only, attacks=True),
+    Condition(
+        "two_directions", "Steered along two directions at once, of equal norm together", _two_directions, attacks=True
+    ),
+    Condition("three_layers", "Steered at three layers at once, of equal norm together", _three_layers, attacks=True),
+    Condition("adaptive", "Steered along directions of equal norm, optimised against the arm", _adaptive, attacks=True),
     Condition(
         UNPUSHED_OFF_TOPIC,
         "Unsteered, going on from the base model's steered beginning",
@@ -326,7 +355,7 @@ for _condition in (
         goes_on_from="unsteered",
     ),
     Condition("switched_off", "Steered until the first restart, then unsteered", _switched_off, goes_on_from="steered"),
-    Condition("boost", "Steered at other strengths", _boosted, sweep=boosts),
+    Condition("boost", "Steered at other strengths", _boosted, sweep=boosts, attacks=True),
 ):
     register_condition(_condition)
 
@@ -334,6 +363,27 @@ for _condition in (
 def unlabelled(cells: Sequence[Cell]) -> list[Cell]:
     """Cells whose direction stands for nothing, so that nothing can be hijacked towards it."""
     return [replace(cell, label=None) for cell in cells]
+
+
+def welcomed(cells: Sequence[Cell], prompts: Sequence[Prompt], template: str) -> list[Cell]:
+    """Cells whose prompt asks for what steers them.
+
+    Args:
+        cells: those whose direction stands for nothing are left out.
+        prompts: where the label is a topic of theirs, its prompts are taken in turn.
+        template: the prompt with {label} for every other label.
+    """
+    own: dict[str, list[str]] = {}
+    for prompt in prompts:
+        own.setdefault(prompt.topic, []).append(prompt.text)
+    met: Counter[str] = Counter()
+    found = []
+    for cell in cells:
+        if cell.label is not None:
+            texts = own.get(cell.label) or [template.replace("{label}", cell.label)]
+            found.append(replace(cell, prompt=texts[met[cell.label] % len(texts)], topic=cell.label))
+            met[cell.label] += 1
+    return found
 
 
 def random_directions(directions: Mapping[int, "Direction"], seed: int) -> dict[int, "Direction"]:

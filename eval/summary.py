@@ -9,7 +9,7 @@ import eval.statistics as statistics
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.values import typed
-from eval.conditions import CONDITIONS
+from eval.conditions import CONDITIONS, is_attack
 from eval.metrics import METRICS, Gap, attempts_histogram, headline, pair_key
 from eval.resistance import Resistance
 from eval.retention import Retention
@@ -17,6 +17,7 @@ from eval.statistics import Estimate, cluster_of
 from eval.store import Trial
 
 STEERED, RECALIBRATED = "steered", "steered_recalibrated"
+LAST = "last_score"
 TWO_WAY_RESAMPLES = 1000
 """Most resamples of the two-way bootstrap: it is a check beside the intervals, not one of them."""
 
@@ -45,6 +46,7 @@ class Summary:
         not_degenerate: of `arms` the headline's metrics over responses that the judge did not call degenerate.
         resistance: arm -> its own thresholds over the base model's, for arms that were recalibrated.
         retention: arm -> perplexity on the base model's unsteered replies over the base's own.
+        efficacy: attack (a condition) -> the base model's last score under it minus its score when nobody steers.
     """
 
     schema: int
@@ -58,6 +60,7 @@ class Summary:
     not_degenerate: Table[Estimate] = field(default_factory=dict)
     resistance: Mapping[str, Resistance] = field(default_factory=dict)
     retention: Mapping[str, Retention] = field(default_factory=dict)
+    efficacy: Mapping[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of metrics.json."""
@@ -67,6 +70,11 @@ class Summary:
     def conditions(self) -> set[str]:
         """Every condition that was measured."""
         return {condition for conditions in self.arms.values() for condition in conditions}
+
+    def proves_nothing(self, attack: str) -> bool:
+        """Whether an attack is known not to move the base model: the interval of `efficacy` does not lie below 0."""
+        found = self.efficacy.get(attack)
+        return found is not None and (found.high is None or found.high >= 0)
 
 
 def read_summary(path: Path | str) -> Summary:
@@ -125,6 +133,7 @@ def summarise(
             for arm, conditions in groups.items()
         },
         not_degenerate=_each(_not_degenerate(groups), single_estimate),
+        efficacy={name: difference(LAST, measured) for name, measured in _effects(groups.get("base", {})).items()},
     )
 
 
@@ -154,11 +163,13 @@ def _values(trials: Sequence[Trial], name: str) -> Measured:
     return Measured([value for value in values if not isinstance(value, Gap)], defined, unscored)
 
 
-def _differences(trials: Sequence[Trial], base: Sequence[Trial], name: str) -> Measured:
+def _differences(
+    trials: Sequence[Trial], base: Sequence[Trial], name: str, key: Callable[[Trial], Hashable] | None = None
+) -> Measured:
     """Per shared cell the difference, trials minus base; two conditions share cells whatever their strength."""
     of = METRICS[name].of
     alike = {trial.condition for trial in trials} == {trial.condition for trial in base}
-    key = pair_key if alike else _cell_key
+    key = key or (pair_key if alike else _cell_key)
     base_trials = {key(trial): trial for trial in base}
     values, kept, unscored = [], [], 0
     for trial in trials:
@@ -190,6 +201,20 @@ def _not_degenerate(groups: Conditions) -> Table[Measured]:
 def _cell_key(trial: Trial) -> tuple[Hashable, ...]:
     """What is left of `pair_key` without condition and strength."""
     return trial.cell.prompt, trial.cell.latent, trial.cell.seed, trial.seed
+
+
+def _prompt_key(trial: Trial) -> tuple[Hashable, ...]:
+    """What a steered cell shares with the unsteered one that it was made from."""
+    return trial.cell.prompt, trial.cell.seed, trial.seed
+
+
+def _effects(conditions: Mapping[str, Sequence[Trial]]) -> dict[str, Measured]:
+    """The last score under each attack minus that of the same prompt and seed when nobody steers."""
+    unsteered = conditions.get("unsteered", [])
+    found = {
+        name: _differences(rows, unsteered, LAST, _prompt_key) for name, rows in conditions.items() if is_attack(name)
+    }
+    return {name: measured for name, measured in found.items() if measured.values}
 
 
 def _by_condition(trials: Sequence[Trial]) -> dict[str, list[Trial]]:

@@ -107,6 +107,8 @@ class ArmRun:
             value=measured.value,
             adapted=partial(self._adapted, cells),
             cues=partial(cues_of, self.experiment.recipe),
+            prompts=self.experiment.resources.prompts().test,
+            welcome=section.welcome,
         )
         return measured.condition.plan(setting)
 

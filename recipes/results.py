@@ -33,7 +33,7 @@ from recipes.latent_course import TOKENS
 from recipes.measure import RETENTION
 from recipes.report_facts import facts, held_out, losses
 from recipes.stage_cache import Stage
-from recipes.steering_latents import THRESHOLDS, direction_noun, latent_facts
+from recipes.steering_latents import THRESHOLDS, direction_noun, latent_facts, nearest_trained
 from recipes.weights import form
 
 AGREEMENT, METRICS = "agreement.json", "metrics.json"
@@ -133,6 +133,8 @@ def _material(
         losses(parts),
         {arm: [row for part in parts for row in _noticed(part, arm)] for arm in rows},
         {arm: read_token_sums(file) for arm in rows if (file := _token_file(experiment, arm)).is_file()},
+        scales(experiment.recipe),
+        nearest_trained(experiment.directory),
     )
 
 
@@ -275,6 +277,16 @@ def _notes(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[st
         "seeds": ", ".join(str(part.recipe.seed) for part in parts),
         **({"outdated": lines} if (lines := outdated_lines((experiment, *parts))) else {}),
     }
+
+
+def scales(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Adapter -> arm -> the share of it that is at work; base is at 0. Only where arms differ in that alone."""
+    found: dict[str, dict[str, float]] = {}
+    for name, arm in recipe.arms.items():
+        if not (arm.model or arm.merged or arm.prompt or arm.edit or arm.monitor or arm.of == "base"):
+            origin = name if arm.is_trained else str(arm.of or arm.adapter)
+            found.setdefault(origin, {"base": 0.0})[name] = arm.scale
+    return {origin: arms for origin, arms in found.items() if len(set(arms.values())) > 2}
 
 
 def mixtures(recipe: Recipe) -> dict[str, dict[str, float]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data_gen.collect import KEPT
@@ -172,6 +173,7 @@ def _chosen(experiment: Experiment) -> dict[str, Any]:
         "layer": source.layer,
         "residual_norm": norm,
         "splits": {split: [direction.latent for direction in group] for split, group in choice.splits.items()},
+        "nearest": _nearest(choice.splits["test"], choice.splits["train"]),
         **({"concreteness": ratings} if ratings else {}),
     }
 
@@ -196,6 +198,14 @@ def _rated(experiment: Experiment, ratings: Mapping[str, float | None]) -> str:
     least = experiment.recipe.latents.concreteness or 0
     concrete = sum(score is not None and score >= least for score in ratings.values())
     return f"{concrete} of {len(ratings)} labels are rated {least:g} or more for concreteness"
+
+
+def _nearest(test: Sequence[Direction], train: Sequence[Direction]) -> dict[str, float]:
+    """Test latent -> its cosine with the nearest training direction."""
+    if not train:
+        return {}
+    seen = torch.stack([direction.unit.float() for direction in train])
+    return {str(each.latent): round(float((seen @ each.unit.float()).max()), 4) for each in test}
 
 
 def _active_on_prompts(experiment: Experiment) -> tuple[frozenset[int], list[str]]:
@@ -428,6 +438,13 @@ def held_out(resources: Resources, latents: Latents) -> Side:
 def direction_noun(recipe: Recipe) -> str:
     """What texts call one of a recipe's directions: `latent` or `vector`."""
     return "vector" if recipe.vectors else "latent"
+
+
+def nearest_trained(directory: Path) -> dict[int, float]:
+    """Test latent -> its cosine with the nearest training direction, as far as the run knows."""
+    path = directory / LATENTS
+    found = read_json(path).get("nearest", {}) if path.is_file() else {}
+    return {int(latent): float(cosine) for latent, cosine in found.items()}
 
 
 def latent_facts(directory: Path, noun: str = "latent") -> list[str]:

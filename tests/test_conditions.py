@@ -12,11 +12,12 @@ from esr_train.restarts import attempts
 from esr_train.steering.directions import Direction
 from esr_train.transcript import SaeRef
 from eval.arms import matched_latents
-from eval.cells import Cell
+from eval.cells import Cell, Prompt
 from eval.conditions import (
     CONDITIONS,
     Condition,
     Setting,
+    is_attack,
     matched,
     measured_conditions,
     opening,
@@ -25,6 +26,7 @@ from eval.conditions import (
     register_condition,
     through_restart,
     title,
+    welcomed,
     with_latents,
 )
 from eval.store import Trial
@@ -94,6 +96,31 @@ def test_random_directions_have_unit_norm_keep_the_latents_scale_and_stand_for_n
     again, other = random_directions(DIRECTIONS, seed=0), random_directions(DIRECTIONS, seed=1)
     assert torch.equal(drawn[0].unit, again[0].unit)
     assert not torch.equal(drawn[0].unit, other[0].unit)
+
+
+def test_a_welcomed_push_meets_a_prompt_that_asks_for_it():
+    prompts = (Prompt("How do I bake?", "topic0"), Prompt("How do I knead?", "topic0"), Prompt("How?", "linen"))
+    plan = CONDITIONS["welcomed"].plan(setting(prompts=prompts, welcome="Tell me about {label}."))
+    assert [cell.prompt for cell in plan.cells] == [
+        "How do I bake?", "Tell me about topic1.", "Tell me about topic2.",
+        "How do I knead?", "Tell me about topic1.", "Tell me about topic2.",
+    ]  # fmt: skip
+    assert all(cell.topic == cell.label for cell in plan.cells)
+    assert [(cell.latent, cell.seed, cell.multiple) for cell in plan.cells] == [
+        (cell.latent, cell.seed, cell.multiple) for cell in CELLS
+    ]
+    assert [float(adds(plan, cell)[0].vector.norm()) for cell in plan.cells] == pytest.approx([0.5 * 5.0] * 6)
+
+
+def test_no_prompt_can_ask_for_what_stands_for_nothing():
+    assert welcomed([replace(CELLS[0], label=None)], (), "Tell me about {label}.") == []
+
+
+def test_attacks_try_to_derail_at_a_strength_of_the_base_models():
+    names = ("steered", "generated_only", "two_directions", "three_layers", "adaptive", "random_direction")
+    assert all(map(is_attack, (*names, "random_latents", "boost_x1.25")))
+    others = ("unsteered", "welcomed", "steered_recalibrated", "switched_off", "steered_continues", "somebody's own")
+    assert not any(map(is_attack, others))
 
 
 def adds(plan: Plan, cell: Cell):

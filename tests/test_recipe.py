@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from esr_train.errors import InputError
-from esr_train.recipe import Recipe, dump_recipe, load_recipe
+from esr_train.recipe import EvalSection, Recipe, dump_recipe, load_recipe
 
 SMALL = "name: small\nmodel: {path: some/model}\n"
 
@@ -146,3 +146,8 @@ def test_a_mistake_is_told_without_the_section_around_it(small: Path, override: 
     assert f"1 mistake in the recipe: {message}" in str(caught.value)
     assert "value error" not in str(caught.value).lower()
     assert "{'name'" not in str(caught.value)
+
+
+def test_the_prompt_of_welcomed_names_the_label() -> None:
+    with pytest.raises(ValueError, match=r"the prompt in eval\.welcome leaves out \{label\}"):
+        EvalSection(welcome="Tell me about it.")

@@ -413,7 +413,7 @@ def test_a_difference_is_bold_only_where_its_interval_leaves_out_zero(report: Pa
 
 def test_a_figure_with_several_panels_has_them_above_each_other() -> None:
     drawn = {figure.name: figure for figure in draw_figures(everything())}
-    for name, panels in (("boost_sweep", 4), ("mixture_sweep", 3)):
+    for name, panels in (("boost_sweep", 5), ("mixture_sweep", 3)):
         assert len(set(re.findall(r'<g id="(axes_\d+)"', drawn[name].svg))) == panels
 
 

@@ -3,13 +3,27 @@
 import yaml
 
 from esr_train.recipe import load_recipe
-from recipes.results import mixtures
+from recipes.results import mixtures, scales
 
 
 def swept(tmp_path, arms):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"name": "t", "model": {"path": "model"}, "arms": arms}))
     return mixtures(load_recipe(path))
+
+
+def scaled(tmp_path, arms):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"name": "t", "model": {"path": "model"}, "arms": arms}))
+    return scales(load_recipe(path))
+
+
+def test_arms_of_one_adapter_at_several_scales_are_a_curve_that_begins_at_base(tmp_path):
+    half = {"of": "tuned", "scale": 0.5}
+    arms = {"tuned": {}, "half": half, "asked": {**half, "prompt": "{prompt} Look."}, "other": {}}
+    assert scaled(tmp_path, arms) == {"tuned": {"base": 0.0, "tuned": 1.0, "half": 0.5}}
+    given = {name: {"adapter": "a", "scale": value} for name, value in (("low", 0.2), ("high", 0.9))}
+    assert scaled(tmp_path, given) == {"a": {"base": 0.0, "low": 0.2, "high": 0.9}}
 
 
 def share(value, **more):

@@ -25,6 +25,7 @@ BOOST = re.compile(r"boost_x(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 """The name of a boosted condition, with the multiple of the threshold."""
 BOOST_PANELS = {
     "first_score": "first score",
+    "last_score": "last score",
     "multi_attempt_rate": "% second attempt",
     "esr_rate": "% ESR",
     "success_rate": "% of second attempts that improve",
@@ -54,7 +55,7 @@ def boosts(material: Material) -> Drawn:
     ]
     caption = "The same cells at other strengths; the base model's threshold is marked. "
     caption += "95 % intervals clustered by direction."
-    return _sweep(caption, points, BOOST_PANELS, "strength / threshold", list(arms), mark=1.0)
+    return sweep(caption, points, BOOST_PANELS, "strength / threshold", list(arms), mark=1.0)
 
 
 @figure("mixture_sweep", "Mixture sweep")
@@ -70,10 +71,10 @@ def mixtures(material: Material) -> Drawn:
     ]
     caption = "Arms trained alike but for the mixture; 0 % is the base model, which is not trained. 95 % intervals "
     caption += "clustered by direction (unsteered: by prompt)."
-    return _sweep(caption, points, MIXTURE_PANELS, "% self-correction rows in the mixture", list(material.mixtures))
+    return sweep(caption, points, MIXTURE_PANELS, "% self-correction rows in the mixture", list(material.mixtures))
 
 
-def _sweep(
+def sweep(
     caption: str,
     points: Sequence[Point],
     panels: Mapping[str, str],

@@ -53,6 +53,8 @@ class Material:
         losses: arm -> (step, training loss) of each of its runs.
         noticed: arm -> what detectors read in the beginnings that its replies go on from, where some were found.
         token_sums: arm -> trial key -> the detectors' sum at every token, where `esr latents course` has read it.
+        scales: adapter -> arm -> the share of it that is at work, 0-1, where arms differ in that alone.
+        nearest: test direction -> its cosine with the nearest training direction, where that is known.
     """
 
     summary: Summary
@@ -66,6 +68,8 @@ class Material:
     losses: Mapping[str, Sequence[Sequence[tuple[float, float]]]] = field(default_factory=dict)
     noticed: Mapping[str, Sequence[Noticed]] = field(default_factory=dict)
     token_sums: Mapping[str, Mapping[str, TokenSums]] = field(default_factory=dict)
+    scales: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    nearest: Mapping[int, float] = field(default_factory=dict)
 
     def steered(self, arm: str) -> list[Trial]:
         """The arm's trials steered at the base model's thresholds."""

@@ -11,14 +11,15 @@ from eval.conditions import order, title
 from eval.course import TokenSums
 from eval.metrics import METRICS, headline, pair_key
 from eval.report import arm_figures, prefix_figures  # noqa: F401 - register their figures, behind those of `figures`
+from eval.report.attack_figures import SUCCESSES, Attack, attacks
 from eval.report.drawing import TEMPLATES, Figure, arm_colours, inline_svg, render, save_figures
 from eval.report.figures import Material, draw_figures
 from eval.report.findings import opening, story
-from eval.report.story import ratios, shown
+from eval.report.story import ratios, shown, verdict
 from eval.report.tables import FIRST, save_tables
 from eval.statistics import Estimate
 from eval.store import Trial
-from eval.summary import STEERED, Table
+from eval.summary import LAST, STEERED, Summary, Table
 
 MOST_TRIALS = 600
 """Trials embedded in the page."""
@@ -73,6 +74,8 @@ def report_page(heading: str, material: Material, notes: Notes, figures: Sequenc
         headline={name: METRICS[name] for name in headline()},
         shown=shown,
         ratios=ratios(summary),
+        attacks=_attack_groups(summary),
+        attack_metrics=[LAST, *SUCCESSES],
         target=material.target,
         figures=[(figure, inline_svg(figure.svg, arm_colours(arms))) for figure in figures],
         notes={name.replace("_", " "): _lines(value) for name, value in notes.items()},
@@ -95,6 +98,14 @@ def _groups(arms: Table[Estimate], conditions: Sequence[str]) -> list[tuple[str,
     """Each condition's title, and the estimates of every arm that was measured under it."""
     groups = [(name, {arm: found[name] for arm, found in arms.items() if name in found}) for name in conditions]
     return [(title(name), measured) for name, measured in groups if measured]
+
+
+def _attack_groups(summary: Summary) -> list[tuple[str, str, list[Attack]]]:
+    """Each attack's title, whether it moves the base model, and what it did to every arm."""
+    by_name: dict[str, list[Attack]] = {}
+    for attack in attacks(summary):
+        by_name.setdefault(attack.name, []).append(attack)
+    return [(title(name), verdict(summary, name), made) for name, made in by_name.items()]
 
 
 def _lines(value: str | Sequence[str] | Mapping[str, str]) -> list[str]:

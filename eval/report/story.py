@@ -75,7 +75,21 @@ def tables(summary: Summary, everything: bool = False) -> list[str]:
     if beside := ratios(summary):
         rows = [[arm, *(_ratio(*cell) for cell in cells)] for arm, cells in beside.items()]
         lines += ["", "Over the base model", *_padded([["", "resistance factor", "perplexity, unsteered"], *rows])]
+    if summary.efficacy:
+        rows = [[name, verdict(summary, name)] for name in sorted(summary.efficacy, key=order)]
+        lines += ["", "Attacks on the base model", *_padded(rows)]
     return lines[1:] or ["no arm has been measured"]
+
+
+def verdict(summary: Summary, attack: str) -> str:
+    """Whether an attack moves the base model's last score, in words; one that does not proves nothing."""
+    found = shown(summary.efficacy.get(attack), is_rate=False, signed=True)
+    if not found:
+        return "whether it moves base is not known"
+    points = f"{found.value} ({found.interval or 'no interval'})"
+    if summary.proves_nothing(attack):
+        return f"proves nothing: base's last score is not lower than unsteered, {points}"
+    return f"moves base's last score by {points}"
 
 
 Cell = tuple[str, str, str]

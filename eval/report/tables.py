@@ -9,9 +9,10 @@ from pathlib import Path
 from esr_train.files import replacing
 from eval.conditions import order, title
 from eval.metrics import METRICS, headline
+from eval.report.attack_figures import SUCCESSES, attacks
 from eval.report.story import shown
 from eval.statistics import Estimate
-from eval.summary import RECALIBRATED, STEERED, Summary, Table
+from eval.summary import LAST, RECALIBRATED, STEERED, Summary, Table
 
 FIRST = (STEERED, "unsteered", RECALIBRATED)
 """Conditions of the headline's tables; the others are controls."""
@@ -94,8 +95,10 @@ def paper_tables(summary: Summary) -> list[PaperTable]:
 
 
 def save_tables(folder: Path, summary: Summary) -> None:
-    """Write `<name>.csv`, `.md` and `.tex` of every table, and `ratios.csv` where there are any."""
-    files = {"ratios.csv": text} if (text := _ratios(summary)) else {}
+    """Write `<name>.csv`, `.md` and `.tex` of every table, `ratios.csv` and `attacks.csv` where there are any."""
+    files = {
+        name: text for name, text in (("ratios.csv", _ratios(summary)), ("attacks.csv", _attacks(summary))) if text
+    }
     for table in paper_tables(summary):
         files |= {
             f"{table.name}.csv": table.to_csv(),
@@ -113,6 +116,23 @@ def _ratios(summary: Summary) -> str:
     found += [("perplexity", arm, (each.value, each.low, each.high, each.n)) for arm, each in summary.retention.items()]
     lines = [",".join(map(str, (name, arm, *numbers))) for name, arm, numbers in found]
     return "\n".join(["ratio,arm,value,low,high,n", *lines, ""]).replace("None", "") if lines else ""
+
+
+def _attacks(summary: Summary) -> str:
+    """What every attack did to every arm, a line for each number and one for the base model's own last score."""
+    rows = [
+        (each.name, each.arm, name, "minus base" if minus else "", found)
+        for each in attacks(summary)
+        for minus, estimates in enumerate((each.own, each.paired))
+        for name in (LAST, *SUCCESSES)
+        if (found := estimates.get(name)) and found.n
+    ]
+    effects = [(name, "base", LAST, "minus unsteered", found) for name, found in summary.efficacy.items()]
+    lines = [(*row[:-1], row[-1].value, row[-1].low, row[-1].high, row[-1].n) for row in [*effects, *rows]]
+    buffer = io.StringIO()
+    header = ("attack", "arm", "metric", "of", "value", "low", "high", "n")
+    csv.writer(buffer, lineterminator="\n").writerows([header, *lines])
+    return buffer.getvalue() if rows else ""
 
 
 def _by_condition(arms: Table[Estimate], conditions: Sequence[str]) -> dict[str, dict[str, Mapping[str, Estimate]]]:
