@@ -19,8 +19,8 @@ from eval.retention import MOST_REPLIES, read_replies, reply_store
 from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, Steerer, run_trials, trial_key
 from recipes.attacks import Attacked, adapted_directions
-from recipes.beginnings import read_beginnings
 from recipes.experiment import Experiment, base_inputs, judge_inputs, read_inputs, write_recipe
+from recipes.given_beginnings import read_beginnings
 from recipes.monitors import cues_of, monitor_inputs, watched
 from recipes.resources import located
 from recipes.stage_cache import Stage

@@ -26,8 +26,8 @@ from eval.resistance import resistance, thresholds_paired
 from eval.retention import Reply, reply_store, retention
 from eval.store import Trial, read_trials
 from eval.summary import RECALIBRATED, Summary, read_summary, summarise
-from recipes.beginnings import FOLDER as BEGINNINGS
 from recipes.experiment import Experiment, write_recipe
+from recipes.given_beginnings import FOLDER as BEGINNINGS
 from recipes.latent_course import FOLDER as COURSE
 from recipes.latent_course import TOKENS
 from recipes.measure import RETENTION

@@ -62,4 +62,6 @@ def read_beginnings(
 
     texts = digest([[key, text, plan.steerer.off] for key, *_, text, plan in given])
     decide = {**inputs, "texts": texts, "detectors": digest(asdict(detectors))}
-    experiment.cache.do(Stage(f"{FOLDER}/{name}", decide, (file,), ("recipes.beginnings", "eval.beginnings")), work)
+    experiment.cache.do(
+        Stage(f"{FOLDER}/{name}", decide, (file,), ("recipes.given_beginnings", "eval.beginnings")), work
+    )
