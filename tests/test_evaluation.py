@@ -37,7 +37,7 @@ EVERY = FULL | dict.fromkeys((*SWEEP, *OTHERS), CONTROLS)
 FIGURES = {
     "rates", "first_scores", "last_scores", "first_vs_last", "restart_position", "restart_likelihood", "boost_sweep",
     "prompt_variants", "prompting_and_tuning", "ablations", "thresholds", "training_loss", "unsteered_scores",
-    "feel_or_read", "sustained_resistance",
+    "feel_or_read", "sustained_resistance", "attack_success", "attack_hijack",
 }  # fmt: skip
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

@@ -16,9 +16,8 @@ from training_world import LAYER, recipe, transcripts, write_world
 
 from esr_train.__main__ import main
 from esr_train.errors import InputError
-from esr_train.files import write_json
 from esr_train.models import decoder_layers, load_model
-from esr_train.recipe import Recipe, RewardSection, TrainSection, dump_recipe
+from esr_train.recipe import Recipe, RewardSection, TrainSection, dump_recipe, parse_recipe
 from esr_train.training.dataset import read_rows
 from esr_train.training.injection import live_injection
 from esr_train.training.rollouts import PARTS, STEERING, Merit, Rollout, reward_weights, steering_columns
@@ -285,21 +284,20 @@ def test_too_few_rows_and_no_reward_are_refused(small):
         train(section, "tuned", section.directory, reward=by_letters)
 
 
-def by_the_judge(folder, args):
-    """A recipe whose judge gives a random reward: two of the tiny model's words stand for the prompt's topic."""
-    write_json(folder / "vocabulary.json", {"sheet": ["fitted", "corner"], "sail": ["jib", "mast"]})
+def by_the_judge(args):
+    """A recipe whose judge tells any two replies apart."""
     section = section_of(
         args={"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "learning_rate": 1e-3, **args}
     )
-    values = section.model_dump()
-    return Recipe.model_validate({**values, "judge": {"kind": "lexical", "vocabulary": "vocabulary.json"}})
+    plugin = str(Path(__file__).with_name("letters_judge.py"))
+    return parse_recipe({**section.model_dump(), "plugins": [plugin], "judge": {"kind": "letters"}})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [{}, {"num_iterations": 2, "gradient_accumulation_steps": 2}])
 def test_grpo_killed_ends_as_if_it_never_was(small, args):
     """Between two writings replies are written anew, by a later policy: then it ends well, but not the same."""
-    section = by_the_judge(small, args)
+    section = by_the_judge(args)
     (small / "r.yaml").write_text(dump_recipe(section))
     command = [sys.executable, "-m", "esr_train", "r.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
