@@ -55,8 +55,10 @@ def main() -> None:
     if options.model:
         print(page(variants, seconds, shape, remarks, options, load))
         return
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(page(variants, seconds, shape, remarks, options, load), encoding="utf-8")
+    # Sections behind the page are of other runs.
+    _, heading, sections = RESULTS.read_text(encoding="utf-8").partition("\n## ")
+    made_page = page(variants, seconds, shape, remarks, options, load)
+    RESULTS.write_text(made_page + heading + sections, encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
 
