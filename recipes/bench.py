@@ -9,8 +9,7 @@ from esr_train.files import write_json
 from esr_train.models import load_config
 from esr_train.provenance import hardware, versions
 from esr_train.recipe import Recipe
-from eval.conditions import order
-from eval.statistics import Estimate
+from eval.report.story import tables
 from eval.summary import Summary, read_summary
 from recipes.experiment import read_recipe
 from recipes.given_adapter import adapter_name
@@ -25,7 +24,6 @@ SCHEMA = 1
 GIVEN = "given"
 DEPTH = 0.57
 """Where vectors steer unless a layer is named: the share of the decoder layers up to the one whose output they move."""
-REPORTED = ("first_score", "last_score", "multi_attempt_rate", "esr_rate", "worsening_rate", "hijack_rate")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Contender:
 
 
 def bench(file: str, contender: Contender, overrides: Sequence[str] = ()) -> list[str]:
-    """Measure a contender, write `bench.json` and the report; returns a table of Markdown and where they lie.
+    """Measure a contender, write `bench.json` and the report; returns tables and where they lie.
 
     Args:
         file: the benchmark: a recipe, whose own arms are left out.
@@ -60,7 +58,7 @@ def bench(file: str, contender: Contender, overrides: Sequence[str] = ()) -> lis
     report = run(recipe, plans=True)
     summary = read_summary(recipe.directory / METRICS)
     write_json(recipe.directory / RESULT, result(recipe, contender, file, overrides, summary))
-    return [*table(summary), "", f"results: {recipe.directory / RESULT}", f"report: {report}"]
+    return [*tables(summary), "", f"results: {recipe.directory / RESULT}", f"report: {report}"]
 
 
 def bench_recipe(file: str, contender: Contender, overrides: Sequence[str] = ()) -> Recipe:
@@ -71,9 +69,11 @@ def bench_recipe(file: str, contender: Contender, overrides: Sequence[str] = ())
     who = adapter_name(contender.adapter or recipe.model.path)
     recipe = recipe.model_copy(update={"name": f"{recipe.name}-{who}"})
     if recipe.vectors and contender.model:
-        layer = round(DEPTH * load_config(recipe.model).get_text_config().num_hidden_layers)
-        made = recipe.directory.parent / f"{recipe.name}.safetensors"
-        update = {"file": str(made), "layer": layer if contender.layer is None else contender.layer}
+        middle = round(DEPTH * load_config(recipe.model).get_text_config().num_hidden_layers)
+        layer = middle if contender.layer is None else contender.layer
+        # Of the model and the layer alone, so that all adapters of a model share them.
+        made = recipe.directory.parent / f"vectors-{adapter_name(recipe.model.path)}-{layer}.safetensors"
+        update = {"file": str(made), "layer": layer}
         recipe = recipe.model_copy(update={"vectors": recipe.vectors.model_copy(update=update)})
     return recipe
 
@@ -97,25 +97,3 @@ def result(
         },
         "metrics": summary.to_json(),
     }
-
-
-def table(summary: Summary) -> list[str]:
-    """One line for each arm and condition."""
-    names = ("first score", "last score", "second attempt", "ESR", "worse", "hijacked")
-    lines = [f"| model | condition | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for arm, conditions in summary.arms.items():
-        for condition in sorted(conditions, key=order):
-            shown = [_said(conditions[condition][name], name) for name in REPORTED]
-            lines.append(f"| {arm} | {condition} | {' | '.join(shown)} |")
-    for arm, own in summary.resistance.items():
-        if own.value is not None:
-            lines.append(f"\n{arm}: own thresholds are {own.value:.2f} times the base model's")
-    return lines
-
-
-def _said(estimate: Estimate, name: str) -> str:
-    if estimate.value is None:
-        return "-"
-    factor, unit = (100, " %") if name.endswith("_rate") else (1, "")
-    value, low, high = (factor * float(each or 0) for each in (estimate.value, estimate.low, estimate.high))
-    return f"{value:.0f}{unit} ({low:.0f} to {high:.0f})"

@@ -18,7 +18,7 @@ import torch
 from peft.helpers import rescale_adapter_scale
 from pydantic import Field, ValidationError
 
-from esr_train.errors import InputError
+from esr_train.errors import InputError, RunError
 from esr_train.models import check_layer, hidden_size
 from esr_train.recipe import AtLeastOne, Count, Fraction, Recipe, Section
 from esr_train.steering.directions import Add
@@ -215,6 +215,8 @@ def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
             except (InputError, ValueError) as error:
                 said: Any = {"message": str(error), "type": "invalid_request_error"}
                 self._send_json(400, {"error": said if self.path == PATH else str(error)})
+            except RunError as error:
+                self._send_json(500, {"error": {"message": str(error), "type": "server_error"}})
 
         def _send_json(self, status: int, value: Any) -> None:
             self._send(status, json.dumps(value).encode(), "application/json")

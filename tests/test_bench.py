@@ -15,7 +15,8 @@ def test_a_contender_is_measured_and_one_file_says_who_on_what_and_how_well(adap
     words = ["bench", "tiny/quickstart", f"runs={tmp_path / 'runs'}", *SMALL, CONDITIONS]
     assert main([*words, "--adapter", str(adapter)]) == 0
     said = capsys.readouterr().out
-    assert "| given | steered |" in said
+    assert "Steered at the base model's thresholds" in said
+    assert "report: " in said
     found = json.loads((tmp_path / "runs" / "quickstart-theirs" / "bench.json").read_text())
     assert set(found["metrics"]["arms"]) == {"base", "given"} == set(found["inputs"])
     assert found["contender"]["adapter"] == str(adapter)
@@ -34,7 +35,7 @@ def test_vectors_are_made_for_another_model_than_the_recipes(assets, tmp_path):
     recipe = bench_recipe("resistance", Contender(str(assets / "llama")), [f"runs={tmp_path}"])
     assert recipe.vectors
     assert recipe.vectors.layer == 3
-    assert Path(recipe.vectors.file) == tmp_path / "resistance-llama.safetensors"
+    assert Path(recipe.vectors.file) == tmp_path / "vectors-llama-3.safetensors"
     assert bench_recipe("resistance", Contender(str(assets / "llama"), layer=1)).vectors.layer == 1
     own = bench_recipe("resistance", Contender()).vectors
     assert own
