@@ -2,18 +2,13 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_world import LAYER, preferences, recipe, transcripts, write_world
+from training_world import LAYER, kill_training, preferences, recipe, transcripts, write_world
 
 from data_gen.preferences import needless_restart, rejected_detour, with_rejected
 from data_gen.sources import Cues
@@ -278,16 +273,8 @@ def test_dpo_killed_behind_sft_ends_as_if_it_never_was(small):
     section = continued(args)
     (small / "r.yaml").write_text(dump_recipe(section))
     train(section, "tuned", section.directory)
-    command = [sys.executable, "-m", "esr_train", "r.yaml", "--arm", "dpo"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     folder = section.directory / "adapter" / "dpo"
-    while not (folder / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "adapter_config.json").exists()
+    kill_training(["r.yaml", "--arm", "dpo"], folder, checkpoint=4)
     assert main(["r.yaml", "--arm", "dpo"]) == 0
     resumed = load_file(str(folder / "adapter_model.safetensors"))
     whole = section.directory / "adapter" / "whole"

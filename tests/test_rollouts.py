@@ -2,17 +2,12 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_world import LAYER, recipe, transcripts, write_world
+from training_world import LAYER, kill_training, recipe, transcripts, write_world
 
 from esr_train.__main__ import main
 from esr_train.errors import InputError
@@ -299,16 +294,8 @@ def test_grpo_killed_ends_as_if_it_never_was(small, args):
     """Between two writings replies are written anew, by a later policy: then it ends well, but not the same."""
     section = by_the_judge(args)
     (small / "r.yaml").write_text(dump_recipe(section))
-    command = [sys.executable, "-m", "esr_train", "r.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     folder = section.directory / "adapter" / "tuned"
-    while not (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "adapter_config.json").exists()
+    kill_training(["r.yaml"], folder, checkpoint=3)
     assert main(["r.yaml"]) == 0
     resumed = load_file(str(folder / "adapter_model.safetensors"))
     folder.rename(section.directory / "adapter" / "whole")

@@ -2,17 +2,12 @@
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_world import recipe, transcripts, write_world
+from training_world import kill_training, recipe, transcripts, write_world
 from transformers import TrainerControl, TrainerState
 
 from esr_train.__main__ import main
@@ -266,17 +261,9 @@ def test_a_training_killed_in_its_second_epoch_ends_as_if_it_never_was(small):
     section = recipe(args=args)
     recipe_file = small / "r.yaml"
     recipe_file.write_text(dump_recipe(section))
-    command = [sys.executable, "-m", "esr_train", str(recipe_file)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     folder = small / "runs" / "t" / "adapter" / "tuned"
     # Twelve steps an epoch; the checkpoint at fifteen is in the middle of the second.
-    while not (folder / "checkpoints" / "checkpoint-15" / "trainer_state.json").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "adapter_config.json").exists()
+    kill_training([str(recipe_file)], folder, checkpoint=15)
     assert main(["r.yaml"]) == 0
     log_of(copy.deepcopy(section), "runs/whole")
     resumed = load_file(str(folder / "adapter_model.safetensors"))

@@ -1,6 +1,11 @@
 """A tiny experiment on disk for the training tests: model, SAE, transcripts, recipe."""
 
 import copy
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,7 @@ from eval.cells import split_latents
 from recipes.resources import Resources
 from recipes.steering_latents import threshold_key
 
+ROOT = Path(__file__).parent.parent
 SAE = SaeRef("saes", "first")
 LAYER = 1
 LATENTS = 12
@@ -149,3 +155,16 @@ def gradients(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) -
         loss = model(**inputs, use_cache=False, fused_lm_head=True).loss
         loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def kill_training(words: list[str], folder: Path, checkpoint: int) -> None:
+    """Start `esr train` on the CPU, and kill it as soon as a checkpoint is there; no adapter may be finished."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "esr_train", *words]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not (folder / "checkpoints" / f"checkpoint-{checkpoint}" / "trainer_state.json").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "adapter_config.json").exists()
