@@ -23,8 +23,11 @@ from eval.conditions import Measured, measured_conditions
 from eval.judging.judge import JudgeItem
 from eval.judging.rubric import split_question
 from eval.retention import MOST_REPLIES
+from recipes.latent_search import FOLDER as DETECTORS
+from recipes.latent_search import HELD_OUT, SEARCHED
 from recipes.resources import Resources
 from recipes.steering_latents import LATENTS, first_of_each
+from recipes.weights import takes_detectors
 
 KEPT = {"steered": 0.57}
 KEPT_ELSE = 0.95
@@ -132,6 +135,7 @@ def workload(resources: Resources, lengths: Lengths) -> list[Work]:
     seeds = len(recipe.seeds or (0,))
     works = [Work("latents", ("latents", "frequency"), _ratings(recipe, directions))] if directions else []
     works += list(_calibration(recipe, directions))
+    works += [_search(resources, directions, lengths)] if takes_detectors(recipe) else []
     for name, (recipe_of_arm, section) in _sources(recipe).items():
         works.append(Work(f"{name} rows", (f"data/sources/{name}",), (_rows(recipe_of_arm, name, section, lengths),)))
     works.append(_trials(recipe, "base", directions, lengths, seeds))
@@ -172,6 +176,15 @@ def _calibration(recipe: Recipe, directions: int) -> Iterator[Work]:
     if directions and (steers or any(sources_steer(recipe.for_arm(arm).data) for arm in recipe.trained_arms)):
         count = response_count(directions, recipe.calibration)
         yield Work("calibrate", ("calibrate",), (Batch("calibrate", count, recipe.calibration.max_new_tokens, count),))
+
+
+def _search(resources: Resources, directions: int, lengths: Lengths) -> Work:
+    """The search for detectors: own replies, read behind the own prompt, behind another, and under steering."""
+    pools = resources.prompts()
+    replies = min(SEARCHED, len(pools.train)) + min(HELD_OUT, len(pools.test))
+    readings = 3 if directions else 2
+    read = readings * replies * (lengths.prompt + lengths.reply)
+    return Work(DETECTORS, (DETECTORS,), (Batch(DETECTORS, replies, lengths.reply, 0),), read)
 
 
 def _sources(recipe: Recipe) -> dict[str, tuple[Recipe, SourceSection]]:

@@ -66,6 +66,17 @@ def test_replies_that_are_learned_from_are_counted_and_judged(tmp_path):
     assert found.trained == 160 * (20 + 40) * 1.5
 
 
+def test_the_search_for_detectors_is_counted_where_an_arm_takes_them(tmp_path):
+    edited = "arms={tuned: {}, deaf: {of: tuned, edit: {ablate: detectors}}}"
+    found = works(recipe(tmp_path, edited))
+    assert [*found][:3] == ["latents", "calibrate", "detectors"], "in the order in which they run"
+    assert [(batch.requests, batch.tokens) for batch in found["detectors"].batches] == [(200 + 100, 30.0)]
+    assert found["detectors"].judged == 0
+    assert found["detectors"].read == 3 * 300 * (20 + 30), "behind the own prompt, behind another, and under steering"
+    assert found["detectors"].covers("detectors")
+    assert "detectors" not in works(recipe(tmp_path))
+
+
 def test_seeds_repeat_training_and_trials_and_share_the_rest(tmp_path):
     one, three = works(recipe(tmp_path)), works(recipe(tmp_path, "seeds=[1, 2, 3]"))
     assert three["train tuned"].trained == 3 * one["train tuned"].trained
