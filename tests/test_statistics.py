@@ -297,6 +297,16 @@ def test_the_interval_of_a_mean_does_not_pass_the_values_there_can_be():
     assert bounded.low == free.low
 
 
+def test_the_interval_of_a_mean_that_few_directions_carry_does_not_reach_across_the_scale():
+    """Many resamples miss the three that vary: what these say of the spread, studentised, has no size."""
+    scored = {"a": [45.0] * 5, "b": [30.0] * 4, "c": [50.0] * 4, **{f"slight {n}": [2.0] for n in range(6)}}
+    scored |= {f"silent {n}": [0.0] for n in range(44)}
+    clusters = [name for name, scores in scored.items() for _ in scores]
+    found = statistics.mean([score for scores in scored.values() for score in scores], clusters, bounds=(0, 100))
+    assert found.value < 10
+    assert 0 <= found.low < found.value < found.high < 20
+
+
 def test_a_difference_of_rates_never_leaves_what_rates_allow():
     found = statistics.paired([1.0] * 9 + [0.0, 0.0], list(range(11)), of_rates=True, bounds=(-1, 1))
     assert found.low is not None
