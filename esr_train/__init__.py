@@ -32,36 +32,24 @@ if TYPE_CHECKING:
     from esr_train.steering.vector_making import difference_of_means, make_vectors
     from esr_train.transcript import Span, SpanKind, Transcript, read_transcripts, write_transcripts
 
-_MODULES = {
-    "Ablate": "steering.interventions",
-    "Clamp": "steering.interventions",
-    "InputError": "errors",
-    "Monitor": "steering.monitor",
-    "RunError": "errors",
-    "Sampling": "steering.engine",
-    "Span": "transcript",
-    "SpanKind": "transcript",
-    "Transcript": "transcript",
-    "difference_of_means": "steering.vector_making",
-    "generate": "steering.steer",
-    "label": "masking",
-    "load_adapter": "adapters",
-    "load_model": "models",
-    "load_monitor": "steering.monitor",
-    "load_recipe": "recipe",
-    "load_sae": "steering.direction_files",
-    "load_tokenizer": "models",
-    "load_vectors": "steering.vector_files",
-    "make_vectors": "steering.vector_making",
-    "measure_residual_norm": "steering.readout",
-    "read_labels": "steering.latent_labels",
-    "read_transcripts": "transcript",
-    "save_monitor": "steering.monitor",
-    "save_vectors": "steering.vector_files",
-    "steer": "steering.steer",
-    "watching": "steering.monitor",
-    "write_transcripts": "transcript",
+_NAMES = {
+    "adapters": ("load_adapter",),
+    "errors": ("InputError", "RunError"),
+    "masking": ("label",),
+    "models": ("load_model", "load_tokenizer"),
+    "recipe": ("load_recipe",),
+    "steering.direction_files": ("load_sae",),
+    "steering.engine": ("Sampling",),
+    "steering.interventions": ("Ablate", "Clamp"),
+    "steering.latent_labels": ("read_labels",),
+    "steering.monitor": ("Monitor", "load_monitor", "save_monitor", "watching"),
+    "steering.readout": ("measure_residual_norm",),
+    "steering.steer": ("generate", "steer"),
+    "steering.vector_files": ("load_vectors", "save_vectors"),
+    "steering.vector_making": ("difference_of_means", "make_vectors"),
+    "transcript": ("Span", "SpanKind", "Transcript", "read_transcripts", "write_transcripts"),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Ablate",

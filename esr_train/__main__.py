@@ -4,14 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from esr_train.command import add_debug, add_recipe, guarded, prepare
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe, dump_recipe
-
-if TYPE_CHECKING:
-    from esr_train.training.trainer import ProbeFactory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,23 +82,15 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _train(recipe: Recipe, arm: str) -> None:
     from esr_train.adapters import is_complete
-    from esr_train.training.trainer import adapter_folder, train
+    from esr_train.training.trainer import adapter_folder
     from recipes.preflight import Scope, check
-    from recipes.training_reward import recipe_reward
+    from recipes.weights import train_from_files
 
-    if not is_complete(adapter_folder(arm, recipe.directory)):
+    folder = adapter_folder(arm, recipe.directory)
+    if not is_complete(folder):
         check(recipe, Scope((arm,), generates=False, evaluates=False))
-    section = recipe.for_arm(arm)
-    folder = train(recipe, arm, recipe.directory, _probe(section), recipe_reward(section))
+    train_from_files(recipe, recipe.directory, arm)
     print(f"adapter: {folder}")
-
-
-def _probe(section: Recipe) -> "ProbeFactory | None":
-    if section.train.probe is None:
-        return None
-    from recipes.training_probe import calibrated_probe
-
-    return calibrated_probe(section, section.directory)
 
 
 def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:

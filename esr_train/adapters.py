@@ -173,15 +173,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         InputError: as `check_adapter`, or an adapter that changes nothing or gives logits that are not finite.
     """
-    from peft import PeftModel
-
-    config, weights = _read(folder, model.name_or_path)
-    try:
-        tuned = PeftModel.from_pretrained(model, str(folder), config=config, ignore_mismatched_sizes=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"the adapter does not fit the model ({first_line(error)})", str(folder)) from error
-    check_keys(weights, tuned, str(folder))
-    logits = _small_logits(tuned.eval())
+    tuned = _on(model, folder, *_read(folder, model.name_or_path)).eval()
+    logits = _small_logits(tuned)
     with tuned.disable_adapter():
         plain = _small_logits(tuned)
     if torch.equal(logits, plain):
@@ -205,23 +198,29 @@ def trainable_adapter(model: Any, folder: Path) -> Any:
     Raises:
         InputError: as `check_adapter`, or an adapter that is no LoRA.
     """
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     config, weights = _read(folder, model.name_or_path)
     if not isinstance(config, LoraConfig):
         raise InputError(f"training goes on with LoRA, and this is {config.peft_type}", str(folder))
     # ZeRO-3 gathers weights of one dtype only (as in trl).
-    upcast = not is_deepspeed_zero3_enabled()
+    return _on(model, folder, config, weights, is_trainable=True, upcast=not is_deepspeed_zero3_enabled())
+
+
+def _on(
+    model: Any,
+    folder: Path,
+    config: "PeftConfig",
+    weights: Mapping[str, torch.Tensor],
+    is_trainable: bool = False,
+    upcast: bool = True,
+) -> Any:
+    from peft import PeftModel
+
+    options: dict[str, Any] = {"is_trainable": is_trainable, "autocast_adapter_dtype": upcast}
     try:
-        tuned = PeftModel.from_pretrained(
-            model,
-            str(folder),
-            config=config,
-            is_trainable=True,
-            autocast_adapter_dtype=upcast,
-            ignore_mismatched_sizes=True,
-        )
+        tuned = PeftModel.from_pretrained(model, str(folder), config=config, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"the adapter does not fit the model ({first_line(error)})", str(folder)) from error
     check_keys(weights, tuned, str(folder))

@@ -82,12 +82,7 @@ def load_model(
     options = _loading_options(section, quantization, for_training)
     with _loading(section):
         pair: Any = AutoModelForCausalLM.from_pretrained(
-            model_source(section),
-            revision=section.revision,
-            config=config,
-            attn_implementation=section.attn_implementation,
-            output_loading_info=True,
-            **options,
+            model_source(section), config=config, output_loading_info=True, **options
         )
         loaded, report = pair
         _check_whole(report)
@@ -99,7 +94,8 @@ def load_model(
 
 def _loading_options(section: ModelSection, quantization: Literal["nf4"] | None, for_training: bool) -> dict[str, Any]:
     dtype, device = getattr(torch, section.dtype), choose_device(section)
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "revision": section.revision}
+    options["attn_implementation"] = section.attn_implementation
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -162,12 +158,8 @@ def choose_device(section: ModelSection) -> torch.device:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")
-        raise InputError(
-            f"the device {name!r} cannot be used ({reason})",
-            "model.device",
-            "Leave it out to take what is there.",
-        ) from error
+        what = f"the device {name!r} cannot be used ({first_line(error)})"
+        raise InputError(what, "model.device", "Leave it out to take what is there.") from error
 
 
 def align_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

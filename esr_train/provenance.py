@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from esr_train.errors import InputError
+from esr_train.errors import InputError, first_line
 from esr_train.recipe import ModelSection, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,9 +118,8 @@ def _source_hashes(section: ModelSection) -> dict[str, str]:
     try:
         found = snapshot_download(section.path, revision=section.revision, allow_patterns=patterns)
     except Exception as error:  # The hub's client raises the errors of whichever HTTP library it was built on.
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(
-            f"{section.path!r} is neither a folder nor a model that the hub gives ({reason})",
+            f"{section.path!r} is neither a folder nor a model that the hub gives ({first_line(error)})",
             "model.path",
             "Name a local folder or a hub id; for a gated model accept its licence and run `hf auth login`.",
         ) from error

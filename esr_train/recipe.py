@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -155,7 +155,7 @@ class AskingJudgeSection(JudgeSection):
         description="model: a name of inspect_ai's model API, its key stands in the environment; "
         "local: a folder or hub id, run by our own engine"
     )
-    temperature: Annotated[float, Field(ge=0)] | None = Field(0.0, description="null: the model takes none")
+    temperature: NotNegative | None = Field(0.0, description="null: the model takes none")
     repeat: Count = Field(0, description="another number asks anew what was answered before, as a test-retest")
 
 
@@ -247,7 +247,7 @@ class PromptsSection(Section):
 class SamplingSection(Section):
     """How tokens are drawn; one setting for every arm and for data generation."""
 
-    temperature: Annotated[float, Field(ge=0)] = Field(0.6, description="0: the likeliest token")
+    temperature: NotNegative = Field(0.6, description="0: the likeliest token")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="tokens are drawn from the likeliest that make up this probability"
     )
@@ -392,13 +392,11 @@ class LiveSection(Section):
 class RewardSection(Section):
     """What a reply is worth to GRPO: the judge's score of its last attempt, 0 to 1, less these."""
 
-    needless_restart: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="taken off a reply that restarts though nobody steers it"
-    )
-    relapse: Annotated[float, Field(ge=0)] = Field(
+    needless_restart: NotNegative = Field(0.5, description="taken off a reply that restarts though nobody steers it")
+    relapse: NotNegative = Field(
         1.0, description="times what the last attempt scores less than the first (0 to 1), taken off"
     )
-    length: Annotated[float, Field(ge=0)] = Field(0.5, description="taken off a reply that runs into the token limit")
+    length: NotNegative = Field(0.5, description="taken off a reply that runs into the token limit")
 
 
 class ProbeSection(Section):
@@ -560,7 +558,7 @@ class ArmSection(Section):
     )
     model: str | None = Field(None, description="hub id or folder of a whole model, such as a merged one")
     merged: bool = Field(False, description="the adapter is merged into the model before it is measured")
-    scale: Annotated[float, Field(ge=0, le=1)] = Field(
+    scale: Fraction = Field(
         1.0, description="share of the adapter that is at work: 0 is the base model, 1 the tuned one"
     )
     prompt: str | None = Field(
@@ -833,7 +831,8 @@ def explained_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[
     """Every key that a recipe may have, in the order of the schema; those of an arm stand under `arms.NAME`."""
     keys: list[ExplainedKey] = []
     for name, field in section.model_fields.items():
-        inner = list(dict.fromkeys(_sections(field.annotation)))
+        types = [part for part in _types(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+        inner: list[type[BaseModel]] = list(dict.fromkeys(types))
         meaning = field.description or ""
         if name == "judges":
             keys.append(ExplainedKey(name, "list of `judge` sections", "[]", meaning))
@@ -844,18 +843,10 @@ def explained_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[
             keys.append(ExplainedKey(f"{prefix}{name}", _kind(field.annotation), default, meaning))
         else:
             inside = f"{prefix}{name}.NAME." if name == "arms" else f"{prefix}{name}."
-            inner = list(JUDGE_SECTIONS.values()) if name == "judge" else inner
+            inner = [*JUDGE_SECTIONS.values()] if name == "judge" else [data_section()] if name == "data" else inner
             found = {key.name: key for part in inner for key in explained_keys(part, inside)}
             keys += found.values()
     return keys
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The section classes in a type, wherever they stand."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)
 
 
 def _kind(annotation: Any) -> str:
@@ -917,23 +908,11 @@ def _key(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "recipe"
 
 
-def _keys(model: type[Section], prefix: str = "") -> Iterator[str]:
-    """Every key of a section with the keys below it, dotted."""
-    open_ended: dict[type[Section], list[type[Section]]] = {
-        DataSection: [data_section()],
-        JudgeSection: [*JUDGE_SECTIONS.values()],
-    }
-    models = open_ended.get(model, [model])
-    for name, field in (item for each in models for item in each.model_fields.items()):
-        yield prefix + name
-        for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, Section):
-                yield from _keys(part, f"{prefix}{name}.")
-
-
 def _message(item: Any) -> str:
     if item["type"] == "extra_forbidden":
-        like = get_close_matches(_key(item["loc"]), [*_keys(Recipe)], 1, 0.75)
+        names = [key.name.replace(".NAME", "") for key in explained_keys()]
+        known = {part for name in names for part in accumulate(name.split("."), lambda a, b: f"{a}.{b}")}
+        like = get_close_matches(_key(item["loc"]), sorted(known), 1, 0.75)
         return f"unknown key (did you mean {like[0]}?)" if like else "unknown key"
     if item["type"] == "missing":
         return "required"

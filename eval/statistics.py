@@ -328,7 +328,7 @@ def _mean_interval(sums: Floats, sizes: Floats, resamples: int, seed: int) -> In
         with np.errstate(divide="ignore", invalid="ignore"):
             studentised = np.nan_to_num((ratio - centre) / np.sqrt(variance), nan=0, posinf=1e9, neginf=-1e9)
         quantiles = np.quantile(studentised, [1 - ALPHA / 2, ALPHA / 2])
-        # Many resamples miss the few clusters that vary where a quantile is beyond that of two clusters: Student's t stays.
+        # Beyond the quantile of two clusters, many resamples miss the few clusters that vary: Student's t stays.
         if np.abs(quantiles).max() < _quantile(2):
             below, above = quantiles
     return float(centre - below * error), float(centre - above * error)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from esr_train.errors import RunError
 from esr_train.models import decoder_layers
+from esr_train.steering.sampling import filled_up
 
 TOKENS_AT_ONCE = 1024
 """Tokens of one forward and backward pass."""
@@ -125,17 +126,11 @@ def _losses(
 
 def _batch_losses(model: Any, layer: int, batch: Sequence[Target], vectors: torch.Tensor) -> torch.Tensor:
     """Mean nats a reply token, [targets]; `vectors` [targets, d_model] are added at the steered tokens."""
-    device, width = vectors.device, max(len(each.ids) for each in batch)
-    ids = torch.tensor([[*each.ids, *[each.ids[0]] * (width - len(each.ids))] for each in batch], device=device)
-    column = torch.arange(width, device=device)
-    ends, replies, starts = (
-        torch.tensor(values, device=device)[:, None]
-        for values in (
-            [len(each.ids) for each in batch],
-            [each.reply for each in batch],
-            [each.steered for each in batch],
-        )
-    )
+    device = vectors.device
+    ids = filled_up([each.ids for each in batch], device)
+    column = torch.arange(ids.shape[1], device=device)
+    places = torch.tensor([[len(each.ids), each.reply, each.steered] for each in batch], device=device)
+    ends, replies, starts = places.T[:, :, None]
     steered = ((column >= starts) & (column < ends))[:, :, None]
 
     def add(_module: Any, _args: Any, output: Any) -> Any:

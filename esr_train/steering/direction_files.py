@@ -44,24 +44,17 @@ def load_sae(ref: SaeRef | str, id: str | None = None, *, model: Any = None, tok
     """
     if isinstance(ref, str):
         ref = SaeRef(str(Path(ref).parent), Path(ref).name) if id is None else SaeRef(ref, id)
-    folder = local_path(str(Path(ref.release) / ref.id))
-    local = folder if folder and folder.is_dir() else None
+    local = _local(ref)
     module = _from_disk(local) if local else _from_directory(ref)
     _fold(module, local, ref)
     module.requires_grad_(False)
     n_latents, d_model = module.W_dec.shape
     kind, scale = module.cfg.architecture(), module.cfg.normalize_activations
-    loaded = LoadedSae(
-        ref,
-        _layer(module, ref),
-        d_model,
-        n_latents,
-        module.eval(),
-        not_encoded=None if kind in ENCODERS else f"those of its architecture, {kind}, belong to no single token",
-        not_edited=f"its decoder scales with its input (normalize_activations={scale!r})"
-        if scale in INPUT_SCALES
-        else None,
-    )
+    not_encoded = None if kind in ENCODERS else f"those of its architecture, {kind}, belong to no single token"
+    scaled = f"its decoder scales with its input (normalize_activations={scale!r})"
+    not_edited = scaled if scale in INPUT_SCALES else None
+    size = _layer(module, ref), d_model, n_latents
+    loaded = LoadedSae(ref, *size, module.eval(), not_encoded=not_encoded, not_edited=not_edited)
     if model is None:
         return loaded
     check_fits(loaded, model)
@@ -77,8 +70,7 @@ def outline_sae(ref: SaeRef) -> LoadedSae | None:
     Raises:
         InputError: as `load_sae`, as far as names, configuration and header tell.
     """
-    folder = local_path(str(Path(ref.release) / ref.id))
-    local = folder if folder and folder.is_dir() else None
+    local = _local(ref)
     module = _module_outline(local, ref)
     if module is None:
         return None
@@ -86,6 +78,11 @@ def outline_sae(ref: SaeRef) -> LoadedSae | None:
         _fold(module, local, ref)
     n_latents, d_model = module.W_dec.shape
     return LoadedSae(ref, _layer(module, ref), d_model, n_latents, module)
+
+
+def _local(ref: SaeRef) -> Path | None:
+    folder = local_path(str(Path(ref.release) / ref.id))
+    return folder if folder and folder.is_dir() else None
 
 
 def _module_outline(folder: Path | None, ref: SaeRef) -> Any:

@@ -36,7 +36,9 @@ def read_labels(path: Path | str) -> dict[int, str]:
     path = local_path(str(path)) or Path(path)
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if path.is_dir() or kind == "jsonl":
-        rows: Iterable[Row] = (row for file in label_files(path) for row in _lines(file))
+        rows: Iterable[Row] = (
+            (f"{file}:{number}", row) for file in label_files(path) for number, row in json_lines(file)
+        )
     elif kind == "csv":
         rows = read_csv(path)
     elif kind == "json":
@@ -64,10 +66,6 @@ def label_files(path: Path) -> list[Path]:
     # Text and numbers take turns, beginning with text, so that batch-2 comes before batch-10.
     parts = {file: re.split(r"([0-9]+)", file.name) for file in files}
     return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in parts[file]])
-
-
-def _lines(path: Path) -> Iterator[Row]:
-    return ((f"{path}:{number}", row) for number, row in json_lines(path))
 
 
 def _entries(path: Path, value: Any) -> Iterator[Row]:

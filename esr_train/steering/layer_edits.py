@@ -62,7 +62,8 @@ class Layer:
             while number < len(self._edits) and not self._edits[number].accepts(row, intervention):
                 number += 1
             if number == len(self._edits):
-                self._edits.append(_edit_for(intervention, self._rows))
+                sae = None if isinstance(intervention, Add) else intervention.sae
+                self._edits.append(_LatentEdits(sae, self._rows) if sae else _Additions(self._rows))
             self._edits[number].take(row, intervention)
         self._is_steered[row, 0] = any(i.positions == "all" for i in interventions)
         self._is_steered[row, 1] = bool(interventions)
@@ -131,10 +132,6 @@ class Layer:
         steered = self._is_steered[tokens.index, tokens.reply.long()].flatten().long()
         index = tokens.index.flatten() % len(self._counts)
         self._increment = torch.zeros_like(self._counts).scatter_add_(0, index, steered)
-
-
-def _edit_for(intervention: Intervention, rows: int) -> "_Additions | _LatentEdits":
-    return _Additions(rows) if isinstance(intervention, Add) else _LatentEdits(intervention.sae, rows)
 
 
 class _Additions:

@@ -6,7 +6,7 @@ It follows a reply while it is generated, in the engine (`monitored_engine`) or 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,23 +128,12 @@ class _Written:
 def save_monitor(monitor: Monitor, path: Path | str) -> None:
     """Write a monitor as JSON."""
     reads = monitor.reads
-    probes = isinstance(reads, Projections)
-    sae = None if isinstance(reads, Projections) else {"release": reads.sae.ref.release, "id": reads.sae.ref.id}
-    write_json(
-        path,
-        {
-            "schema": 1,
-            "name": monitor.name,
-            "layer": monitor.layer,
-            "weights": reads.directions[0].tolist() if isinstance(reads, Projections) else [],
-            "sae": sae,
-            "latents": [] if probes else list(reads.latents),  # type: ignore[union-attr]
-            "centre": monitor.centre,
-            "scale": monitor.scale,
-            "threshold": monitor.threshold,
-            "false_alarms": monitor.false_alarms,
-        },
-    )
+    if isinstance(reads, Projections):
+        what: tuple[tuple[float, ...], SaeRef | None, tuple[int, ...]] = (tuple(reads.directions[0].tolist()), None, ())
+    else:
+        what = (), reads.sae.ref, reads.latents
+    levels = monitor.centre, monitor.scale, monitor.threshold, monitor.false_alarms
+    write_json(path, asdict(_Written(1, monitor.name, monitor.layer, *what, *levels)))
 
 
 def load_monitor(path: Path | str) -> Monitor:

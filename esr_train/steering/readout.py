@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from tqdm import tqdm
 
 from esr_train.errors import InputError
-from esr_train.models import check_layer, decoder_layers
+from esr_train.models import check_layer
 from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
+from esr_train.steering.token_reading import kept_outputs
 from esr_train.template import bos_id, prompt_text
 
 QUESTIONS = (
@@ -53,23 +53,17 @@ def hidden_states(
         InputError: if the layer does not exist.
     """
     check_layer(model, layer, "layer")
-    outputs: list[torch.Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
     training = model.training
-    handle = decoder_layers(model)[layer].register_forward_hook(keep)
+    model.eval()
     try:
-        model.eval()
-        tokens = [ids for text in texts if len(ids := with_bos(tokenizer, text)) > 1]
-        for start in range(0, len(tokens), rows):
-            batch = tokens[start : start + rows]
-            with torch.no_grad():
-                model(**_padded(batch, model.device), use_cache=False, logits_to_keep=1)
-            yield from (states[1 : len(ids)] for states, ids in zip(outputs.pop(), batch, strict=True))
+        with kept_outputs(model, [layer]) as kept:
+            tokens = [ids for text in texts if len(ids := with_bos(tokenizer, text)) > 1]
+            for start in range(0, len(tokens), rows):
+                batch = tokens[start : start + rows]
+                with torch.no_grad():
+                    model(**_padded(batch, model.device), use_cache=False, logits_to_keep=1)
+                yield from (states[1 : len(ids)] for states, ids in zip(kept.pop(layer), batch, strict=True))
     finally:
-        handle.remove()
         model.train(training)
 
 

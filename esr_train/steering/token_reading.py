@@ -20,6 +20,7 @@ from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
 from esr_train.steering.engine import Encoding, Request, check_steered, encoded, encoded_with
 from esr_train.steering.hook import steering
 from esr_train.steering.interventions import layer_of
+from esr_train.steering.sampling import filled_up
 
 VALUES = 1 << 24
 """Activations that are known at once: 64 MiB, of an SAE of 131k latents 128 tokens."""
@@ -164,10 +165,9 @@ def _layer_outputs(
     The pass ends behind the last layer that is read or steered: what is deeper would be thrown away.
     """
     device = next(model.parameters()).device
-    width = max(len(text.ids) for text in texts)
-    ids = torch.tensor([[*text.ids, *[text.ids[0]] * (width - len(text.ids))] for text in texts], device=device)
+    ids = filled_up([text.ids for text in texts], device)
     ends, starts = torch.tensor([[len(text.ids), text.reply_start] for text in texts], device=device).unbind(1)
-    column = torch.arange(width, device=device)
+    column = torch.arange(ids.shape[1], device=device)
     real = column < ends[:, None]
     steered_layers = {layer_of(each) for request in requests for each in request.interventions}
     last = max(steered_layers.union(layers))

@@ -125,8 +125,11 @@ def own_replies(
     prompts = [question.format(subject=subject) for subject in subjects for question in ASKED]
     requests = [Request(str(number), prompt, seed=seed + number) for number, prompt in enumerate(prompts)]
     with tqdm(total=len(requests), desc="ask about subjects", unit="reply", mininterval=1) as bar:
-        short = replace(sampling, max_new_tokens=REPLY_TOKENS)
-        done = engine.generate(requests, short, lambda finished, _: _advance(bar, finished))
+
+        def advance(finished: int, _: int) -> None:
+            bar.update(finished)
+
+        done = engine.generate(requests, replace(sampling, max_new_tokens=REPLY_TOKENS), advance)
     replies = [Reply(reply_text(tokenizer, prompt), each.text) for prompt, each in zip(prompts, done, strict=True)]
     count = len(ASKED)
     return {subject: replies[count * number : count * (number + 1)] for number, subject in enumerate(subjects)}
@@ -163,10 +166,6 @@ def vectors_of_replies(
         for subject, row in zip(replies, different, strict=True)
     ]
     return _without_twins(vectors)
-
-
-def _advance(bar: "tqdm[Any]", finished: int) -> None:
-    bar.update(finished)
 
 
 def cosines(vectors: Sequence[SteeringVector]) -> torch.Tensor:

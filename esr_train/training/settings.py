@@ -20,7 +20,7 @@ from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from esr_train.errors import InputError, first_line, refuse
 from esr_train.models import decoder_layers, load_config
-from esr_train.recipe import AtLeastOne, Count, Fraction, Positive, Recipe, Section, TrainSection
+from esr_train.recipe import AtLeastOne, Count, Fraction, NotNegative, Positive, Recipe, Section, TrainSection
 from esr_train.training.rollouts import reward_weights
 
 Logger = Literal["none", "wandb", "trackio", "tensorboard"]
@@ -40,14 +40,14 @@ class CommonArguments(Section):
     learning_rate: Positive = 2e-4
     lr_scheduler_type: str = "cosine"
     lr_scheduler_kwargs: dict[str, Any] | None = None
-    warmup_steps: Annotated[float, Field(ge=0)] = 10
+    warmup_steps: NotNegative = 10
     optim: str | None = None
     optim_args: str | None = None
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
-    adam_epsilon: Annotated[float, Field(ge=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    adam_epsilon: NotNegative = 1e-8
+    max_grad_norm: NotNegative = 1.0
     num_train_epochs: Positive = 3.0
     max_steps: AtLeastOne | None = None
     per_device_train_batch_size: AtLeastOne = 2
@@ -65,7 +65,7 @@ class CommonArguments(Section):
     dataloader_drop_last: bool = False
     eval_strategy: Cadence = "no"
     eval_steps: Positive | None = None
-    eval_delay: Annotated[float, Field(ge=0)] = 0.0
+    eval_delay: NotNegative = 0.0
     eval_on_start: bool = False
     per_device_eval_batch_size: AtLeastOne = 8
     load_best_model_at_end: bool = False
@@ -117,7 +117,7 @@ class RolloutArguments(CommonArguments):
     num_generations: Annotated[int, Field(ge=2)] = 8
     max_completion_length: AtLeastOne | None = Field(None, description="None: sampling.max_new_tokens")
     temperature: Positive = 1.0
-    beta: Annotated[float, Field(ge=0)] = 0.04
+    beta: NotNegative = 0.04
     num_iterations: AtLeastOne = 1
     epsilon: Positive = 0.2
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
@@ -448,7 +448,9 @@ def _checked(given: dict[str, Any], schema: type[Section], kind: type, where: st
     except ValidationError as error:
         # A value that fits none of several types is one mistake, not one for each type.
         first = {str(item["loc"][0]): item for item in reversed(error.errors())}
-        mistakes += [_misvalued(item["msg"], item["input"], key, where) for key, item in reversed(first.items())]
+        for key, item in reversed(first.items()):
+            what = f"{item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"
+            mistakes.append(InputError(what, f"{where}.{key}", REASONS.get(key)))
     refuse(mistakes)
     return usable
 
@@ -460,8 +462,3 @@ def _misnamed(key: str, known: list[str], kind: type, where: str) -> InputError:
     near = difflib.get_close_matches(key, known, n=3)
     fix = f"Did you mean {' or '.join(near)}?" if near else f"See the fields of {kind.__name__}."
     return InputError(f"{kind.__name__} has no field of this name", f"{where}.{key}", fix)
-
-
-def _misvalued(message: str, value: Any, key: str, where: str) -> InputError:
-    what = f"{message[0].lower()}{message[1:]} (got {value!r})"
-    return InputError(what, f"{where}.{key}", REASONS.get(key))

@@ -59,6 +59,7 @@ SAMPLES = "samples.jsonl"
 EVENTS = "tensorboard"
 """In the adapter's folder: tensorboard's, where it is asked for."""
 
+TRAINERS: dict[str, type[LiveTrainer]] = {"sft": EsrTrainer, "dpo": PreferenceTrainer, "grpo": RolloutTrainer}
 PATIENCE = 3
 """Evaluations without improvement after which training stops, where `load_best_model_at_end` is set."""
 
@@ -97,7 +98,7 @@ def start_folder(recipe: Recipe, arm: str, directory: Path) -> Path | None:
 def train(
     recipe: Recipe, arm: str, directory: Path, probe: ProbeFactory | None = None, reward: Reward | None = None
 ) -> Path:
-    """Train an arm's adapter, or go on where an earlier call stopped; a finished adapter is left as it is.
+    """Train an arm's adapter, or go on where an earlier call stopped; returns its folder. A finished one is left alone.
 
     Args:
         recipe: the experiment's.
@@ -105,9 +106,6 @@ def train(
         directory: of the run; the data are `data/<arm>.jsonl` in it unless the recipe names a file.
         probe: makes the behavioural probe; called only if the recipe has `train.probe`.
         reward: says what replies are worth, for `train.method: grpo`.
-
-    Returns:
-        the adapter's folder, `adapter/<arm>` in the run directory.
 
     Raises:
         InputError: bad settings or data, or a continuation of a run that was begun with others.
@@ -123,8 +121,7 @@ def train(
     plugin = args.deepspeed_plugin
     record = provenance(section, arm, data, len(rows), args.world_size, plugin and plugin.zero_stage, start)
     _begin(folder, record, args)
-    is_main_process = args.process_index == 0
-    if hub and is_main_process:
+    if hub and args.process_index == 0:
         saving.create_repository(hub, section.train.args.get("hub_private_repo"))
     if not is_complete(folder):
         live = live_injection(section, rows)
@@ -134,7 +131,7 @@ def train(
         model = trainable_adapter(model, start) if start else model
         trainer = build_trainer(section, args, model, tokenizer, rows, live, probe, reward)
         _run(trainer, folder, record, keeps_checkpoints="save_total_limit" in section.train.args)
-    if hub and is_main_process:
+    if hub and args.process_index == 0:
         saving.upload(folder, hub)
     return folder
 
@@ -181,19 +178,15 @@ def build_trainer(
         recipe: as the arm sees it.
         args: from `check_settings`.
         model: as loaded, or with the adapter that training goes on from; a new one is added here otherwise.
-        tokenizer, rows, live, probe: the model's, and what `read_rows`, `live_injection` and a `ProbeFactory` give.
-        reward: see `train`.
+        tokenizer, rows, live: the model's, and what `read_rows` and `live_injection` give.
+        probe, reward: see `train`.
     """
     training, held_out = (rows, []) if args.eval_strategy == "no" else hold_out(rows)
     collator = Collator(tokenizer.pad_token_id, packs(recipe), packs(recipe) and is_flash(recipe))
-    if isinstance(args, GRPOConfig):
-        kind: type[LiveTrainer] = RolloutTrainer
-        given = _prompts(recipe, args, training, reward)
-    else:
-        kind = PreferenceTrainer if recipe.train.method == "dpo" else EsrTrainer
-        given = _sequences(recipe, training, held_out, collator)
+    prompts = isinstance(args, GRPOConfig) and _prompts(recipe, args, training, reward)
+    given = prompts or _sequences(recipe, training, held_out, collator)
     try:
-        trainer = kind(
+        trainer = TRAINERS[recipe.train.method](
             live=live,
             meter=Meter(count_parameters(model), args.world_size, trains_on_cpu(recipe)),
             names={row_key(row.labelled.id): row.labelled.id for row in rows},
