@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_gen.brevity import brevity
 from data_gen.filters import Seen, screened
 from data_gen.prompted import prompted
 from data_gen.sources import SOURCES, TOO_LONG, Context, Make, Outcome, normal
@@ -20,7 +21,7 @@ from esr_train.recipe import SourceSection
 from esr_train.transcript import Transcript, from_json, to_json
 from eval.store import RowStore
 
-BUILT_IN = (steered, prompted, normal)
+BUILT_IN = (steered, prompted, normal, brevity)
 """Sources that were registered when they were imported here."""
 KEPT, TRIMMED = "kept", "kept, answer trimmed"
 CANDIDATES_PER_ROW = 20

@@ -215,6 +215,8 @@ def training_settings(recipe: Recipe) -> dict[str, Any]:
     left_out = ("probe", "data") if rewards else ("probe", "data", "reward")
     train = {key: value for key, value in values["train"].items() if key not in left_out}
     train["args"] = {key: value for key, value in train["args"].items() if not key.startswith(REPORTING)}
+    if train["live"]:
+        del train["live"]["adaptive"]  # the rows say along which directions they are steered
     model = {key: value for key, value in values["model"].items() if key != "device"}
     sae = values["sae"] and {"release": values["sae"]["release"], "id": values["sae"]["id"]}
     positions = values["engine"]["positions"]

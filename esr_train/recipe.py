@@ -336,12 +336,17 @@ class NormalSection(SourceSection):
     """Unsteered answers by the model itself."""
 
 
+class BrevitySection(SourceSection):
+    """Pairs of unsteered replies for `train.method: dpo`, the shorter one preferred: nothing to do with steering."""
+
+
 class DataSection(Section):
     """What the training file is made of: rows of each source, and what holds for all of them."""
 
     steered: SteeredSection = SteeredSection()
     prompted: PromptedSection = PromptedSection()
     normal: NormalSection = NormalSection()
+    brevity: BrevitySection = BrevitySection()
     self_correction: Fraction | None = Field(
         None, description="share of self-correction rows in the mixture; null keeps every row"
     )
@@ -387,6 +392,9 @@ class LiveSection(Section):
     answer: Fraction = Field(
         1.0, description="factor on the strength from the last answer's first token on; 0: nothing is steered there"
     )
+    adaptive: bool = Field(
+        False, description="along directions that were first optimised by gradient against the arm of `of`"
+    )
 
 
 class RewardSection(Section):
@@ -397,6 +405,9 @@ class RewardSection(Section):
         1.0, description="times what the last attempt scores less than the first (0 to 1), taken off"
     )
     length: NotNegative = Field(0.5, description="taken off a reply that runs into the token limit")
+    unnoticed: NotNegative = Field(
+        0.0, description="taken off a steered reply whose first attempt scores below 50 and is its only one"
+    )
 
 
 class ProbeSection(Section):
@@ -441,6 +452,14 @@ CONDITION_NAMES: dict[str, str | None] = {}
 """
 
 
+class RetentionSection(Section):
+    """Tasks of lm-evaluation-harness that every arm is asked beside the trials, with nobody steering."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="names, as `lm-eval ls tasks` and `include` have them")
+    include: str | None = Field(None, description="folder of task files of one's own; data files are found from it on")
+    limit: AtLeastOne | None = Field(None, description="documents of each task; null: all")
+
+
 class EvalSection(Section):
     """Held-out cells: test latents x test prompts, the same for every arm."""
 
@@ -458,6 +477,7 @@ class EvalSection(Section):
         "Tell me about {label}.",
         description="the prompt of `welcomed` where a direction's {label} is no topic of the prompts",
     )
+    retention: RetentionSection | None = None
     restart_phrases: str | None = Field(
         None, description="text file, one a line: how likely they are is measured at sentence ends"
     )
@@ -630,8 +650,11 @@ class Recipe(Section):
         if "base" in self.arms:
             raise ValueError("arms: 'base' is always there and is not trained; remove it")
         for name, arm in self.arms.items():
-            self.for_arm(name)
+            live = self.for_arm(name).train.live
             self._check_origin(name, arm)
+            if arm.is_trained and live and live.adaptive and (arm.of is None or self.engine.kind == "vllm"):
+                what = "directions are optimised against the arm that `of` names, as transformers runs it"
+                raise ValueError(f"arms.{name}.train.live.adaptive: {what}: set of, and engine.kind transformers")
             for condition in arm.conditions or ():
                 if condition not in self.eval.conditions:
                     raise ValueError(f"arms.{name}.conditions: {condition!r} is not among eval.conditions")

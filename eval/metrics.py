@@ -122,6 +122,15 @@ def esr_after_shown_detour_of_all(trial: Trial) -> Value:
     return shown if isinstance(shown, Gap) or not shown else improves(trial)
 
 
+@metric("restart_after_bad_start_rate", "Second attempt after a bad first", tested=False)
+def restart_after_bad_start_rate(trial: Trial) -> Value:
+    """Among responses whose first attempt scores below 50, however short it is: whether there is a second one."""
+    first = _score(trial, 0)
+    if isinstance(first, Gap):
+        return first
+    return multi_attempt_rate(trial) if first < OFF_TOPIC_BELOW else Gap.UNDEFINED
+
+
 @metric("shown_detour_rate", "Shown detour", headline=True, tested=False)
 def shown_detour_rate(trial: Trial) -> Value:
     """Whether the first attempt has at least eight tokens and scores below 50; the rest resisted from the first word,

@@ -46,6 +46,7 @@ class Summary:
         not_degenerate: of `arms` the headline's metrics over responses that the judge did not call degenerate.
         resistance: arm -> its own thresholds over the base model's, for arms that were recalibrated.
         retention: arm -> perplexity on the base model's unsteered replies over the base's own.
+        tasks: arm -> `task/metric` of lm-evaluation-harness -> `own`, and `minus_base` (see `eval.harness.kept`).
         efficacy: attack (a condition) -> the base model's last score under it minus its score when nobody steers.
     """
 
@@ -60,6 +61,7 @@ class Summary:
     not_degenerate: Table[Estimate] = field(default_factory=dict)
     resistance: Mapping[str, Resistance] = field(default_factory=dict)
     retention: Mapping[str, Retention] = field(default_factory=dict)
+    tasks: Table[Estimate] = field(default_factory=dict)
     efficacy: Mapping[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

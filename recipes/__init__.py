@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parent
 
 def shipped() -> dict[str, Path]:
     """Every recipe file that the package ships, at any depth, by its name, such as `tiny/quickstart`."""
-    settings = {"accelerate", "deepspeed", "assets"}
+    settings = {"accelerate", "deepspeed", "assets", "tasks"}
     files = (path for path in sorted(FOLDER.rglob("*.yaml")) if not settings & set(path.relative_to(FOLDER).parts))
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in files}
 

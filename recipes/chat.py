@@ -2,21 +2,21 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from esr_train.adapters import is_complete, load_adapter
 from esr_train.errors import InputError
+from esr_train.models import load_config
 from esr_train.recipe import Recipe
 from esr_train.restarts import find_cues
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Request, Sampling
-from esr_train.steering.transformers_engine import TransformersEngine
 from eval.calibration import read_thresholds
 from recipes.resources import Resources
 from recipes.steering_latents import THRESHOLDS
+from recipes.switch import LoadedSwitch, Queue, ServedSwitch, Switch
 from recipes.weights import adapter_folder
 
 HELP = """\
@@ -39,8 +39,7 @@ class Chat:
     """A model, with an adapter or without, and what it may be steered along.
 
     Args:
-        model: of transformers.
-        tokenizer: the model's.
+        switch: what answers.
         arm: what the adapter is called; None: there is none.
         directions: by number, each with its residual norm.
         thresholds: direction -> its threshold in residual norms; strengths are then multiples of it. Those without one
@@ -48,12 +47,15 @@ class Chat:
         sampling: of the answers.
     """
 
-    model: Any
-    tokenizer: Any
+    switch: Switch
     arm: str | None
     directions: Mapping[int, Direction]
     thresholds: Mapping[int, float]
     sampling: Sampling
+    queue: Queue = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queue", Queue(self.switch))
 
     @property
     def unit(self) -> str:
@@ -89,15 +91,9 @@ class Chat:
         if direction is not None and strength:
             adds = (self.directions[direction].add(strength * self.thresholds.get(direction, 1.0)),)
         request = Request("chat", prompt, interventions=adds, seed=seed)
-        plain = self.model.disable_adapter() if self.arm else nullcontext()
-        with plain:
-            found = [("base", self._say(request))]
-        if self.arm:
-            found.append((self.arm, self._say(request)))
+        shares = {"base": 0.0} | ({self.arm: 1.0} if self.arm else {})
+        found = [(arm, self.queue.ask(request, self.sampling, share).text) for arm, share in shares.items()]
         return [Answer(arm, text, tuple(find_cues(text))) for arm, text in found]
-
-    def _say(self, request: Request) -> str:
-        return TransformersEngine(self.model, self.tokenizer, batch_rows=1).generate([request], self.sampling)[0].text
 
 
 def open_chat(resources: Resources, arm: str | None) -> Chat:
@@ -121,9 +117,22 @@ def open_chat(resources: Resources, arm: str | None) -> Chat:
     thresholds = {each.latent: each.norm for each in found if each.bound is None}
     numbers = thresholds or labels
     directions = {number: source.direction(number, norm, labels.get(number)) for number in numbers}
+    switch = _switch(resources, folders[chosen] if chosen else None)
+    return Chat(switch, chosen, directions, thresholds, resources.sampling())
+
+
+def _switch(resources: Resources, adapter: Path | None) -> Switch:
+    """What answers, as the recipe's engine has it."""
+    recipe = resources.recipe
+    if recipe.engine.kind == "vllm":
+        config = load_config(recipe.model).get_text_config()
+        switch = ServedSwitch(resources.engine, adapter, config.num_hidden_layers, config.hidden_size)
+        switch.generate([], resources.sampling(), 1.0)  # starts vLLM
+        return switch
     model = resources.base_model()
-    model = load_adapter(model, folders[chosen]) if chosen else model
-    return Chat(model, resources.tokenizer(), chosen, directions, thresholds, resources.sampling())
+    return LoadedSwitch(
+        load_adapter(model, adapter) if adapter else model, resources.tokenizer(), recipe.engine.batch_rows
+    )
 
 
 def _adapter(recipe: Recipe, arm: str) -> Path | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import data_gen.brevity
 import data_gen.prompted
 import data_gen.steered  # noqa: F401 - each registers what a recipe may name
 import eval.conditions

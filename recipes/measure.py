@@ -1,24 +1,29 @@
 """One arm's trials: every condition's cells, steering and beginnings, run into one resumable file."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from esr_train.errors import InputError
-from esr_train.provenance import digest, sha256
+from esr_train.files import write_json
+from esr_train.provenance import digest, folder_hashes, sha256
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Scorer
+from esr_train.steering.transformers_engine import TransformersEngine
 from eval.arms import Arm, Variant
 from eval.calibration import load_thresholds, save_thresholds
 from eval.cells import Cell, make_cells, unsteered
 from eval.conditions import Measured, Setting, measured_conditions
+from eval.harness import open_tasks, run_tasks
 from eval.judging.restart_likelihood import BEFORE, read_phrases, restart_reader
 from eval.report.story import finished_line, progress_bar
 from eval.retention import MOST_REPLIES, read_replies, reply_store
 from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, Steerer, run_trials, trial_key
-from recipes.attacks import Attacked, adapted_directions
+from recipes.attacks import Attacked, MovedDirections, adapted_directions, moved_directions
 from recipes.experiment import Experiment, base_inputs, judge_inputs, read_inputs, write_recipe
 from recipes.given_beginnings import read_beginnings
 from recipes.monitors import cues_of, monitor_inputs, watched
@@ -45,6 +50,7 @@ def measure(experiment: Experiment, arm: str, weights: Weights, shared: Shared) 
         plans[measured.name] = run.plan(measured)
         run.measure(measured, plans[measured.name])
     run.read_base_replies()
+    run.ask_tasks()
     if shared.found:
         read_beginnings(experiment, arm, run.arm, plans, shared.found, run.activating())
     return run.path
@@ -167,6 +173,32 @@ class ArmRun:
         inputs = {"arm": self._weighing(), "replies": replies}
         experiment.cache.do(Stage(f"{RETENTION}/{self.name}", inputs, (file,), ("eval.retention",)), work)
 
+    def ask_tasks(self) -> None:
+        """Run the tasks of `eval.retention`; an arm with words, edits or a monitor has the weights of another one."""
+        experiment, section = self.experiment, self.experiment.recipe.eval.retention
+        monitored = monitor_inputs(experiment, self.name)
+        if section is None or self.variant.to_json() or monitored:
+            return
+        include = located(section.include) if section.include else None
+        open_tasks(section, include)
+        file = f"{RETENTION}/{self.name}.tasks.json"
+
+        def work() -> None:
+            engine = self.arm().engine
+            assert isinstance(engine, TransformersEngine)
+            rows = experiment.recipe.engine.batch_rows
+            found = run_tasks(engine.model, experiment.resources.tokenizer(), section, include, rows)
+            write_json(experiment.directory / file, {name: asdict(each) for name, each in found.items()})
+            experiment.say(f"{self.name}: " + ", ".join(f"{name} {each.value:.3g}" for name, each in found.items()))
+
+        inputs = {
+            "arm": self._weighing(),
+            "tasks": section.model_dump(mode="json"),
+            "files": folder_hashes(include) if include else {},
+            "harness": version("lm_eval"),
+        }
+        experiment.cache.do(Stage(f"{RETENTION}/{self.name}/tasks", inputs, (file,), ("eval.harness",)), work)
+
     def _weighing(self) -> dict[str, Any]:
         """What decides how likely the arm finds a text that nobody steers."""
         base = base_inputs(self.experiment)
@@ -234,6 +266,12 @@ class ArmRun:
         others = matched(self.experiment, wanted, self.shared.latents, self.shared.frequency)
         sae, labels = resources.sae(), resources.labels()
         return {latent: sae.direction(other, norm, labels.get(other)) for latent, other in others.items()}
+
+    def moved_for_training(self) -> MovedDirections:
+        """Directions of the training latents, optimised against the arm."""
+        attacked = Attacked(self.name, self._fingerprint, self.variant, self.arm, "train")
+        steerer = self.shared.steerer(self.experiment.recipe.engine.positions, "train")
+        return moved_directions(self.experiment, attacked, steerer, sorted(steerer.directions))
 
     def _adapted(self, cells: Sequence[Cell]) -> dict[int, Direction]:
         """Directions of the cells' latents, optimised against the arm."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data_gen.sources import sources_steer
+from esr_train.errors import InputError
 from esr_train.ranks import ALONE, Ranks, at_once
 from esr_train.recipe import Recipe
 from eval.conditions import measured_conditions
@@ -119,7 +120,12 @@ def arm_weights(experiment: Experiment, arm: str, shared: Shared, sources: Sourc
     else:
         weights = given_weights(experiment, arm)
     if section.is_trained:
-        weights = train_arm(experiment, arm, mix_rows(experiment, arm, sources[arm], shared), weights)
+        live, moved = experiment.recipe.for_arm(arm).train.live, None
+        if live and live.adaptive:
+            assert section.of is not None
+            assert weights is not None
+            moved = ArmRun(experiment, section.of, weights, shared).moved_for_training()
+        weights = train_arm(experiment, arm, mix_rows(experiment, arm, sources[arm], shared, moved), weights)
     assert weights is not None
     weights = scale_arm(experiment, arm, weights, section.scale)
     owner = arm if section.is_trained or section.scale != 1 else section.of or arm
@@ -164,6 +170,10 @@ def generate(recipe: Recipe, arms: Sequence[str], ranks: Ranks = ALONE) -> list[
         ranks: processes that make the rows together.
     """
     check(recipe, Scope(tuple(arms), evaluates=False, speaks=ranks.first))
+    for arm in arms:
+        if (live := recipe.for_arm(arm).train.live) and live.adaptive:
+            what = "its rows are steered along directions that are optimised against a trained arm"
+            raise InputError(what, f"arms.{arm}.train.live.adaptive", "Use `esr run`.")
     with open_experiment(recipe, ranks=ranks) as experiment:
         shared = prepare(experiment, evaluates=False)
         sources = {arm: generate_sources(experiment, arm, shared) for arm in arms}

@@ -8,7 +8,7 @@ from data_gen.sources import read_cues, sources_steer, wanted_sources
 from esr_train.errors import InputError, refuse
 from esr_train.masking import label
 from esr_train.models import load_config, model_source
-from esr_train.recipe import ModelJudgeSection, ModelSection, Recipe, judging_model
+from esr_train.recipe import ModelJudgeSection, ModelSection, Recipe, RetentionSection, judging_model
 from esr_train.steering.direction_files import check_sizes, outline_sae
 from esr_train.steering.monitor import load_monitor
 from esr_train.template import encode_prompt
@@ -17,6 +17,7 @@ from esr_train.transcript import SaeRef, Span, SpanKind, Transcript
 from eval.arms import prompt_text
 from eval.cells import deal_subjects
 from eval.conditions import CONDITIONS
+from eval.harness import open_tasks
 from eval.judging.restart_likelihood import read_phrases
 from eval.llm import InspectLlm, Ledger
 from recipes.experiment import is_finished
@@ -119,6 +120,8 @@ def _looks(recipe: Recipe, scope: Scope) -> Iterator[Look]:
             yield f"rows of {arm}", partial(_check_rows, recipe.for_arm(arm), arm)
     if scope.evaluates:
         yield "restart phrases", partial(_check_phrases, recipe)
+        if recipe.eval.retention:
+            yield "tasks", partial(_check_tasks, recipe, recipe.eval.retention)
         for arm in recipe.arms:
             yield f"arm {arm}", partial(_check_arm, recipe, arm)
             yield f"attack on {arm}", partial(_check_attack, recipe, arm)
@@ -213,9 +216,9 @@ def _check_rows(recipe: Recipe, arm: str) -> str:
     wanted = wanted_sources(recipe.data)
     if not wanted:
         raise InputError(f"the arm {arm!r} asks for no rows", "data", "Set rows under one of its sources.")
-    if recipe.train.method == "dpo" and not (sources_steer(recipe.data) or recipe.data.normal.rows):
+    if recipe.train.method == "dpo" and all(source.name == "prompted" for source in wanted):
         what = "no source that is asked for has replies to reject"
-        raise InputError(what, "train.method=dpo", "Set data.steered.rows or data.normal.rows.")
+        raise InputError(what, "train.method=dpo", "Set rows of data.steered, normal or brevity.")
     if recipe.train.live and not sources_steer(recipe.data):
         what = "no source that is asked for steers, so there is nothing to inject"
         raise InputError(what, "train.live", "Remove it (train.live=null), or set data.steered.rows.")
@@ -252,6 +255,14 @@ def _check_disk(recipe: Recipe) -> str:
 def _check_phrases(recipe: Recipe) -> None:
     if recipe.eval.restart_phrases:
         read_phrases(located(str(recipe.eval.restart_phrases)))
+
+
+def _check_tasks(recipe: Recipe, section: RetentionSection) -> str:
+    if recipe.engine.kind != "transformers":
+        what = "tasks are asked of the model that transformers runs"
+        raise InputError(what, "eval.retention", "Take engine.kind transformers, or leave it out.")
+    open_tasks(section, located(section.include) if section.include else None)
+    return ", ".join(section.tasks)
 
 
 def _check_arm(recipe: Recipe, arm: str) -> str:

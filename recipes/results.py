@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 
 from esr_train.errors import InputError, RunError
-from esr_train.files import write_json
+from esr_train.files import read_json, write_json
 from esr_train.provenance import digest, sha256, source_hashes
 from esr_train.recipe import Recipe
+from esr_train.values import typed
 from eval.beginnings import Noticed, noticed_store
 from eval.calibration import Threshold, read_thresholds
 from eval.conditions import measured_conditions
 from eval.course import read_token_sums
+from eval.harness import TaskResult, kept
 from eval.judging.agreement import Agreement, Panel, agreement, judge_again, judgement_store
 from eval.judging.judge import Judge
 from eval.judging.model_judge import ModelJudge
@@ -151,6 +153,7 @@ def _summary(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[
     section, seed = experiment.recipe.eval, experiment.recipe.seed
     pairs = {arm: _threshold_pairs(parts, arm) for arm in rows}
     replies = {arm: _replies(parts, arm) for arm in rows}
+    results = {arm: _task_results(parts, arm) for arm in rows}
     return replace(
         summarise(rows, section.bootstrap, seed),
         resistance={arm: resistance(each, section.bootstrap, seed) for arm, each in pairs.items() if each},
@@ -159,7 +162,14 @@ def _summary(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[
             for arm, each in replies.items()
             if each and replies["base"]
         },
+        tasks={arm: kept(each, results["base"], section.bootstrap, seed) for arm, each in results.items() if each},
     )
+
+
+def _task_results(parts: Sequence[Experiment], arm: str) -> list[dict[str, TaskResult]]:
+    """What an arm scored in tasks, of each run that asked it."""
+    files = [part.directory / RETENTION / f"{arm}.tasks.json" for part in parts if part.recipe.eval.retention]
+    return [typed(dict[str, TaskResult], read_json(file)) for file in files if file.is_file()]
 
 
 def _threshold_pairs(parts: Sequence[Experiment], arm: str) -> list[tuple[Threshold, Threshold]]:

@@ -20,6 +20,7 @@ from esr_train.recipe import DataSection, Recipe, SourceSection
 from esr_train.transcript import Transcript, read_transcripts, write_transcripts
 from eval.cells import Side, check_disjoint
 from eval.llm import LEDGER, Asker, InspectLlm, Ledger
+from recipes.attacks import MovedDirections
 from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe
 from recipes.resources import located
 from recipes.stage_cache import Stage
@@ -138,8 +139,10 @@ def _files(data: DataSection, source: Source, section: SourceSection) -> dict[st
     return {name: sha256(path) for name, path in files.items() if path.is_file()}
 
 
-def mix_rows(experiment: Experiment, arm: str, sources: Mapping[str, Rows], shared: Shared) -> Rows:
-    """Mix an arm's training file from its sources, or check the one it names.
+def mix_rows(
+    experiment: Experiment, arm: str, sources: Mapping[str, Rows], shared: Shared, moved: MovedDirections | None = None
+) -> Rows:
+    """Mix an arm's training file from its sources, or check the one it names; `moved` steers its rows in the end.
 
     Raises:
         InputError: if it shares a prompt, a latent or an off-topic subject with the evaluation.
@@ -161,7 +164,7 @@ def mix_rows(experiment: Experiment, arm: str, sources: Mapping[str, Rows], shar
             rows = _preferred(experiment, arm, rows)
         mixed = mix(rows, recipe.data.self_correction, experiment.recipe.seed).rows
         check_held_out(mixed, evaluation)
-        write_transcripts(path, mixed)
+        write_transcripts(path, moved.steered(mixed) if moved else mixed)
         write_recipe(experiment)
 
     inputs = {
@@ -170,6 +173,7 @@ def mix_rows(experiment: Experiment, arm: str, sources: Mapping[str, Rows], shar
         "seed": experiment.recipe.seed,
         "held_out": evaluation.fingerprint,
         **(_preference_inputs(recipe) if prefers else {}),
+        **({"moved": moved.fingerprint} if moved else {}),
     }
     made_by = ("data_gen.mixture", "data_gen.preferences")[: 1 + prefers]
     stage = Stage(f"data/{arm}", inputs, (f"data/{arm}.jsonl",), made_by)

@@ -6,24 +6,19 @@ A request names what steers it and how much of the adapter is at work: the switc
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 import torch
-from peft.helpers import rescale_adapter_scale
 from pydantic import Field, ValidationError
 
 from esr_train.errors import InputError, RunError
-from esr_train.models import check_layer, hidden_size
+from esr_train.models import check_layer_number
 from esr_train.recipe import AtLeastOne, Count, Fraction, Recipe, Section
 from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request, Sampling
-from esr_train.steering.transformers_engine import TransformersEngine
 from recipes.chat import Chat, open_chat, talk
 from recipes.resources import open_resources
 
@@ -87,9 +82,9 @@ def complete(chat: Chat, body: bytes) -> dict[str, Any]:
         InputError: for anything that is not a request, naming the key.
     """
     asked = _read(body)
-    request, sampling = _request(chat, asked), _sampling(chat.sampling, asked)
-    with resisting(chat, asked.resistance):
-        made = TransformersEngine(chat.model, chat.tokenizer, batch_rows=1).generate([request], sampling)[0]
+    if chat.arm is None and asked.resistance not in (0, 1):
+        raise InputError("there is no adapter whose strength could be set", "resistance", "Train an arm first.")
+    made = chat.queue.ask(_request(chat, asked), _sampling(chat.sampling, asked), asked.resistance)
     prompt, generated = made.prompt_tokens, len(made.token_ids)
     return {
         "id": f"chatcmpl-{time.time_ns():x}",
@@ -126,7 +121,8 @@ def _read(body: bytes) -> Body:
 def _request(chat: Chat, asked: Body) -> Request:
     said = {message.role: message.content for message in asked.messages}
     adds = (_push(chat, asked.steering),) if asked.steering and asked.steering.strength else ()
-    return Request("chat", said["user"], said.get("system"), said.get("assistant", ""), adds, asked.seed)
+    most = asked.max_tokens
+    return Request("chat", said["user"], said.get("system"), said.get("assistant", ""), adds, asked.seed, most)
 
 
 def _push(chat: Chat, steering: SteeringBody) -> Add:
@@ -136,10 +132,10 @@ def _push(chat: Chat, steering: SteeringBody) -> Add:
         number = chat.find(str(steering.direction))
         return chat.directions[number].add(steering.strength * chat.thresholds.get(number, 1.0))
     assert steering.vector is not None
-    width = hidden_size(chat.model)
+    width = chat.switch.width
     if steering.layer is None or len(steering.vector) != width:
         raise InputError(f"a vector has {width} numbers and a layer", "steering.vector")
-    check_layer(chat.model, steering.layer, "steering.layer")
+    check_layer_number(steering.layer, chat.switch.layers, "steering.layer")
     return Add(steering.layer, steering.strength * torch.tensor(steering.vector))
 
 
@@ -147,30 +143,9 @@ def _sampling(own: Sampling, asked: Body) -> Sampling:
     return Sampling(
         own.temperature if asked.temperature is None else asked.temperature,
         own.top_p if asked.top_p is None else asked.top_p,
-        min(asked.max_tokens or own.max_new_tokens, own.max_new_tokens),
+        own.max_new_tokens,
         own.repetition_penalty,
     )
-
-
-@contextmanager
-def resisting(chat: Chat, share: float) -> Iterator[None]:
-    """The adapter at work with a share of its strength, 0 to 1, while the block runs; without one there is only 0.
-
-    Raises:
-        InputError: if no adapter is there that could be switched.
-    """
-    if chat.arm is None:
-        if share not in (0.0, 1.0):
-            raise InputError("there is no adapter whose strength could be set", "resistance", "Train an arm first.")
-        yield
-    elif share == 0:
-        with chat.model.disable_adapter():
-            yield
-    elif share == 1:
-        yield
-    else:
-        with rescale_adapter_scale(chat.model, share):
-            yield
 
 
 def serve(chat: Chat, port: int) -> None:
@@ -189,8 +164,7 @@ def serve(chat: Chat, port: int) -> None:
 
 
 def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
-    """What answers the page's requests, one at a time."""
-    lock = Lock()
+    """What answers requests; those that come meanwhile wait, and are then answered together."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -209,8 +183,7 @@ def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
                 return
             body = self.rfile.read(min(int(self.headers.get("Content-Length") or 0), LONGEST))
             try:
-                with lock:
-                    found = complete(chat, body) if self.path == PATH else _answers(chat, body)
+                found = complete(chat, body) if self.path == PATH else _answers(chat, body)
                 self._send_json(200, found)
             except (InputError, ValueError) as error:
                 said: Any = {"message": str(error), "type": "invalid_request_error"}

@@ -107,11 +107,11 @@ class Shared:
     detectors: DetectorSet | None = None
     found: Detectors | None = None
 
-    def steerer(self, positions: Positions) -> Steerer:
-        """Steers with the test latents at the base model's thresholds."""
-        test = self.calibrated.steerable["test"]
-        directions = {latent.direction.latent: latent.direction for latent in test}
-        return Steerer(directions, {latent.direction.latent: latent.threshold for latent in test}, positions)
+    def steerer(self, positions: Positions, split: Split = "test") -> Steerer:
+        """Steers with the latents of a split at the base model's thresholds."""
+        steerable = self.calibrated.steerable[split]
+        directions = {latent.direction.latent: latent.direction for latent in steerable}
+        return Steerer(directions, {latent.direction.latent: latent.threshold for latent in steerable}, positions)
 
 
 def choose_latents(experiment: Experiment) -> Latents:

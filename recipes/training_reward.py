@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe, judging_model
 from eval.judging.judge import Judge, JudgeItem, Judgement
+from eval.metrics import OFF_TOPIC_BELOW
 from recipes.resources import Resources
 
 if TYPE_CHECKING:
@@ -61,4 +62,5 @@ def merit(rollout: "Rollout", judgement: Judgement) -> "Merit | None":
         needless_restart=float(not rollout.steered and len(scores) > 1),
         relapse=max(0.0, scores[0] - scores[-1]) / 100,
         length=float(not rollout.ended),
+        unnoticed=float(rollout.steered and len(scores) == 1 and scores[0] < OFF_TOPIC_BELOW),
     )

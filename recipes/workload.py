@@ -213,7 +213,7 @@ def _rows(recipe: Recipe, name: str, section: SourceSection, lengths: Lengths) -
         return Batch(kind, requests, tokens, candidates * (1 + PASSED))
     if getattr(section, "writer", None):
         return Batch(kind, 0, 0, 2 * candidates)
-    each = 2 if name == "prompted" else 1
+    each = 2 if name in ("prompted", "brevity") else 1
     return Batch(kind, each * candidates, lengths.reply, each * candidates)
 
 

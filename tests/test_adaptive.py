@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+from training_world import transcripts
 
 from esr_train.errors import RunError
+from esr_train.files import read_json
+from esr_train.provenance import sha256
 from esr_train.steering.adaptive import TOKENS_AT_ONCE, Target, _batches, optimise
 from esr_train.steering.directions import Add
 from esr_train.steering.hook import steering
+from esr_train.transcript import VectorRef, read_transcripts
+from recipes.attacks import MovedDirections
+from recipes.cli import main
+from tests.small_run import new_run
 
 PROMPT, REPLY = (1, 20, 30, 40), (50, 51, 52, 53, 54, 55)
 
@@ -61,3 +68,36 @@ def test_a_loss_that_is_no_number_stops_it(family, targets):
 def test_batches_hold_like_lengths_within_what_is_computed_at_once():
     found = _batches([Target(0, (1,) * length, 1) for length in (600, 10, 500, 20, TOKENS_AT_ONCE + 1)])
     assert [[len(each.ids) for each in batch] for batch in found] == [[10, 20], [500], [600], [TOKENS_AT_ONCE + 1]]
+
+
+def test_rows_are_steered_along_their_moved_directions_as_strongly_as_before(tmp_path):
+    file = tmp_path / "moved.safetensors"
+    file.write_bytes(b"vectors")
+    rows = transcripts(steered=2, normal=1)
+    latents = [row.steering.latent for row in rows if row.steering]
+    moved = MovedDirections(file, {latent: f"topic {latent}" for latent in latents}, "print")
+    found = moved.steered(rows)
+    steered = [row for row in found if row.steering]
+    for row, latent, before in zip(steered, latents, rows, strict=False):
+        assert row.steering.vector == VectorRef(str(file), sha256(file))
+        assert (row.steering.latent, row.steering.label) == (None, f"topic {latent}")
+        assert row.steering.strength == before.steering.strength
+        assert (row.spans, row.meta) == (before.spans, before.meta)
+    assert [row for row in found if not row.steering] == [row for row in rows if not row.steering]
+
+
+@pytest.mark.slow
+def test_an_arm_is_trained_on_along_directions_that_were_optimised_against_another(assets, tmp_path):
+    run = new_run(tmp_path, assets)
+    hardened = "hardened: {of: tuned, train: {live: {adaptive: true}, args: {max_steps: 2}}}"
+    words = [*run.words, "eval.trials=4", "eval.conditions=[adaptive]", f"arms={{tuned: {{}}, {hardened}}}"]
+    assert main(words) == 0
+    rows = read_transcripts(run.folder / "data" / "hardened.jsonl")
+    files = {row.steering.vector.file for row in rows if row.steering}
+    assert files == {str(run.folder / "attacks" / "tuned-train.safetensors")}
+    trained = {row.steering.label for row in rows if row.steering}
+    curves = {name: read_json(run.folder / "attacks" / f"{name}.json") for name in ("tuned-train", "tuned", "hardened")}
+    assert trained <= set(curves["tuned-train"])
+    assert set(curves["tuned"]) == set(curves["hardened"])
+    assert not set(curves["tuned"]) & set(curves["tuned-train"])
+    assert main(["data", "generate", *words[1:], "--arm", "hardened"]) == 2

@@ -3,7 +3,7 @@
 import json
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ from esr_train.adapters import load_adapter
 from esr_train.errors import InputError
 from esr_train.models import load_model
 from esr_train.steering.directions import Direction
-from esr_train.steering.engine import Sampling
+from esr_train.steering.engine import Completion, Request, Sampling
 from esr_train.transcript import SaeRef
 from recipes.chat import Chat, talk
-from recipes.serving import PATH, complete, handler, resisting
+from recipes.serving import PATH, complete, handler
+from recipes.switch import LoadedSwitch, Queue
 
 SAMPLING = Sampling(temperature=0.6, max_new_tokens=16)
 
@@ -32,7 +33,12 @@ def opened(base, tmp_path, family) -> Chat:  # noqa: F811
         for number, label in ((3, "bread"), (5, "Wool and yarn"))
     }
     model = load_adapter(load_model(section(base)), tmp_path / "adapter")
-    return Chat(model, family.tokenizer, "tuned", directions, norms, SAMPLING)
+    return Chat(LoadedSwitch(model, family.tokenizer), "tuned", directions, norms, SAMPLING)
+
+
+def without_adapter(opened: Chat) -> Chat:
+    switch = LoadedSwitch(opened.switch.model.unload(), opened.switch._engine.tokenizer)
+    return Chat(switch, None, opened.directions, opened.thresholds, SAMPLING)
 
 
 def test_both_answer_under_the_same_push_which_is_a_multiple_of_the_threshold(opened):
@@ -41,7 +47,7 @@ def test_both_answer_under_the_same_push_which_is_a_multiple_of_the_threshold(op
     assert len({each.text for each in plain}) == 2
     assert opened.answers("how to dry wood", None, 3) == plain
     assert plain != strong != weak
-    alone = Chat(opened.model.unload(), opened.tokenizer, None, opened.directions, opened.thresholds, SAMPLING)
+    alone = without_adapter(opened)
     assert alone.answers("how to dry wood", 3, 3) == strong[:1]
 
 
@@ -119,10 +125,10 @@ def test_a_request_chooses_its_steering_and_whether_the_adapter_resists_it(opene
 
 def test_in_between_the_adapter_is_at_work_with_a_share_of_its_strength_and_only_for_that_request(opened):
     def scales() -> set[float]:
-        return {each.scaling["default"] for each in opened.model.modules() if isinstance(each, LoraLayer)}
+        return {each.scaling["default"] for each in opened.switch.model.modules() if isinstance(each, LoraLayer)}
 
     (whole,) = scales()
-    with resisting(opened, 0.25):
+    with opened.switch.at_work(0.25):
         assert scales() == {0.25 * whole}
     assert scales() == {whole}
 
@@ -146,7 +152,55 @@ def test_a_request_that_cannot_be_answered_is_refused_with_its_key(opened, asked
 
 
 def test_without_an_adapter_there_is_no_resistance_to_set(opened):
-    alone = Chat(opened.model.unload(), opened.tokenizer, None, opened.directions, opened.thresholds, SAMPLING)
+    alone = without_adapter(opened)
     with pytest.raises(InputError, match="no adapter whose strength"):
         completed(alone, resistance=0.5)
     assert completed(alone, resistance=0)
+
+
+class Slow:
+    """Answers with the size of the batch, and not before it is let go on; refuses what asks for it."""
+
+    layers = width = 1
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = Event(), Event()
+
+    def generate(self, requests, sampling, resistance):
+        self.begun.set()
+        self.go_on.wait(20)
+        if any(request.prompt == "bad" for request in requests):
+            raise InputError("a bad one")
+        made = f"{len(requests)} at {resistance}"
+        return [Completion(each.id, f"{each.prompt}: {made}", (), "stop", 0, 0) for each in requests]
+
+
+def test_requests_that_come_meanwhile_are_answered_in_one_batch_if_they_agree():
+    slow = Slow()
+    queue, found = Queue(slow), {}
+
+    def ask(prompt: str, resistance: float) -> None:
+        try:
+            found[prompt] = queue.ask(Request("", prompt), SAMPLING, resistance).text
+        except InputError as error:
+            found[prompt] = error.what
+
+    asked = [("first", 1.0), ("a", 1.0), ("b", 1.0), ("half", 0.5), ("bad", 0.2), ("good", 0.2)]
+    threads = [Thread(target=ask, args=each) for each in asked]
+    threads[0].start()
+    assert slow.begun.wait(20)
+    for thread in threads[1:]:
+        thread.start()
+    while len(queue._waiting) < len(asked):
+        pass
+    slow.go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert found == {
+        "first": "first: 1 at 1.0",
+        "a": "a: 2 at 1.0",
+        "b": "b: 2 at 1.0",
+        "half": "half: 1 at 0.5",
+        "bad": "a bad one",
+        "good": "good: 1 at 0.2",
+    }

@@ -25,6 +25,7 @@ def test_mfu_is_four_operations_for_a_parameter_and_token_over_the_peak_of_one_d
     assert meter.read() == {
         "tokens_per_second": 32_000.0,
         "trained_token_share": 0.25,
+        "trained_tokens": 16_000,
         "peak_memory_gib": 7.0,
         "mfu": 0.512,
     }
@@ -39,9 +40,11 @@ def test_every_reading_begins_anew_and_one_without_tokens_says_nothing(clock):
     assert meter.read()["tokens_per_second"] == 100
     assert meter.read() == {}
     meter.count(30, 30)
+    meter.count_generated(20)
     clock[0] = 2.0
     figures = meter.read()
     assert (figures["tokens_per_second"], figures["trained_token_share"]) == (30, 1.0)
+    assert (figures["trained_tokens"], figures["generated_tokens"]) == (30, 20)
 
 
 def test_no_mfu_is_made_up_where_the_peak_is_not_known(clock):

@@ -104,6 +104,22 @@ def test_a_restart_recovers_only_from_a_detour_that_was_shown(
     assert found == [shown, recovered, of_all, before]
 
 
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        (trial(49, 90), 1),
+        (trial(49, 10), 1),
+        (trial(49, None), 1),
+        (trial(49), 0),
+        (trial(50, 90), N),
+        (trial(None, 90), U),
+        (trial(error="no answer"), U),
+    ],
+)
+def test_a_second_attempt_counts_behind_a_bad_first_one_alone(row: Trial, wanted: Any) -> None:
+    assert METRICS["restart_after_bad_start_rate"].of(row) == wanted
+
+
 def test_where_tokens_were_not_counted_or_were_given_words_of_the_first_attempt_stand_for_them() -> None:
     detour = "Knead the dough and let it rise overnight."
     text = f"{detour} Wait. Fold it."
@@ -171,7 +187,7 @@ def test_metrics_json_has_the_documented_shape() -> None:
     rows["tuned"] += [trial(99, latent=None, strength=None, condition="unsteered", arm="tuned")]
     metrics = summarise(rows, bootstrap=200).to_json()
     beside = ["within", "two_way", "sign_flip", "tests", "attempts", "not_degenerate", "resistance", "retention"]
-    assert list(metrics) == ["schema", "arms", "paired", *beside, "efficacy"]
+    assert list(metrics) == ["schema", "arms", "paired", *beside, "tasks", "efficacy"]
     assert metrics["schema"] == 1
     assert {arm: set(found) for arm, found in metrics["arms"].items()} == {
         "base": {"steered"},

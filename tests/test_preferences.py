@@ -4,26 +4,31 @@ import json
 import math
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_world import LAYER, kill_training, preferences, recipe, transcripts, write_world
 
+from data_gen.brevity import brevity
 from data_gen.preferences import needless_restart, rejected_detour, with_rejected
-from data_gen.sources import Cues
+from data_gen.sources import Context, Cues
 from esr_train.__main__ import main
 from esr_train.errors import InputError
 from esr_train.interchange import export_file, import_file, read_training_file
 from esr_train.masking import IGNORED, label_pair
 from esr_train.models import decoder_layers, load_model
-from esr_train.recipe import ArmSection, Recipe, SteeredSection, dump_recipe
+from esr_train.recipe import ArmSection, BrevitySection, Recipe, SteeredSection, dump_recipe
+from esr_train.steering.engine import Completion, Sampling
 from esr_train.training.batches import Collator, PairCollator
 from esr_train.training.dataset import paired, read_rows, table, to_dataset
 from esr_train.training.injection import COLUMNS, live_injection
 from esr_train.training.settings import check_settings
 from esr_train.training.trainer import build_trainer, train
 from esr_train.transcript import Span, SpanKind, from_json, to_json, write_transcripts
+from eval.cells import Prompt
+from eval.judging.lexical import LexicalJudge
 
 ROOT = Path(__file__).parent.parent
 OFF, CUE, ANSWER = SpanKind.OFF_TOPIC, SpanKind.CUE, SpanKind.ANSWER
@@ -282,3 +287,32 @@ def test_dpo_killed_behind_sft_ends_as_if_it_never_was(small):
     assert main(["r.yaml", "--arm", "dpo"]) == 0
     again = load_file(str(folder / "adapter_model.safetensors"))
     assert all(bool((resumed[name] == again[name]).all()) for name in again)
+
+
+class Writer:
+    """Replies to each prompt in turn with the next of its texts."""
+
+    name = "writer"
+
+    def __init__(self, *texts: str) -> None:
+        self.texts, self.asked = list(texts), []
+
+    def generate(self, requests, sampling, progress=None):
+        self.asked += requests
+        return [Completion(each.id, self.texts.pop(0), (1,), "stop", 1, 0) for each in requests]
+
+
+def test_of_two_unsteered_replies_the_shorter_is_preferred_and_equal_ones_are_refused():
+    judge = LexicalJudge({"bread": ["dough", "loaf"], "sailing": ["mast"]})
+    equal_ones, off = ("Bake the loaf.", "Bake the dough."), ("The mast.", "A loaf.")
+    writer = Writer("The dough and the loaf rise.", "Bake the dough.", *equal_ones, *off)
+    prompts = SimpleNamespace(normal=[Prompt("How do I bake bread?", "bread")])
+    context = Context(writer, judge, Sampling(), "all", "m", 0, None, prompts)
+    preferred, equal, off_topic = brevity(context, BrevitySection())([0, 1, 2])
+    assert preferred.transcript
+    assert preferred.transcript.content == "Bake the dough."
+    assert [span.text for span in preferred.transcript.rejected or ()] == ["The dough and the loaf rise."]
+    assert preferred.transcript.steering is None
+    assert (equal.reason, off_topic.reason) == ("equally long", "answer off-topic")
+    assert len({request.seed for request in writer.asked}) == 6
+    assert with_rejected([preferred.transcript], SteeredSection(), CUES, 0) == [preferred.transcript]

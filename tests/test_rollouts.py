@@ -221,26 +221,29 @@ ON = "Knead the dough. Bake the loaf."
     [
         (ON, True, True, Merit(1.0, 0.0, 0.0, 0.0)),
         (f"{OFF} {BACK} {ON}", True, True, Merit(1.0, 0.0, 0.0, 0.0)),
-        (OFF, True, True, Merit(0.0, 0.0, 0.0, 0.0)),
+        (OFF, True, True, Merit(0.0, 0.0, 0.0, 0.0, 1.0)),
+        (OFF, False, True, Merit(0.0, 0.0, 0.0, 0.0)),
+        (f"{OFF} {BACK} {OFF}", True, True, Merit(0.0, 0.0, 0.0, 0.0)),
         (f"{ON} {BACK} {ON}", False, True, Merit(1.0, 1.0, 0.0, 0.0)),
         (f"{ON} {BACK} {OFF}", True, True, Merit(0.0, 0.0, 1.0, 0.0)),
         (f"{ON} {BACK} {OFF}", False, False, Merit(0.0, 1.0, 1.0, 1.0)),
         (ON, False, False, Merit(1.0, 0.0, 0.0, 1.0)),
     ],
 )
-def test_the_last_score_counts_less_restarts_that_nobody_asked_for_relapse_and_length(reply, steered, ended, wanted):
+def test_the_last_score_counts_less_what_the_reply_did_wrong(reply, steered, ended, wanted):
     judge = LexicalJudge({"bread": ["dough", "loaf"], "sailing": ["mast", "sail"]})
     rollout = Rollout("How do I bake bread?", "sailing" if steered else None, reply, steered, ended)
     assert judged_reward(judge)([rollout]) == [wanted]
 
 
 def test_weights_of_the_reward_take_off_what_counts_against_a_reply():
-    section = RewardSection(needless_restart=0.3, relapse=0.2, length=0.1)
+    section = RewardSection(needless_restart=0.3, relapse=0.2, length=0.1, unnoticed=0.4)
     assert dict(zip(PARTS, reward_weights(section), strict=True)) == {
         "score": 1.0,
         "needless_restart": -0.3,
         "relapse": -0.2,
         "length": -0.1,
+        "unnoticed": -0.4,
     }
 
 
@@ -256,7 +259,7 @@ def test_a_reply_that_the_judge_cannot_score_is_worth_nothing_that_is_known(smal
 def test_grpo_has_its_own_settings(tmp_path):
     args = trainer_config(section_of(args={"beta": 0.0, "temperature": 0.9}), tmp_path)
     assert (args.beta, args.temperature, args.disable_dropout, args.shuffle_dataset) == (0.0, 0.9, True, True)
-    assert args.reward_weights == [1.0, -0.5, -1.0, -0.5]
+    assert args.reward_weights == [1.0, -0.5, -1.0, -0.5, 0.0]
     section = recipe(method="grpo", args={"num_generations": 4})
     assert trainer_config(section, tmp_path).max_completion_length == section.sampling.max_new_tokens
     for given, message in (

@@ -67,6 +67,7 @@ def test_the_built_in_sources_are_registered_with_the_sections_that_recipes_have
     import recipes.experiment  # noqa: F401 - as a command does
 
     assert {name: source.needs_latents for name, source in SOURCES.items()} == {
+        "brevity": False,
         "normal": False,
         "prompted": False,
         "steered": True,

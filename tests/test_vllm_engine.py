@@ -30,6 +30,7 @@ from esr_train.steering.vllm.vllm_server import VllmServer
 from esr_train.steering.vllm.vllm_worker import _Steps
 from esr_train.template import encode_prompt
 from esr_train.transcript import SaeRef
+from recipes.switch import LoadedSwitch, ServedSwitch
 from tests.conftest import ASSETS
 
 PROMPTS = [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -149,15 +150,20 @@ def _all_but_tie(side, request: Request, tokens: tuple[int, ...], others: tuple[
     return others[step] in found
 
 
-def test_an_adapter_is_served_by_vllms_own_lora(side, tmp_path):
+def adapted(side, folder):
+    """The model of a side with an adapter that changes its replies, saved in a folder."""
     torch.manual_seed(1)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(load_model(side.section), LoraConfig(r=RANK, lora_alpha=16, target_modules=modules))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    model.save_pretrained(tmp_path)
-    requests = side.requests()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_an_adapter_is_served_by_vllms_own_lora(side, tmp_path):
+    model, requests = adapted(side, tmp_path), side.requests()
     found = VllmEngine(side.server, side.tokenizer, tmp_path).generate(requests, GREEDY)
     assert found == TransformersEngine(model.eval(), side.tokenizer, batch_rows=64).generate(requests, GREEDY)
     base = side.vllm.generate(requests, GREEDY)
@@ -364,3 +370,21 @@ def test_prefix_caching_is_refused_by_the_workers(side):
     server = VllmServer(side.section, options={"enable_prefix_caching": True, "kv_cache_memory_bytes": 1 << 26})
     with pytest.raises(InputError, match="prefix caching must be off"):
         _ = server.llm
+
+
+def test_served_by_vllm_requests_get_their_own_steering_and_share_of_the_adapter(side, tmp_path):
+    """The switch: at 0 the base model, at 1 the arm, in between the same as transformers with the adapter scaled."""
+    folder, engines = tmp_path / "adapter", []
+    loaded = LoadedSwitch(adapted(side, folder), side.tokenizer, 64)
+
+    def open_engine(path):
+        engines.append(path)
+        return VllmEngine(side.server, side.tokenizer, path)
+
+    served = ServedSwitch(open_engine, folder, loaded.layers, loaded.width)
+    requests = side.requests(12)
+    found = {share: ids(served.generate(requests, GREEDY, share)) for share in (0, 0.5, 1)}
+    assert found == {share: ids(loaded.generate(requests, GREEDY, share)) for share in found}
+    assert found[0] != found[0.5] != found[1] != found[0]
+    served.generate(requests[:1], GREEDY, 0.501)
+    assert [path if path in (None, folder) else path.name for path in engines] == [None, "50", folder]

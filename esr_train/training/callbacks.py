@@ -85,8 +85,12 @@ class Meter:
     def __init__(self, parameters: int, world_size: int, on_cpu: bool) -> None:
         self._parameters, self._world_size, self._on_cpu = parameters, world_size, on_cpu
         self._peak = None if on_cpu else peak_flops()
-        self._tokens = self._trained = 0
+        self._tokens = self._trained = self._generated = 0
         self._since = time.perf_counter()
+
+    def count_generated(self, tokens: int) -> None:
+        """Replies of so many `tokens` were written to be learned from."""
+        self._generated += tokens
 
     def count(self, tokens: int, trained: int) -> None:
         """A micro-batch of `tokens` real (not padding) tokens, of which `trained` carry a label."""
@@ -96,18 +100,21 @@ class Meter:
         self._trained += trained
 
     def read(self) -> dict[str, float]:
-        """Figures since the last reading; tokens a second are real ones, of all processes."""
+        """Figures since the last reading; tokens are real ones (no padding), of all processes."""
         if not self._tokens:
             return {}
         seconds = max(time.perf_counter() - self._since, 1e-9)
         figures = {
             "tokens_per_second": round(self._tokens * self._world_size / seconds, 1),
             "trained_token_share": round(self._trained / self._tokens, 4),
+            "trained_tokens": self._trained * self._world_size,
             "peak_memory_gib": round(peak_memory_gib(self._on_cpu), 3),
         }
         if self._peak:
             figures["mfu"] = round(self._tokens * flops_per_token(self._parameters) / seconds / self._peak, 4)
-        self._tokens = self._trained = 0
+        if self._generated:
+            figures["generated_tokens"] = self._generated * self._world_size
+        self._tokens = self._trained = self._generated = 0
         return figures
 
 

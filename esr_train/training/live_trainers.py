@@ -26,6 +26,9 @@ from esr_train.training.lm_head import score_trained_tokens
 REFERENCE = "ref"
 """Name of the frozen copy of an adapter that training goes on from; the reference of DPO and GRPO, given by TRL."""
 
+TOTALS = {"trained_tokens", "generated_tokens"}
+"""Figures of the log that are sums from the first step on."""
+
 
 class LiveTrainer(Trainer):
     """A trainer on collated rows with steering columns, which stops at the first loss or gradient that is not finite.
@@ -103,9 +106,13 @@ class LiveTrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed, memory and the share of trained tokens to a training log."""
-        if "loss" in logs:
-            logs.update(self._meter.read())
+        """Add speed, memory, and what has been trained on and generated up to now to a training log."""
+        if "loss" in logs or "train_runtime" in logs:
+            figures = self._meter.read()
+            for name in TOTALS & figures.keys():
+                # The history comes back with a checkpoint, and the sum with it.
+                figures[name] += max((entry.get(name, 0) for entry in self.state.log_history), default=0)
+            logs.update(figures)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -50,6 +50,7 @@ class Merit:
     needless_restart: float
     relapse: float
     length: float
+    unnoticed: float = 0.0
 
 
 Reward = Callable[[Sequence[Rollout]], list[Merit | None]]
@@ -60,7 +61,7 @@ PARTS = tuple(each.name for each in fields(Merit))
 
 def reward_weights(section: RewardSection) -> list[float]:
     """What each of a merit's parts adds to the reward, in their order."""
-    return [1.0, -section.needless_restart, -section.relapse, -section.length]
+    return [1.0, -section.needless_restart, -section.relapse, -section.length, -section.unnoticed]
 
 
 class RolloutTrainer(LiveTrainer, GRPOTrainer):
@@ -111,6 +112,7 @@ class RolloutTrainer(LiveTrainer, GRPOTrainer):
         assert self.max_completion_length
         sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length)
         made = self._engine.generate(requests, sampling)
+        self._meter.count_generated(sum(len(completion.token_ids) for completion in made))
         merits = self._reward([_rollout(*each) for each in zip(self._prompts, requests, made, strict=True)])
         return {
             "prompt_ids": [encoded(self._tokenizer, request).ids for request in requests],

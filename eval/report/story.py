@@ -1,6 +1,6 @@
 """Numbers as text: in tables, in sentences, and on a terminal while trials run and afterwards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,10 +75,32 @@ def tables(summary: Summary, everything: bool = False) -> list[str]:
     if beside := ratios(summary):
         rows = [[arm, *(_ratio(*cell) for cell in cells)] for arm, cells in beside.items()]
         lines += ["", "Over the base model", *_padded([["", "resistance factor", "perplexity, unsteered"], *rows])]
+    if summary.tasks:
+        rows = [list(row) for row in task_lines(summary)]
+        lines += ["", "Tasks, nobody steering", *_padded([["", "", "own", "minus base"], *rows])]
     if summary.efficacy:
         rows = [[name, verdict(summary, name)] for name in sorted(summary.efficacy, key=order)]
         lines += ["", "Attacks on the base model", *_padded(rows)]
     return lines[1:] or ["no arm has been measured"]
+
+
+def task_rows(summary: Summary) -> list[tuple[str, str, Mapping[str, Estimate]]]:
+    """Arm, `task/metric` and its estimates (see `eval.harness.kept`), task by task."""
+    rows = [(arm, name, found) for arm, tasks in summary.tasks.items() for name, found in tasks.items()]
+    return sorted(rows, key=lambda row: row[1])
+
+
+def task_lines(summary: Summary) -> list[tuple[str, str, str, str]]:
+    """`task/metric`, arm, its own score and what that is above base's, as texts."""
+    rows = task_rows(summary)
+    return [(name, arm, _task(found.get("own")), _task(found.get("minus_base"))) for arm, name, found in rows]
+
+
+def _task(found: Estimate | None) -> str:
+    if found is None or found.value is None:
+        return "–"
+    interval = "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
+    return _ratio(f"{found.value:.3f}", interval, f"n {found.n}")
 
 
 def verdict(summary: Summary, attack: str) -> str:

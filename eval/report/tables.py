@@ -10,7 +10,7 @@ from esr_train.files import replacing
 from eval.conditions import order, title
 from eval.metrics import METRICS, headline
 from eval.report.attack_figures import SUCCESSES, attacks
-from eval.report.story import shown
+from eval.report.story import shown, task_rows
 from eval.statistics import Estimate
 from eval.summary import LAST, RECALIBRATED, STEERED, Summary, Table
 
@@ -95,10 +95,9 @@ def paper_tables(summary: Summary) -> list[PaperTable]:
 
 
 def save_tables(folder: Path, summary: Summary) -> None:
-    """Write `<name>.csv`, `.md` and `.tex` of every table, `ratios.csv` and `attacks.csv` where there are any."""
-    files = {
-        name: text for name, text in (("ratios.csv", _ratios(summary)), ("attacks.csv", _attacks(summary))) if text
-    }
+    """Write `<name>.csv`, `.md` and `.tex` of every table; ratios, attacks and tasks as CSV where there are any."""
+    made = {"ratios.csv": _ratios(summary), "attacks.csv": _attacks(summary), "tasks.csv": _tasks(summary)}
+    files = {name: text for name, text in made.items() if text}
     for table in paper_tables(summary):
         files |= {
             f"{table.name}.csv": table.to_csv(),
@@ -116,6 +115,16 @@ def _ratios(summary: Summary) -> str:
     found += [("perplexity", arm, (each.value, each.low, each.high, each.n)) for arm, each in summary.retention.items()]
     lines = [",".join(map(str, (name, arm, *numbers))) for name, arm, numbers in found]
     return "\n".join(["ratio,arm,value,low,high,n", *lines, ""]).replace("None", "") if lines else ""
+
+
+def _tasks(summary: Summary) -> str:
+    """What every arm scored in tasks, a line for each number."""
+    lines = [
+        f"{name},{arm},{key},{found.value},{found.low},{found.high},{found.n}"
+        for arm, name, estimates in task_rows(summary)
+        for key, found in estimates.items()
+    ]
+    return "\n".join(["task,arm,of,value,low,high,n", *lines, ""]).replace("None", "") if lines else ""
 
 
 def _attacks(summary: Summary) -> str:

@@ -1,7 +1,8 @@
 """Rebuild the tiny world's shipped assets from scratch: `python -m tools.tiny_world.build`.
 
 Writes, under `recipes/tiny/assets/`: for each family a model folder (`llama`, `gemma`), its SAE (`llama-sae`,
-`gemma-sae`: sae-lens inference format) with `labels.jsonl`, and for both `prompts.jsonl` and `vocabulary.json`.
+`gemma-sae`: sae-lens inference format) with `labels.jsonl`, and for both `prompts.jsonl` and `vocabulary.json`; beside
+it, under `tasks/`, the questions of the task `tiny_naming`.
 The same seed gives the same files on the same machine and library versions.
 """
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from esr_train.files import write_json, write_jsonl
 from esr_train.models import ROOT
-from tools.tiny_world.language import how_to, lessons, reserved_questions, topics, vocabulary
+from tools.tiny_world.language import how_to, lessons, naming_task, reserved_questions, topics, vocabulary
 from tools.tiny_world.pretrain import encode_exchanges, train_model
 from tools.tiny_world.sae_training import explained_variance, label_latents, residuals, save_sae, train_sae
 from tools.tiny_world.tokenizer import build_tokenizer
@@ -33,6 +34,8 @@ EXCHANGES = {"llama": 45_000, "gemma": 45_000}
 """Training exchanges of each family's model."""
 VOCABULARY_SIZE = 3072
 PROMPTS_PER_TOPIC = 14
+NAMING = 416, 8
+"""Texts of the task `tiny_naming`, and subjects to choose from."""
 
 
 def main() -> None:
@@ -72,6 +75,7 @@ def build_shared(out: Path, seed: int) -> None:
     rows = ({"prompt": each.prompt, "topic": each.topic} for each in reserved_questions(PROMPTS_PER_TOPIC, seed))
     write_jsonl(out / "prompts.jsonl", rows)
     write_json(out / "vocabulary.json", vocabulary())
+    write_jsonl(out.parent / "tasks" / "tiny_naming.jsonl", naming_task(*NAMING, seed + 1000))
 
 
 def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

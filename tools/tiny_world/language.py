@@ -253,6 +253,18 @@ def reserved(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % 10 == 0
 
 
+def naming_task(count: int, choices: int, seed: int) -> list[dict[str, object]]:
+    """Texts whose topic is to be named, topics in turn: `prompt`, `choices` to choose from, and `answer`, its index."""
+    rng, rows = Random(seed), list[dict[str, object]]()
+    for number in range(count):
+        made = naming(topics()[number % len(topics())], rng)
+        others = rng.sample([each.name for each in topics() if each.name != made.topic], choices - 1)
+        answer = rng.randrange(choices)
+        named = [f"This is about {name}." for name in (*others[:answer], made.topic, *others[answer:])]
+        rows.append({"prompt": made.prompt, "choices": named, "answer": answer})
+    return rows
+
+
 def reserved_questions(per_topic: int, seed: int) -> list[Exchange]:
     """Distinct reserved how-to questions of every topic (replies empty), for the recipes' prompt file."""
     rng = Random(seed)
