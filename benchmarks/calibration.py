@@ -1,17 +1,22 @@
 """What a threshold costs: error and interval against responses, on latents whose thresholds are known.
 
-    python benchmarks/calibration.py > benchmarks/results/calibration.md
+    python benchmarks/calibration.py                        simulated: a table, printed
+    python benchmarks/calibration.py RECIPE --keep FOLDER    on the recipe's base model, against a long calibration
 
 A simulated latent's mean score falls along a logistic curve that crosses the target at its threshold; single
 responses are drawn from a beta distribution around it, mostly near 0 or 100. Thresholds and slopes differ.
 """
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+import eval.calibration
 from eval.calibration import GRID_POINTS, flat_prior, pooled_prior, quantile, still_wide, updated, weighted
 
 LATENTS, TARGET, SEEDS = 96, 30.0, 8
@@ -74,8 +79,104 @@ def calibrated(
     return asked / LATENTS, np.abs(median / thresholds - 1), np.where(inside, 1, -1) * (high - low) / median
 
 
+REFERENCE, REFERENCE_SEED, VECTORS = Plan(False, 20, 3), 100, 32
+"""What thresholds of a real model are held against: long, no prior shared, other prompts and tokens."""
+ON_A_MODEL = (Plan(False, 6, 3), Plan(True, 4, 2), Plan(True, 5, 2), Plan(True, 6, 3, 0.5), Plan(True, 6, 3))
+
+
+def on_a_model(path: str, keep: Path, seeds: int) -> str:
+    """Thresholds of a recipe's base model by every plan, against `REFERENCE`'s, as a Markdown table.
+
+    Args:
+        path: of the recipe; with vectors.
+        keep: where scores are kept, so that it goes on where it was stopped.
+        seeds: how often each plan is tried.
+    """
+    from esr_train.recipe import load_recipe
+    from recipes.resources import open_resources
+
+    lines = [
+        "| prior | rounds x responses | responses a vector | tokens generated | width | error against the long one "
+        "| within its 90 % | it within theirs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    with open_resources(load_recipe(path)) as resources:
+        vectors, norm = resources.vectors(), resources.residual_norm()
+        chosen = [vectors.direction(index, norm) for index in list(vectors.labels)[:VECTORS]]
+        made = [(plan, seed) for seed in range(seeds) for plan in ON_A_MODEL]
+        found = {each: thresholds(resources, chosen, *each, keep) for each in [(REFERENCE, REFERENCE_SEED), *made]}
+    reference = found[REFERENCE, REFERENCE_SEED]
+    for plan in (REFERENCE, *ON_A_MODEL):
+        runs = [each for (made_by, _), each in found.items() if made_by == plan]
+        lines.append(model_row(plan, runs, reference))
+    return "\n".join(lines)
+
+
+def thresholds(resources: Any, chosen: Sequence[Any], plan: Plan, seed: int, keep: Path) -> tuple[np.ndarray, int]:
+    """[latents, 4]: threshold, both ends of its interval, responses; and generated tokens."""
+    from eval.arms import Arm
+    from eval.calibration import CalibrationPrompts, calibrate, score_store
+
+    section = resources.recipe.calibration.model_copy(
+        update={"rounds": plan.rounds, "prompts": plan.prompts, "stop_width": plan.stop_width, "verify": 0}
+    )
+    arm = Arm(resources.base(), resources.judge(), resources.sampling())
+    pools, file = resources.prompts(), keep / f"{plan.pooled}-{plan.rounds}x{plan.prompts}-{plan.stop_width}-{seed}"
+    counted, shared_from = file.with_suffix(".tokens"), eval.calibration.POOLED_FROM
+    if not plan.pooled:
+        eval.calibration.POOLED_FROM = len(chosen) + 1
+    before, known = resources.tally.tokens, int(counted.read_text()) if counted.exists() else 0
+    try:
+        made = calibrate(
+            arm,
+            chosen,
+            CalibrationPrompts(pools.validation or pools.train, pools.train),
+            section,
+            seed=seed,
+            store=score_store(file.with_suffix(".jsonl")),
+        )
+    finally:
+        eval.calibration.POOLED_FROM = shared_from
+        known += resources.tally.tokens - before
+        counted.write_text(str(known))
+    print(plan, seed, known, [round(each.norm, 3) for each in made[:8]], file=sys.stderr, flush=True)
+    return np.array([[each.norm, each.low, each.high, each.n] for each in made]), known
+
+
+def model_row(plan: Plan, runs: Sequence[tuple[np.ndarray, int]], reference: tuple[np.ndarray, int]) -> str:
+    """A plan's line: means over latents and seeds."""
+    values, tokens = np.concatenate([each for each, _ in runs]), np.mean([count for _, count in runs])
+    long = np.concatenate([reference[0]] * len(runs))
+    norm, low, high, responses = values.T
+    inside = (long[:, 1] <= norm) & (norm <= long[:, 2])
+    covers = (low <= long[:, 0]) & (long[:, 0] <= high)
+    stop = "" if plan.stop_width is None else f", stop at {plan.stop_width}"
+    own = plan == REFERENCE
+    error = np.abs(norm / long[:, 0] - 1).mean()
+    compared = "| | | |" if own else f"| {error:.1%} | {inside.mean():.0%} | {covers.mean():.0%} |"
+    return (
+        f"| {'pooled' if plan.pooled else 'own'} | {plan.rounds} x {plan.prompts}{stop}{', the long one' * own} "
+        f"| {responses.mean():.1f} | {tokens:,.0f} | {((high - low) / norm).mean():.2f} {compared}"
+    )
+
+
 def main() -> int:
-    """Print a table of plans in every world."""
+    """Print a table of plans: simulated, or on a recipe's base model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="whose base model is calibrated, along its vectors")
+    parser.add_argument("--keep", type=Path, default=Path("runs/calibration"), help="folder for its scores")
+    parser.add_argument("--seeds", type=int, default=2, help="with a recipe: how often each plan is tried")
+    options = parser.parse_args()
+    if options.recipe:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        print(on_a_model(options.recipe, options.keep, options.seeds))
+        return 0
+    simulated()
+    return 0
+
+
+def simulated() -> None:
+    """Print a table of plans in every simulated world."""
     print("# What a threshold costs\n\n`python benchmarks/calibration.py`; simulated responses, target 30,")
     print(f"{LATENTS} latents, {SEEDS} seeds. Errors and widths of the 90 % interval are shares of the threshold.\n")
     print(
@@ -92,7 +193,6 @@ def main() -> int:
                 f"| {np.mean(asked):.1f} | {error.mean():.1%} | {np.sqrt((error**2).mean()):.1%} "
                 f"| {np.abs(width).mean():.2f} | {(width > 0).mean():.1%} |"
             )
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@
                                                 and plain TRL, in alternation; printed
     python benchmarks/train.py --before TREE --model FOLDER --data FILE.jsonl
                                                 the same with a real model (bfloat16) on its own rows
+    python benchmarks/train.py --model FOLDER --data FILE.jsonl
+                                                plain TRL against ours with live injection and without, in alternation
 
 Plain TRL is `SFTTrainer` with its defaults and prompt-completion masking. To have the same objective, ours trains the
 whole reply (`train.loss: unmasked`) in the first rows of the table; the last row masks the detours, as our recipes do.
@@ -58,13 +60,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a real model")
     parser.add_argument("--data", type=Path, help="its training rows (with --model)")
     parser.add_argument("--before", type=Path, help="another checkout of the project")
-    parser.add_argument("--rounds", type=int, default=3, help="with --before")
+    parser.add_argument("--rounds", type=int, default=3, help="with --before or --model")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
         print(json.dumps(measure_real(options) if options.model else measure(options)))
         return
-    if options.before:
+    if options.before or options.model:
         print(alternate(options))
         return
     load = os.getloadavg()
@@ -135,30 +137,36 @@ def processor_time() -> Iterator[list[float]]:
 
 
 def alternate(options: argparse.Namespace) -> str:
-    """Plain TRL and two checkouts in turn, as a Markdown table: the median of the rounds, and the ratios' range."""
-    trees = {"plain TRL": ROOT, "before": options.before.resolve(), "after": ROOT}
+    """Plain TRL, and two checkouts or our two ways, in turn, as a Markdown table: medians, and the ratios' range."""
+    before = options.before.resolve() if options.before else None
+    ours = (
+        {"before": ("live", before), "after": ("live", ROOT)}
+        if before
+        else {"ours": ("grouped", ROOT), "ours, live injection": ("live", ROOT)}
+    )
+    compared, bases = {"plain TRL": ("trl", ROOT), **ours}, (["before"] if before else []) + ["plain TRL"]
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(options.rounds):
         rounds.append({})
-        for name, tree in trees.items():
-            rounds[-1][name] = in_process("trl" if name == "plain TRL" else "live", options, tree)
+        for name, (variant, tree) in compared.items():
+            rounds[-1][name] = in_process(variant, options, tree)
             print(name, rounds[-1][name], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    against = " | ".join(f"against {base}" for base in bases)
     lines = [
-        "| variant | real tokens/s | against before | against plain TRL | processor seconds | the same, against before "
-        "| against plain TRL | peak memory (GiB) | held-out loss |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| variant | real tokens/s | {against} | processor seconds | the same, {against} | peak memory (GiB) "
+        "| held-out loss |",
+        f"|---|---|{'---|' * 2 * len(bases)}---|---|---|",
     ]
-    for name in trees:
+    for name in compared:
         speeds = [each[name]["tokens_per_second"] for each in rounds]
-        ratios = [
-            ratio_range([(each[name][key] / each[base][key]) ** sign for each in rounds])
+        speed, cpu = (
+            " | ".join(ratio_range([(each[name][key] / each[base][key]) ** sign for each in rounds]) for base in bases)
             for key, sign in (("tokens_per_second", 1), ("cpu", -1))
-            for base in ("before", "plain TRL")
-        ]
+        )
         middle = [statistics.median(each[name][key] for each in rounds) for key in ("cpu", "peak_gib", "loss")]
         lines.append(
-            f"| {name} | {statistics.median(speeds):,.0f} | {ratios[0]} | {ratios[1]} | {middle[0]:,.0f} "
-            f"| {ratios[2]} | {ratios[3]} | {middle[1]:.2f} | {middle[2]:.3f} |"
+            f"| {name} | {statistics.median(speeds):,.0f} | {speed} | {middle[0]:,.0f} | {cpu} | {middle[1]:.2f} "
+            f"| {middle[2]:.3f} |"
         )
     return "\n".join(lines)
 

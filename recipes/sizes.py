@@ -69,11 +69,12 @@ def model_size(recipe: Recipe) -> ModelSize:
 
 
 def generating_bytes(recipe: Recipe, size: ModelSize, prompt: float) -> float:
-    """Memory that generation takes at its peak; `prompt`: tokens of one."""
+    """Memory that generation takes at its peak on one device; `prompt`: tokens of one."""
+    shared = recipe.engine.tensor_parallel if recipe.engine.kind == "vllm" else 1
     rows = recipe.engine.batch_rows or ROWS
     cache = rows * (prompt + recipe.sampling.max_new_tokens) * size.cached * size.each
     logits = 3 * rows * size.vocabulary * 4
-    return LIBRARIES + size.parameters * size.each + cache + logits
+    return LIBRARIES + (size.parameters * size.each + cache) / shared + logits
 
 
 def training_bytes(recipe: Recipe, size: ModelSize, row: float) -> float:

@@ -31,10 +31,12 @@ FEW = 8
 """Tokens of the replies with which a trial run begins."""
 ROW = 128
 """Tokens of the rows on which a trial run trains."""
-USED = 0.4
-"""Share of its peak that a device reaches in products of large matrices; an estimate."""
-LAUNCH = {"transformers": 0.6e-3, "vllm": 0.05e-3}
-"""Seconds that a decoder layer takes for one more token, however small it is: kernels are launched; an estimate."""
+USED = {"read": 0.29, "rows": 0.19, "packed": 0.29}
+"""Share of its peak that a device reaches: reading texts, training on rows of like length, on packed ones. Measured at
+the shape of Llama-3.1-8B on an H200 (benchmarks/results/gpu.md); reading is taken to be like packed training."""
+DECODING = {"transformers": (0.25, 0.7e-3), "vllm": (0.4, 0.05e-3)}
+"""The same share while rows generate, all that grows with them included, and seconds that a decoder layer takes for one
+more token however few they are: kernels are launched. Ours is measured there with 32 to 512 rows, vLLM's a guess."""
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,23 @@ def by_figures(recipe: Recipe, size: ModelSize, device: Device, prompt: float) -
     assert device.bandwidth is not None
     rows, engine = recipe.engine.batch_rows or ROWS, recipe.engine
     shared = engine.tensor_parallel if engine.kind == "vllm" else 1
+    used, launch = DECODING[engine.kind]
     context = prompt + recipe.sampling.max_new_tokens / 2
     moved = (size.parameters + rows * context * size.cached) * size.each / device.bandwidth / shared
-    computed = 2 * size.parameters * rows / (USED * device.flops) / shared
-    step = max(moved, computed) + LAUNCH[engine.kind] * size.layers
-    read = 2 * size.parameters / (USED * device.flops)
+    computed = 2 * size.parameters * rows / (used * device.flops) / shared
+    step = max(moved, computed) + launch * size.layers
     apart = max(1, math.floor(device.count / shared))
-    passes = 3 if recipe.trained_arms and checkpoints_gradients(recipe.for_arm(recipe.trained_arms[0])) else 2
+    read = 2 * size.parameters / (USED["read"] * device.flops)
     source = f"estimated from the figures of {device.count} × {device.name}, nothing was tried"
     most = float(recipe.sampling.max_new_tokens)
-    return Speeds(source, step / rows / apart, read / apart, passes * read / device.count, most)
+    return Speeds(source, step / rows / apart, read / apart / shared, _training_by_figures(recipe, size, device), most)
+
+
+def _training_by_figures(recipe: Recipe, size: ModelSize, device: Device) -> float:
+    if not recipe.trained_arms:
+        return 0.0
+    assert device.flops is not None
+    arm = recipe.for_arm(recipe.trained_arms[0])
+    operations = (6 if checkpoints_gradients(arm) else 4) * size.parameters
+    used = USED["packed" if trainer_arguments(arm).packing else "rows"]
+    return operations / (used * device.flops) / device.count

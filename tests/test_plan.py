@@ -120,12 +120,32 @@ def test_a_device_s_figures_give_the_time_of_a_token(tmp_path):
     size = ModelSize("llama", 10**9, 20, 2048, 8192, 16, 32000, 0, 2)
     device = Device("x", 2**37, 1, flops=1e15, bandwidth=1e12)
     speeds = by_figures(made, size, device, 20)
-    assert speeds.generate == pytest.approx((2e9 / 1e12 + 20 * 0.6e-3) / 10)
-    assert speeds.read == pytest.approx(2e9 / 0.4e15)
-    assert speeds.train == pytest.approx(2 * speeds.read)
+    assert speeds.generate == pytest.approx((2e9 / 1e12 + 20 * 0.7e-3) / 10)
+    assert speeds.read == pytest.approx(2e9 / 0.29e15)
+    assert speeds.train == pytest.approx(4e9 / 0.19e15)
+    packed = by_figures(recipe(tmp_path, "train.args.packing=true"), size, device, 20)
+    assert packed.train == pytest.approx(4e9 / 0.29e15)
     checkpointed = by_figures(recipe(tmp_path, "train.args.gradient_checkpointing=true"), size, device, 20)
-    assert checkpointed.train == pytest.approx(3 * speeds.read)
+    assert checkpointed.train == pytest.approx(1.5 * speeds.train)
     assert by_figures(made, size, Device("x", 1, 4, 1e15, 1e12), 20).generate == pytest.approx(speeds.generate / 4)
+    assert by_figures(recipe(tmp_path, "arms={}"), size, device, 20).train == 0
+
+
+def test_figures_give_the_measured_speeds_of_an_8b_model_on_an_h200(tmp_path):
+    size = ModelSize("llama", 8_030_000_000, 32, 4096, 14336, 32, 128256, 65536, 2)
+    for rows, measured in ((32, 1228), (256, 6190), (512, 9283)):
+        made = recipe(tmp_path, f"engine.batch_rows={rows}", "sampling.max_new_tokens=32")
+        assert 1 / by_figures(made, size, stated_device("h200", 1), 40).generate == pytest.approx(measured, rel=0.1)
+    options = ("train.args.gradient_checkpointing=true", "train.args.packing=true")
+    for option, measured in zip((None, *options), (5571, 3797, 8985), strict=True):
+        made = recipe(tmp_path, *([option] if option else []))
+        assert 1 / by_figures(made, size, stated_device("h200", 1), 40).train == pytest.approx(measured, rel=0.1)
+
+
+def test_tensor_parallel_shares_the_memory_of_generation(tmp_path):
+    made = recipe(tmp_path, "engine={kind: vllm, tensor_parallel: 8, batch_rows: 64}")
+    size = ModelSize("llama", 70 * 10**9, 80, 8192, 28672, 64, 128256, 0, 2)
+    assert generating_bytes(made, size, 20) < 20 * 2**30
 
 
 def test_named_devices_load_nothing_and_unknown_ones_are_refused(tmp_path, monkeypatch):
