@@ -219,5 +219,5 @@ def _training_by_figures(recipe: Recipe, size: ModelSize, device: Device) -> flo
     assert device.flops is not None
     arm = recipe.for_arm(recipe.trained_arms[0])
     operations = (6 if checkpoints_gradients(arm) else 4) * size.parameters
-    used = USED["packed" if trainer_arguments(arm).packing else "rows"]
+    used = USED["packed" if getattr(trainer_arguments(arm), "packing", False) else "rows"]
     return operations / (used * device.flops) / device.count
