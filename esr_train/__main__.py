@@ -4,10 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esr_train.command import add_debug, add_recipe, guarded, prepare
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe, dump_recipe
+
+if TYPE_CHECKING:
+    from esr_train.training.dataset import TrainingRow
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,10 +98,9 @@ def _train(recipe: Recipe, arm: str) -> None:
 
 
 def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
-    from esr_train.masking import counted, marked
     from esr_train.models import load_tokenizer
-    from esr_train.training.dataset import dump_tokens, packed, read_rows, statistics
-    from esr_train.training.settings import check_settings, packs
+    from esr_train.training.dataset import dump_tokens, read_rows
+    from esr_train.training.settings import check_settings
     from esr_train.training.trainer import adapter_folder, data_file
 
     section = recipe.for_arm(arm)
@@ -111,17 +114,31 @@ def _show(recipe: Recipe, arm: str, options: argparse.Namespace) -> None:
     if options.dump_tokens:
         print(f"{dump_tokens(rows, options.dump_tokens)} rows: {options.dump_tokens}")
     if options.dry_run:
-        print(dump_recipe(section))
-        for key, value in statistics(rows).items():
-            print(f"{key}: {value}")
-        if packs(section):
-            print(f"packed sequences: {len(packed(rows, section.train.max_length))}")
-        for row in rows[: options.rows]:
-            print(f"\n{row.labelled.id} ({row.source}): {counted(row.labelled)}")
-            print(marked(row.labelled, colour=sys.stdout.isatty()))
-            if row.rejected:
-                print(f"rejected: {counted(row.rejected.labelled)}")
-                print(marked(row.rejected.labelled, colour=sys.stdout.isatty()))
+        _preview(section, rows, options.rows)
+
+
+def _preview(section: Recipe, rows: "Sequence[TrainingRow]", count: int) -> None:
+    """Rows, steps, the share that is trained, and masks; the resolved recipe last, as it is long."""
+    from esr_train.masking import counted, marked
+    from esr_train.training.dataset import packed, statistics
+    from esr_train.training.settings import packs, trainer_arguments
+
+    examples = len(packed(rows, section.train.max_length)) if packs(section) else len(rows)
+    arguments = trainer_arguments(section)
+    at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    for key, value in statistics(rows).items():
+        print(f"{key}: {value}")
+    if packs(section):
+        print(f"packed sequences: {examples}")
+    if section.train.method != "grpo":
+        print(f"optimiser steps: {arguments.optimiser_steps(examples)}, of {at_once} rows on one process")
+    for row in rows[:count]:
+        print(f"\n{row.labelled.id} ({row.source}): {counted(row.labelled)}")
+        print(marked(row.labelled, colour=sys.stdout.isatty()))
+        if row.rejected:
+            print(f"rejected: {counted(row.rejected.labelled)}")
+            print(marked(row.rejected.labelled, colour=sys.stdout.isatty()))
+    print(f"\nthe recipe, every key:\n\n{dump_recipe(section)}", end="")
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def _training(resources: Resources, arm: str, lengths: Lengths, seeds: int) -> W
     rows, tokens = _training_rows(resources, arm, lengths)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     replies = args.num_generations * args.num_iterations if isinstance(args, RolloutArguments) else 1
-    steps = args.max_steps or math.ceil(rows * replies / step) * args.num_train_epochs
+    steps = args.optimiser_steps(rows * replies)
     probes = steps // recipe.train.probe.every * 2 * recipe.train.probe.trials if recipe.train.probe else 0
     batches = [Batch("probe", seeds * probes, recipe.sampling.max_new_tokens, seeds * probes)] if probes else []
     cost = {"sft": 1.0, "dpo": PAIR}.get(recipe.train.method, WITH_REFERENCE)

@@ -17,7 +17,7 @@ from esr_train.files import write_json
 from esr_train.recipe import dump_recipe
 from esr_train.training.callbacks import BehaviourProbe, Observation
 from esr_train.training.saving import last_checkpoint
-from esr_train.training.settings import lora_config, trainer_config
+from esr_train.training.settings import lora_config, trainer_arguments, trainer_config
 from esr_train.training.trainer import PATIENCE, train
 
 ROOT = Path(__file__).parent.parent
@@ -216,20 +216,32 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-2"
 
 
-def test_a_dry_run_shows_recipe_figures_and_masks_and_trains_nothing(small, capsys):
+def test_a_dry_run_shows_rows_steps_share_and_masks_before_the_recipe_and_trains_nothing(small, capsys):
     """Overrides may stand behind the flag."""
     (small / "r.yaml").write_text(dump_recipe(recipe()))
     assert main(["r.yaml", "--dry-run", "--rows", "1", "train.loss=unmasked", "train.args.packing=true"]) == 0
     shown = capsys.readouterr().out
-    for wanted in (
-        "loss: unmasked",
-        "rows per source: {'normal': 4, 'steered': 8}",
-        "straddling tokens: ",
-        "[[First, knead",
-    ):
-        assert wanted in shown
-    assert "packed sequences: " in shown
+    places = [
+        shown.index(wanted)
+        for wanted in (
+            "rows: 12\n",
+            "rows per source: {'normal': 4, 'steered': 8}",
+            "trained share of tokens: 0.",
+            "straddling tokens: ",
+            "packed sequences: ",
+            "optimiser steps: ",
+            "[[First, knead",
+            "loss: unmasked",
+        )
+    ]
+    assert places == sorted(places)
     assert not (small / "runs" / "t" / "adapter").exists()
+
+
+def test_steps_are_counted_as_the_trainer_counts_them():
+    args = trainer_arguments(recipe(args={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}))
+    assert args.model_copy(update={"num_train_epochs": 2.0}).optimiser_steps(9) == 2 * 2
+    assert args.model_copy(update={"max_steps": 5}).optimiser_steps(900) == 5
 
 
 def test_a_dry_run_without_rows_names_the_command_that_makes_them(small, capsys):

@@ -82,7 +82,7 @@ def test_statistics_dump_and_preview_show_what_is_trained(tmp_path, llama):
     assert figures["rows per source"] == {"normal": 1, "steered": 2}
     assert figures["steered rows"] == 2
     trained = sum(label_ != -100 for row in rows for label_ in row.labelled.labels)
-    assert figures["trained tokens"] == round(trained / figures["tokens"], 4)
+    assert figures["trained share of tokens"] == round(trained / figures["tokens"], 4)
     assert dump_tokens(rows, tmp_path / "tokens.jsonl") == 3
     first = json.loads((tmp_path / "tokens.jsonl").read_text().splitlines()[0])
     assert first == {

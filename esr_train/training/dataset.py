@@ -225,7 +225,7 @@ def statistics(rows: Sequence[TrainingRow]) -> dict[str, Any]:
         "rows per source": dict(sorted(Counter(row.source for row in rows).items())),
         "steered rows": sum(row.vector is not None for row in rows),
         "tokens": tokens,
-        "trained tokens": round(sum(row.trained for row in replies) / tokens, 4),
+        "trained share of tokens": round(sum(row.trained for row in replies) / tokens, 4),
         "longest row": {"id": longest.labelled.id, "tokens": len(longest.labelled.input_ids)},
         "straddling tokens": sum(row.labelled.straddling for row in rows),
     }

@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import os
 import re
 from importlib.util import find_spec
@@ -85,6 +86,11 @@ class CommonArguments(Section):
     hub_private_repo: bool | None = None
     ddp_backend: str | None = None
     ddp_timeout: AtLeastOne | None = None
+
+    def optimiser_steps(self, examples: float) -> int:
+        """How many optimiser steps one process takes over so many rows, packed sequences or replies."""
+        at_once = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.max_steps or math.ceil(self.num_train_epochs * math.ceil(examples / at_once))
 
 
 class TrainerArguments(CommonArguments):
