@@ -230,7 +230,7 @@ def _latents(arguments: Sequence[str]) -> int:
     what = "what a sum of latents does token by token around the restarts of a finished run"
     course = commands.add_parser("course", help=what, description=f"{what[0].upper()}{what[1:]}.")
     _add_run(course)
-    course.add_argument("--arm", help="whose steered replies; the first arm that was trained unless given")
+    course.add_argument("--arm", help="whose steered replies; the first arm with an adapter unless given")
     course.add_argument("--latents", type=int, nargs="+", default=[], metavar="N", help="else those of the search")
     for command in (labels, search, course):
         add_debug(command)

@@ -59,7 +59,7 @@ def course(recipe: Recipe, directory: Path | None, arm: str | None, latents: Seq
     Args:
         recipe: of the run.
         directory: where it lies, if not where the recipe puts it.
-        arm: whose replies; None: the first that was trained.
+        arm: whose replies; None: the first with an adapter, trained here or given.
         latents: that are summed; none: the off-topic detectors that `esr latents search` found.
 
     Raises:

@@ -25,6 +25,7 @@ from eval.summary import STEERED
 from recipes.experiment import Experiment, open_experiment
 from recipes.monitors import FOLDER, PERPLEXITY, Detector, Reads, Values, monitorable, sums, surprises
 from recipes.steering_latents import read_latents
+from recipes.weights import adapter_folder
 
 SENTENCES_OF = 128
 """Steered replies whose sentences the judge is asked about."""
@@ -92,10 +93,14 @@ def arms_with_trials(experiment: Experiment) -> Iterator[tuple[str, Path | None]
     if not (part.directory / "trials" / "base.jsonl").is_file():
         raise InputError("the run has no trials", str(part.directory / "trials"), "Run `esr run` or `esr eval run`.")
     yield "base", None
-    for arm in experiment.recipe.trained_arms:
-        adapter = part.directory / "adapter" / arm
-        if (part.directory / "trials" / f"{arm}.jsonl").is_file() and adapter.is_dir():
-            yield arm, adapter
+    for arm, section in experiment.recipe.arms.items():
+        if not (part.directory / "trials" / f"{arm}.jsonl").is_file():
+            continue
+        trained = part.directory / "adapter" / arm
+        if section.is_trained and trained.is_dir():
+            yield arm, trained
+        elif section.adapter and not section.is_trained and not section.edit and section.scale == 1:
+            yield arm, adapter_folder(section.adapter, f"arms.{arm}.adapter", experiment.recipe.model)
 
 
 def _followed(experiment: Experiment, engine: Monitorable, arm: str, fitted: Fitted) -> dict[str, list[Followed]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from eval.cells import unsteered
 from eval.metrics import METRICS, Gap
 from eval.store import TrialStore, read_trials
 from eval.trials import Plan, run_trials
+from recipes import monitor_eval
+from recipes.experiment import open_experiment, read_recipe
 from tests.conftest import ASSETS
 from tests.test_trials import CELLS, JUDGE, STEERER
 
@@ -258,3 +261,18 @@ def test_a_recipe_names_a_monitor_for_an_arm_and_no_other_action():
     assert parse_recipe({**values, "arms": {"guarded": arm}}).arms["guarded"].monitor.action == "restart"
     with pytest.raises(InputError, match=r"arms\.guarded\.monitor\.action"):
         parse_recipe({**values, "arms": {"guarded": {**arm, "monitor": {"file": "f", "action": "shout"}}}})
+
+
+def test_arms_with_an_adapter_are_read_whether_it_was_trained_here_or_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor_eval, "adapter_folder", lambda path, *_: Path(path))
+    edited = "edited: {adapter: theirs, edit: {ablate: [1]}}, alike: {of: given}, unmeasured: {adapter: others}"
+    made = read_recipe(
+        "tiny/quickstart", [f"runs={tmp_path}", f"arms={{tuned: {{}}, given: {{adapter: theirs}}, {edited}}}"]
+    )
+    (made.directory / "trials").mkdir(parents=True)
+    for arm in ("base", "tuned", "given", "edited", "alike"):
+        (made.directory / "trials" / f"{arm}.jsonl").touch()
+    (made.directory / "adapter" / "tuned").mkdir(parents=True)
+    with open_experiment(made) as experiment:
+        found = dict(monitor_eval.arms_with_trials(experiment))
+    assert found == {"base": None, "tuned": made.directory / "adapter" / "tuned", "given": Path("theirs")}
