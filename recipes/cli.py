@@ -185,7 +185,8 @@ def _recipes(arguments: Sequence[str]) -> int:
     copy.add_argument("target", help="file to write (.yaml), or the folder to write it into")
     copy.add_argument("--name", help="of the copy's run directory; the file's name unless given")
     validate = commands.add_parser("validate", help="check recipe files")
-    validate.add_argument("files", nargs="*", help="the shipped ones unless given")
+    what = "recipes, the shipped ones unless given; behind them key=value, such as model.path=my/model"
+    validate.add_argument("files", nargs="*", help=what)
     validate.add_argument("--deep", action="store_true", help="also what they name: files, models, devices, keys")
     explain = commands.add_parser("explain", help="print keys of a recipe with default and meaning")
     explain.add_argument("key", nargs="?", default="", help="such as train.live; all of them unless given")
@@ -415,11 +416,13 @@ def _renamed(file: Path, path: Path, name: str) -> str:
     return header + re.sub(r"^name: *\S+", f"name: {name}", body, count=1, flags=re.MULTILINE)
 
 
-def _validate(files: Sequence[str], deep: bool) -> None:
+def _validate(words: Sequence[str], deep: bool) -> None:
     from recipes.experiment import read_recipe
 
+    overrides = [word for word in words if "=" in word]
+    files = [word for word in words if "=" not in word]
     for file in files or list(shipped()):
-        recipe = read_recipe(file)
+        recipe = read_recipe(file, overrides)
         if deep:
             _look_deeper(recipe)
         print(f"{file}: valid")

@@ -200,6 +200,12 @@ def test_a_limit_that_is_reached_is_told_before_anything_is_made(tmp_path, monke
     assert "llm.limit_dollars: the run has spent $2.50 of $2" in refused(made)
 
 
+def test_validate_takes_overrides_behind_a_recipe_as_every_command_does(capsys):
+    assert main(["recipes", "validate", "tiny/quickstart", "eval.trials=8"]) == 0
+    assert main(["recipes", "validate", "tiny/quickstart", "eval.trial=8"]) == 2
+    assert "did you mean eval.trials?" in capsys.readouterr().err
+
+
 def test_validate_deep_prints_each_thing_and_what_is_wrong_with_it(tmp_path, capsys):
     assert main(["recipes", "validate", "--deep", "tiny/quickstart"]) == 0
     out = capsys.readouterr().out
