@@ -41,9 +41,9 @@ def choose(
 ) -> Choice:
     """Choose which of the candidates may steer, and deal them to splits by their labels.
 
-    A latent that is active on a prompt is left out altogether, as in the paper, and not only kept from that one prompt:
-    every prompt then goes with every latent. Where labels *are* the prompts' topics that cannot be asked for, as each
-    latent is active on its own topic's prompts: there `active` is empty, and no latent steers a prompt of its topic.
+    A latent that is active on a prompt is left out altogether, as in the paper: every prompt then goes with every
+    latent. Where labels *are* the prompts' topics that cannot be asked for, as each latent is active on its own topic's
+    prompts: there `active` is empty, and no latent steers a prompt of its topic.
 
     Of twins the first is kept, so that no direction is on two sides under two labels. The limit is applied after the
     splits were dealt: a latent's split does not depend on how many are drawn, each split that has latents keeps one at
@@ -51,10 +51,7 @@ def choose(
 
     Args:
         latents: candidates, in order of preference.
-        active: latents that are active on a prompt of the set.
-        topics: of the prompts, with their splits.
-        splits: shares and seed of the splits; None: all are for the test.
-        limit: most latents in all; None takes every one.
+        splits: None: all are for the test.
         faults: asked last, and only of so many latents as it takes to fill the limit.
 
     Raises:
@@ -67,15 +64,13 @@ def choose(
     seed = splits.seed if splits else 0
     refused = refusals(dealt, limit, seed, faults) if faults else {}
     drawn = limited(dealt, limit, seed, refused)
-    kept = sum(map(len, drawn.values()))
     lost = Counter({ACTIVE: len(latents) - len(inactive), TWIN: len(inactive) - len(single)})
-    lost += Counter(refused.values()) + Counter({SURPLUS: len(single) - len(refused) - kept})
-    left_out = dict(lost)
-    if not kept:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "no label is usable"
+    lost += Counter([*refused.values(), *[SURPLUS] * (len(single) - len(refused) - sum(map(len, drawn.values())))])
+    if not any(drawn.values()):
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in lost.items()) or "no label is usable"
         what = f"none of {len(latents)} labelled latents may steer ({reasons})"
         raise InputError(what, "sae.labels", "Label more latents.")
-    return Choice(drawn, left_out)
+    return Choice(drawn, dict(lost))
 
 
 def without_twins(latents: Sequence["Direction"], cosine: float = TWINS) -> list["Direction"]:

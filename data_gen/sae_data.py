@@ -96,10 +96,8 @@ def sample_replies(
 
     Args:
         engine: on the unsteered model.
-        tokenizer: the model's.
         model: JSON value that tells the model from others, a part of every reply's key.
         asked: prompts in the order in which they are asked.
-        sampling: how replies are drawn.
         tokens: of prompts and replies, what the template writes in front of every prompt not counted.
         path: file of the replies; those that it has are not made again.
         rows: replies of one batch.

@@ -1,7 +1,7 @@
 """Labels for latents by what they steer to: the topic that makes steered text likelier than any other does."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ AGREEING = 4
 """So many of the steered replies must be about the same topic; by chance 2 % of latents would reach that."""
 LEAST = 0.1
 """Nats a token that a topic must add to be what a text is about; replies to a question have 0.45 to 1."""
-TOKENS = 24
-"""Most tokens of a steered reply."""
+SAMPLING = Sampling(temperature=0.6, max_new_tokens=24)
+"""Of the steered replies."""
 AT_ONCE = 16
 """Latents that are steered together."""
 
@@ -96,9 +96,6 @@ def find_candidates(
     texts more than on others', none led replies to a topic that could be named.
 
     Args:
-        model: in any wrapper.
-        tokenizer: the model's.
-        sae: of the model.
         texts: each with its topic.
         left_out: [n_latents] bool, latents that are no candidates.
         count: most candidates.
@@ -111,30 +108,27 @@ def find_candidates(
     for text, topic in texts:
         if len(chosen[topic]) < PER_TOPIC and text.strip():
             chosen[topic].append(text)
-    names = list(chosen)
-    owners = torch.tensor([number for number, topic in enumerate(names) for _ in chosen[topic]])
-    read = [text for topic in names for text in chosen[topic]]
-    if not read:
+    if not chosen:
         raise InputError("there is no text of a topic that is none of the prompts'", "--texts", "Give some.")
-    states, frequency = _mean_states(model, tokenizer, sae, read, rows)
-    by_topic = torch.zeros(len(names), states.shape[1]).index_add_(0, owners, states)
-    by_topic /= owners.bincount(minlength=len(names))[:, None]
-    towards = functional.normalize(by_topic - by_topic.mean(dim=0), dim=1)
+    towards, frequency = _topic_directions(model, tokenizer, sae, list(chosen.values()), rows)
     cosines = functional.normalize(sae.module.W_dec.detach().float().cpu(), dim=1) @ towards.T
-    near = cosines.topk(min(SHORTLIST, len(names)), dim=1)
+    near = cosines.topk(min(SHORTLIST, len(chosen)), dim=1)
     order = near.values[:, 0].masked_fill(left_out, -torch.inf).argsort(descending=True)[:count].tolist()
     best = [latent for latent in order if not left_out[latent] and near.values[latent, 0] > 0]
     if not best:
         raise InputError("no latent points to one topic more than to others", "--texts", "Give more of a topic.")
-    return [
-        Candidate(
-            k,
-            tuple(names[i] for i in near.indices[k].tolist()),
-            round(float(near.values[k, 0]), 4),
-            round(float(frequency[k]), 6),
-        )
-        for k in best
-    ]
+    topics = [tuple(list(chosen)[i] for i in near.indices[latent].tolist()) for latent in best]
+    values = [(round(float(near.values[latent, 0]), 4), round(float(frequency[latent]), 6)) for latent in best]
+    return [Candidate(*each) for each in zip(best, topics, *zip(*values, strict=True), strict=True)]
+
+
+def _topic_directions(
+    model: Any, tokenizer: Any, sae: LoadedSae, texts: Sequence[Sequence[str]], rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each topic's mean state lies from that of all topics, [topics, d_model], and the latents' frequency."""
+    states, frequency = _mean_states(model, tokenizer, sae, [text for of_topic in texts for text in of_topic], rows)
+    by_topic = torch.stack([of_topic.mean(dim=0) for of_topic in states.split([len(each) for each in texts])])
+    return functional.normalize(by_topic - by_topic.mean(dim=0), dim=1), frequency
 
 
 def _mean_states(
@@ -163,39 +157,29 @@ def label_by_steering(
 ) -> list[LatentLabel]:
     """Steer each candidate on a few prompts and label it with what the replies are about; surest first.
 
-    A reply is about the topic that adds most to its likelihood over a question about nothing (as the likelihood judge
-    measures it), if that is at least 0.1 nats a token. A latent is labelled at the weakest strength at which four of
-    five replies are about one topic. The others have no label.
+    A reply is about the topic that adds most to its likelihood over a question about nothing, if that is at least 0.1
+    nats a token. A latent is labelled at the weakest strength at which four of five replies are about one topic.
 
     Args:
         engine: on the unsteered model; it must score texts, too.
-        sae: of the model.
         norm: the layer's median residual norm.
-        candidates: of `find_candidates`.
         prompts: to steer, not about the topics; the first of as many topics as are needed are taken.
         path: file of what was read off; what it has is not made again.
         made_by: JSON value that tells model and SAE from others.
-        seed: of the sampling.
 
     Raises:
         InputError: if no latent can be labelled.
     """
-    asked = _of_different_topics(prompts)
-    sampling = Sampling(temperature=0.6, max_new_tokens=TOKENS)
     store = RowStore(path, lambda row: typed(Reading, row), _written)
-    known = store.by_key()
     labels: dict[int, tuple[Candidate, Reading]] = {}
     for strength in STRENGTHS:
         left = [each for each in candidates if each.latent not in labels]
-        key = _keys(made_by, strength, asked, sampling, seed)
-        steer = _Steerer(engine, sae, norm, strength, asked, sampling, seed)
+        steer = _Steerer(engine, sae, norm, strength, _of_different_topics(prompts), made_by, seed)
         with tqdm(total=len(left), desc=f"steer at {strength}", unit="latent", mininterval=1) as bar:
             for start in range(0, len(left), AT_ONCE):
                 part = left[start : start + AT_ONCE]
-                read = {each.key: each for each in steer([each for each in part if key(each) not in known], key)}
-                store.append(read.items())
-                known |= read
-                labels |= {each.latent: (each, known[key(each)]) for each in part if known[key(each)].topic}
+                read = zip(part, steer.readings(part, store), strict=True)
+                labels |= {each.latent: (each, reading) for each, reading in read if reading.topic}
                 bar.update(len(part))
                 bar.set_postfix_str(f"{len(labels)} labelled")
     if not labels:
@@ -210,13 +194,6 @@ def _of_different_topics(prompts: Sequence[Prompt]) -> list[Prompt]:
     return list(first.values())[:PROMPTS]
 
 
-def _keys(
-    made_by: Any, strength: float, asked: Sequence[Prompt], sampling: Sampling, seed: int
-) -> Callable[[Candidate], str]:
-    rest = [made_by, strength, [prompt.text for prompt in asked], asdict(sampling), seed]
-    return lambda candidate: digest([candidate.latent, candidate.topics, rest])
-
-
 @dataclass(frozen=True)
 class _Steerer:
     """Steers candidates at one strength and reads off what the replies are about."""
@@ -226,10 +203,23 @@ class _Steerer:
     norm: float
     strength: float
     asked: Sequence[Prompt]
-    sampling: Sampling
+    made_by: Any
     seed: int
 
-    def __call__(self, candidates: Sequence[Candidate], key: Callable[[Candidate], str]) -> Iterator[Reading]:
+    def readings(self, candidates: Sequence[Candidate], store: RowStore[Reading]) -> list[Reading]:
+        """One of each candidate, in order: the store's, and for those it lacks new ones, which it then has."""
+        known = store.by_key()
+        new = self._new([each for each in candidates if self._key(each) not in known])
+        read = {reading.key: reading for reading in new}
+        store.append(read.items())
+        return [(known | read)[self._key(each)] for each in candidates]
+
+    def _key(self, candidate: Candidate) -> str:
+        asked = [prompt.text for prompt in self.asked]
+        rest = [self.made_by, self.strength, asked, asdict(SAMPLING), self.seed]
+        return digest([candidate.latent, candidate.topics, rest])
+
+    def _new(self, candidates: Sequence[Candidate]) -> Iterator[Reading]:
         if not candidates:
             return
         replies = self._replies(candidates)
@@ -242,7 +232,7 @@ class _Steerer:
                 value = added.get((best, text), 0.0)
                 about.append(best if value >= LEAST else None)
                 nats.append(round(value, 4))
-            yield Reading(key(candidate), self.strength, tuple(texts), tuple(about), tuple(nats))
+            yield Reading(self._key(candidate), self.strength, tuple(texts), tuple(about), tuple(nats))
 
     def _replies(self, candidates: Sequence[Candidate]) -> list[list[str]]:
         requests = [
@@ -255,7 +245,7 @@ class _Steerer:
             for candidate in candidates
             for number, prompt in enumerate(self.asked)
         ]
-        texts = [done.text for done in self.engine.generate(requests, self.sampling)]
+        texts = [done.text for done in self.engine.generate(requests, SAMPLING)]
         return [texts[start : start + len(self.asked)] for start in range(0, len(texts), len(self.asked))]
 
     def _information(

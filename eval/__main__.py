@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from eval.store import Trial
     from eval.summary import Summary
 
+Commands = argparse._SubParsersAction
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation command; returns the exit code (2: bad input, 1: failed run)."""
@@ -26,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esr eval", description="Calibrate, run trials, compare, report.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_runs, _add_adapter, _add_results, _add_power):
+        add(commands)
+    return parser
 
+
+def _add_runs(commands: "Commands[argparse.ArgumentParser]") -> None:
     calibrate = add_command(commands, "calibrate", _calibrate, "find each latent's threshold on the base model")
     add_recipe(calibrate, "calibration.rounds=8")
 
@@ -35,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--arm", help="base, or one of the recipe's arms; unless given all of them, and a report")
     run.add_argument("--redo", action="append", default=[], metavar="STAGE", help="stage to do anew, as trials/tuned")
 
+
+def _add_adapter(commands: "Commands[argparse.ArgumentParser]") -> None:
     what = "measure an adapter that somebody gave you against its base model, and write a report"
     adapter = add_command(commands, "adapter", _adapter, what)
     adapter.add_argument("model", help="the base model: hub id, folder, or a name of `esr models fetch`")
@@ -50,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--prompts", metavar="FILE", help="txt, jsonl or csv; 306 how-to questions unless given")
     adapter.add_argument("--name", help="of the run directory; `adapter-` and the adapter's unless given")
 
+
+def _add_results(commands: "Commands[argparse.ArgumentParser]") -> None:
     compare = add_command(commands, "compare", _compare, "print the arms of one run, or of several, beside each other")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     compare.add_argument("--all", action="store_true", help="every metric, not only the headline's")
@@ -68,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--width", type=float, metavar="INCHES", help="also write figures/print/*.{pdf,svg,png}")
     report.add_argument("--font", type=float, metavar="POINTS", help="the same; text of so many points (8)")
 
+
+def _add_power(commands: "Commands[argparse.ArgumentParser]") -> None:
     power = add_command(commands, "power", _power, "trials that telling two rates apart takes")
     power.add_argument("--run", type=Path, metavar="RUN", help="take rate and clustering from this run's base arm")
     power.add_argument("--metric", default="multi_attempt_rate", help="with --run: which rate (multi_attempt_rate)")
@@ -77,7 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     power.add_argument("--icc", type=float, help="intra-latent correlation; that of the run, or 0.05")
     power.add_argument("--per-latent", type=int, action="append", help="trials per latent; may be repeated")
     power.add_argument("--power", type=float, default=0.8, help="chance of seeing the difference (0.8)")
-    return parser
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -127,23 +127,17 @@ def calibrate(
     grid over `section.bounds`, its prior is Gaussian around their middle, and each round asks at the posterior's
     median. From eight latents on, a prior is fitted to all of them after each round (`pooled_prior`), which saves
     about half of the responses (benchmarks/results/calibration.md). With `section.stop_width` a round leaves out the
-    latents whose posterior is already that narrow. To recalibrate for a tuned model, call this with its arm (and
-    wider bounds if it resists).
+    latents whose posterior is already that narrow.
 
     Args:
-        arm: the model; its sampling is taken with `section.max_new_tokens`.
-        latents: directions to be steered along.
-        prompts: to search and to verify on.
-        section: the recipe's `calibration`.
-        positions: which tokens are steered.
+        arm: the model (to recalibrate, the tuned one); its sampling is taken with `section.max_new_tokens`.
         seed: of prompts and sampling.
         store: the rounds' scores are kept here, so that a killed calibration goes on where it stopped; rows
             of other settings are ignored. One file a model: an engine does not tell models apart.
         progress: told of `response_count(len(latents), section)` responses in all.
 
     Raises:
-        InputError: if the bounds are not two increasing strengths above 0, or a latent has no prompt of
-            another topic.
+        InputError: if the bounds do not increase from above 0, or a latent has no prompt of another topic.
         RunError: if a response was not steered.
     """
     low, high = section.bounds
@@ -155,10 +149,12 @@ def calibrate(
     lockstep = _Lockstep(arm, tuple(latents), section, positions, seed, store, progress)
     posterior, seen = _bisected(lockstep, grid, prompts.search)
     thresholds = _thresholds(latents, posterior, grid, seen)
-    if not section.verify:
-        return thresholds
+    return _verified(lockstep, thresholds, prompts.verify) if section.verify else thresholds
+
+
+def _verified(lockstep: "_Lockstep", thresholds: Sequence[Threshold], prompts: Sequence[Prompt]) -> list[Threshold]:
     norms = [threshold.norm for threshold in thresholds]
-    checked = lockstep.scores("verify", range(len(latents)), norms, prompts.verify, section.verify)
+    checked = lockstep.scores("verify", range(len(norms)), norms, prompts, lockstep.section.verify)
     return [
         replace(threshold, verified=float(np.mean(scores)) if scores else None, verified_n=len(scores))
         for threshold, scores in zip(thresholds, checked, strict=True)

@@ -227,7 +227,6 @@ def find(contrast: str, search: Classes, held_out: Classes, dictionary: Dictiona
     """Search the whole dictionary on some responses and report on others; detectors are named by their index.
 
     Args:
-        contrast: its name.
         search: responses to choose on.
         held_out: responses to other prompts, of other topics.
         dictionary: for matched sets and groups.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,18 +108,9 @@ def summarise(
         for arm, conditions in groups.items()
     }
     paired, within = _paired_with_base(groups), _paired_within(groups)
-
-    def single_estimate(name: str, measured: Measured) -> Estimate:
-        return _estimate(name, measured, bootstrap, seed)
-
-    def difference(name: str, measured: Measured) -> Estimate:
-        return _difference(name, measured, bootstrap, seed)
-
-    def p_value(name: str, measured: Measured) -> float | None:
-        given = measured.values, measured.clusters
-        return statistics.sign_flip(*given, seed=seed) if METRICS[name].tested else None
-
-    sign_flip = _adjusted(_each(paired, p_value))
+    single_estimate = partial(_estimate, bootstrap=bootstrap, seed=seed)
+    difference = partial(_difference, bootstrap=bootstrap, seed=seed)
+    sign_flip = _adjusted(_each(paired, partial(_p_value, seed=seed)))
     return Summary(
         schema=1,
         arms=_each(single, single_estimate),
@@ -285,6 +277,10 @@ def _difference(name: str, measured: Measured, bootstrap: int, seed: int) -> Est
     span = metric.bounds[1] - metric.bounds[0]
     given = (measured.values, measured.clusters, measured.unscored, bootstrap, seed)
     return statistics.paired(*given, of_rates=metric.is_rate, bounds=(-span, span))
+
+
+def _p_value(name: str, measured: Measured, seed: int) -> float | None:
+    return statistics.sign_flip(measured.values, measured.clusters, seed=seed) if METRICS[name].tested else None
 
 
 def _two_way(measured: Measured, bootstrap: int, seed: int) -> dict[str, float | None]:

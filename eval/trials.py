@@ -1,7 +1,7 @@
 """Run cells through an engine and a judge into a store that a kill cannot corrupt."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -121,10 +121,6 @@ def run_trials(
 
     Args:
         arm: the model under test. The judge sees the cell's own prompt, without the arm's words around it.
-        condition: its name, as in trial rows.
-        plan: what is run.
-        store: of the arm's trials.
-        readings: what is read off a response beside its judgement.
         chunk_rows: trials that one process finishes between two writes.
         observer: told of rows and tokens as they are finished, and shown all finished rows after every write.
         ranks: processes that share the cells; each has a store with the same rows, and the main one's writes.
@@ -133,30 +129,20 @@ def run_trials(
         RunError: if a steered cell was not steered, an unsteered one was, or the judge lost an item. Chunks
             finished before are kept.
     """
+    run, observer = ConditionRun(arm, condition, plan, readings or Readings()), observer or Observer()
     keys = {trial_key(arm.name, condition, cell): cell for cell in plan.cells}
-    known = store.keys()
-    copied = {key: plan.copies[cell.key] for key, cell in keys.items() if cell.key in plan.copies and key not in known}
-    store.add(replace(trial, key=key, condition=condition, restart_logprobs=()) for key, trial in copied.items())
-    finished = [trial for trial in store.rows() if trial.key in keys]
-    known = store.keys()
-    missing = [(key, cell) for key, cell in keys.items() if key not in known]
-    observer = observer or Observer()
+    store.add(run.copies(keys, store.keys()))
+    finished = {trial.key: trial for trial in store.rows() if trial.key in keys}
+    missing = [(key, cell) for key, cell in keys.items() if key not in finished]
     observer(len(finished), 0)
-    run = ConditionRun(arm, condition, plan, readings or Readings())
     for start in range(0, len(missing), chunk_rows * ranks.count):
-        observer.on_trials_finished(finished)
-        chunk = missing[start : start + chunk_rows * ranks.count]
-        mine = run.trials(chunk[ranks.rank :: ranks.count], observer)
-        parts = ranks.gather(mine)
-        rows = [parts[index % ranks.count][index // ranks.count] for index in range(len(chunk))]
+        observer.on_trials_finished(list(finished.values()))
+        rows = run.shared_trials(missing[start : start + chunk_rows * ranks.count], observer, ranks)
         store.add(rows)
         ranks.gather(None)  # before the main process has written them, no other one may read the file
-        finished += rows
-        if len(mine) < len(rows):
-            observer(len(rows) - len(mine), _tokens(rows) - _tokens(mine))
-    observer.on_trials_finished(finished)
-    by_key = {trial.key: trial for trial in finished}
-    return [by_key[key] for key in keys]
+        finished |= {row.key: row for row in rows}
+    observer.on_trials_finished(list(finished.values()))
+    return [finished[key] for key in keys]
 
 
 @dataclass(frozen=True)
@@ -167,6 +153,22 @@ class ConditionRun:
     condition: str
     plan: Plan
     readings: Readings
+
+    def copies(self, keys: Mapping[str, Cell], known: Collection[str]) -> Iterator[Trial]:
+        """The finished trials that stand for some of the cells, as far as they are not known."""
+        for key, cell in keys.items():
+            if key not in known and (trial := self.plan.copies.get(cell.key)):
+                yield replace(trial, key=key, condition=self.condition, restart_logprobs=())
+
+    def shared_trials(self, chunk: Sequence[tuple[str, Cell]], observer: Observer, ranks: Ranks) -> list[Trial]:
+        """The trials of a chunk, of which every process makes its part; all of them on every process, in order."""
+        mine = self.trials(chunk[ranks.rank :: ranks.count], observer)
+        parts = ranks.gather(mine)
+        rows = [parts[index % ranks.count][index // ranks.count] for index in range(len(chunk))]
+        if len(mine) < len(rows):
+            tokens = sum(row.tokens or 0 for row in rows) - sum(row.tokens or 0 for row in mine)
+            observer(len(rows) - len(mine), tokens)
+        return rows
 
     def trials(self, chunk: Sequence[tuple[str, Cell]], observer: Observer) -> list[Trial]:
         """The trials of these keys and cells, in order."""
@@ -271,7 +273,3 @@ def _read(rows: Sequence[Trial], requests: Sequence[Request], readings: Readings
             for row, ends in zip(read, found, strict=True)
         ]
     return read
-
-
-def _tokens(rows: Sequence[Trial]) -> int:
-    return sum(row.tokens or 0 for row in rows)

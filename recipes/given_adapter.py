@@ -50,25 +50,10 @@ class Given:
 def adapter_recipe(given: Given, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that measures an adapter: nothing is trained, and every direction is measured.
 
-    Args:
-        given: what was asked for.
-        overrides: `key=value`, as for any recipe.
-
     Raises:
         InputError: unless there are either vectors or an SAE, or for an override that is not valid.
     """
-    if (given.vectors is None) is (given.sae is None):
-        raise InputError(
-            "nothing says what steers" if given.vectors is None else "vectors and an SAE exclude each other",
-            "--vectors, --sae",
-            "Give --vectors FILE (`esr vectors make` makes one), or --sae RELEASE ID --labels FILE.",
-        )
-    if given.sae and given.labels is None:
-        raise InputError("only labelled latents steer", "--labels", where_labels_are(*given.sae))
-    if given.sae is None and given.labels is not None:
-        raise InputError("the names of vectors are their labels", "--labels", "Leave it out, or give --sae.")
-    if given.vectors is None and given.layer is not None:
-        raise InputError("an SAE says itself for which layer it is", "--layer", "Leave it out, or give --vectors.")
+    _check_directions(given)
     values: dict[str, Any] = {
         "name": given.name or f"adapter-{adapter_name(given.adapter)}",
         "model": {"path": given.model},
@@ -88,6 +73,21 @@ def adapter_recipe(given: Given, overrides: Sequence[str] = ()) -> Recipe:
     else:
         values["vectors"] = {"file": given.vectors, "layer": given.layer}
     return parse_recipe(apply_overrides(values, overrides), "esr eval adapter")
+
+
+def _check_directions(given: Given) -> None:
+    if (given.vectors is None) is (given.sae is None):
+        raise InputError(
+            "nothing says what steers" if given.vectors is None else "vectors and an SAE exclude each other",
+            "--vectors, --sae",
+            "Give --vectors FILE (`esr vectors make` makes one), or --sae RELEASE ID --labels FILE.",
+        )
+    if given.sae and given.labels is None:
+        raise InputError("only labelled latents steer", "--labels", where_labels_are(*given.sae))
+    if given.sae is None and given.labels is not None:
+        raise InputError("the names of vectors are their labels", "--labels", "Leave it out, or give --sae.")
+    if given.vectors is None and given.layer is not None:
+        raise InputError("an SAE says itself for which layer it is", "--layer", "Leave it out, or give --vectors.")
 
 
 def _judge(said: str) -> dict[str, str]:

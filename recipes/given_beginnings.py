@@ -28,11 +28,7 @@ def read_beginnings(
     """Read every beginning of an arm's square of conditions under its own push, if all four were measured.
 
     Args:
-        experiment: the run.
-        name: the arm's.
         arm: loads it.
-        plans: by condition.
-        detectors: that were found.
         inputs: what decides the arm's activations.
     """
     if not plans.keys() >= SQUARE.keys() or not any(each.chosen for each in detectors.sets):
@@ -53,15 +49,11 @@ def read_beginnings(
         requests = [cell_request(cell, key, plan.steerer, loaded.variant) for key, _, cell, _, plan in given]
         sae, texts = experiment.resources.read_sae(), [text for *_, text, _ in given]
         found = sums_of(loaded.engine, sae, detectors, requests, texts)
-        rows = (
-            Noticed(key, condition, cell.latent, sums)
-            for (key, condition, cell, *_), sums in zip(given, found, strict=True)
-        )
         known = store.keys()
+        rows = [Noticed(*each[:2], each[2].latent, sums) for each, sums in zip(given, found, strict=True)]
         store.append((row.key, row) for row in rows if row.key not in known)
 
     texts = digest([[key, text, plan.steerer.off] for key, *_, text, plan in given])
     decide = {**inputs, "texts": texts, "detectors": digest(asdict(detectors))}
-    experiment.cache.do(
-        Stage(f"{FOLDER}/{name}", decide, (file,), ("recipes.given_beginnings", "eval.beginnings")), work
-    )
+    makers = ("recipes.given_beginnings", "eval.beginnings")
+    experiment.cache.do(Stage(f"{FOLDER}/{name}", decide, (file,), makers), work)

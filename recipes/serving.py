@@ -163,46 +163,48 @@ def serve(chat: Chat, port: int) -> None:
         server.serve_forever()
 
 
+class _Replies(BaseHTTPRequestHandler):
+    def send_json(self, status: int, value: Any) -> None:
+        self.send_body(status, json.dumps(value).encode(), "application/json")
+
+    def send_body(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the terminal belongs to the user."""
+
+
 def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
     """What answers requests; those that come meanwhile wait, and are then answered together."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(_Replies):
         def do_GET(self) -> None:
             if self.path == "/":
-                self._send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+                self.send_body(200, PAGE.read_bytes(), "text/html; charset=utf-8")
             elif self.path == "/directions":
                 names = [[number, each.label or str(number)] for number, each in chat.directions.items()]
-                self._send_json(200, {"directions": names, "unit": chat.unit})
+                self.send_json(200, {"directions": names, "unit": chat.unit})
             else:
-                self._send_json(404, {"error": "there is no such page"})
+                self.send_json(404, {"error": "there is no such page"})
 
         def do_POST(self) -> None:
             # A page of another site can send a form, but not JSON.
             if self.headers.get("Content-Type") != "application/json" or self.path not in ("/answer", PATH):
-                self._send_json(400, {"error": f"send JSON to /answer or {PATH}"})
+                self.send_json(400, {"error": f"send JSON to /answer or {PATH}"})
                 return
             body = self.rfile.read(min(int(self.headers.get("Content-Length") or 0), LONGEST))
             try:
                 found = complete(chat, body) if self.path == PATH else _answers(chat, body)
-                self._send_json(200, found)
+                self.send_json(200, found)
             except (InputError, ValueError) as error:
                 said: Any = {"message": str(error), "type": "invalid_request_error"}
-                self._send_json(400, {"error": said if self.path == PATH else str(error)})
+                self.send_json(400, {"error": said if self.path == PATH else str(error)})
             except RunError as error:
-                self._send_json(500, {"error": {"message": str(error), "type": "server_error"}})
-
-        def _send_json(self, status: int, value: Any) -> None:
-            self._send(status, json.dumps(value).encode(), "application/json")
-
-        def _send(self, status: int, body: bytes, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: the terminal belongs to the user."""
+                self.send_json(500, {"error": {"message": str(error), "type": "server_error"}})
 
     return Handler
 
