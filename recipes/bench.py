@@ -34,11 +34,13 @@ class Contender:
         model: hub id, folder or fetched model's name; None: the recipe's, and the recipe's vectors.
         adapter: hub id or folder; None: the model alone.
         layer: whose output vectors steer that are made for the model; None: at `DEPTH`.
+        monitor: file of a monitor that follows the replies and lets them begin again; None: there is none.
     """
 
     model: str | None = None
     adapter: str | None = None
     layer: int | None = None
+    monitor: str | None = None
 
 
 def bench(file: str, contender: Contender, overrides: Sequence[str] = ()) -> list[str]:
@@ -64,9 +66,11 @@ def bench(file: str, contender: Contender, overrides: Sequence[str] = ()) -> lis
 def bench_recipe(file: str, contender: Contender, overrides: Sequence[str] = ()) -> Recipe:
     """The benchmark's recipe with the contender's model and adapter in place of its own arms."""
     words = [*overrides, *([f"model.path={contender.model}"] if contender.model else [])]
-    arms = {GIVEN: {"adapter": contender.adapter}} if contender.adapter else {}
+    given: dict[str, Any] = {"adapter": contender.adapter} if contender.adapter else {"of": "base"}
+    given |= {"monitor": {"file": contender.monitor}} if contender.monitor else {}
+    arms = {GIVEN: given} if contender.adapter or contender.monitor else {}
     recipe = read_recipe(file, [*words, f"arms={json.dumps(arms)}"])
-    who = adapter_name(contender.adapter or recipe.model.path)
+    who = adapter_name(contender.adapter or recipe.model.path) + ("-monitored" if contender.monitor else "")
     recipe = recipe.model_copy(update={"name": f"{recipe.name}-{who}"})
     if recipe.vectors and contender.model:
         middle = round(DEPTH * load_config(recipe.model).get_text_config().num_hidden_layers)

@@ -161,6 +161,9 @@ def _bench(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", help="hub id, folder, or a name of `esr models fetch`; the recipe's unless given")
     parser.add_argument("--adapter", help="of that model: hub id or folder; it is measured beside the model alone")
     parser.add_argument("--layer", type=int, metavar="N", help="whose output vectors steer that are made for the model")
+    parser.add_argument(
+        "--monitor", metavar="FILE", help="lets replies begin again where it sounds (`esr monitor fit`)"
+    )
     add_debug(parser)
     options = parser.parse_intermixed_args(arguments)
 
@@ -168,7 +171,7 @@ def _bench(arguments: Sequence[str]) -> int:
         file = recipe_file(options.recipe)
         from recipes.bench import Contender, bench
 
-        contender = Contender(options.model, options.adapter, options.layer)
+        contender = Contender(options.model, options.adapter, options.layer, options.monitor)
         print("\n".join(bench(str(file), contender, options.overrides)))
 
     return guarded(work, options.debug)

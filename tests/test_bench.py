@@ -40,3 +40,13 @@ def test_vectors_are_made_for_another_model_than_the_recipes(assets, tmp_path):
     own = bench_recipe("resistance", Contender()).vectors
     assert own
     assert own.file == "recipes/smollm2-135m-instruct/vectors.safetensors"
+
+
+def test_a_monitor_is_measured_on_the_model_alone_or_with_an_adapter(tmp_path):
+    recipe = bench_recipe("tiny/evaluation", Contender(monitor="probe.json"), [f"runs={tmp_path}"])
+    assert recipe.name == "evaluation-llama-monitored"
+    assert recipe.arms["given"].of == "base"
+    assert recipe.arms["given"].monitor
+    assert recipe.arms["given"].monitor.file == "probe.json"
+    both = bench_recipe("tiny/evaluation", Contender(adapter="theirs", monitor="probe.json"), [f"runs={tmp_path}"])
+    assert (both.arms["given"].adapter, both.arms["given"].of) == ("theirs", None)
