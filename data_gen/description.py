@@ -35,12 +35,8 @@ class Part:
 
     Args:
         name: of its figure, for links and tests.
-        title: of its figure.
-        lines: what is said without the figure.
-        caption: what is said below it.
         counts: kinds and how many there are of each, drawn as bars.
         series: what is measured and its values, drawn as a histogram.
-        unit: of the values.
         ends: of the values' axis; None: 0 and the largest value.
         minor: kinds whose bars are grey.
     """
@@ -105,7 +101,6 @@ class Holdings:
     """What a transcript file, or the files of a run directory, hold.
 
     Args:
-        rows: of each file.
         parts: what is said of each file.
         funnels: what became of the candidates of each source, from the files beside them.
         requests: source -> what a writer was asked for it.
@@ -162,9 +157,7 @@ def shown(
     """A row as a person reads it, each span in its colour.
 
     Args:
-        row: to show.
         tokenizer: if given, the row is shown a second time as the model reads it (see `masking.marked`).
-        policy: of the mask.
         colour: whether to write terminal colours.
 
     Raises:

@@ -40,8 +40,6 @@ class LatentLabel:
     """A latent and what it stands for.
 
     Args:
-        latent: its index.
-        description: its label.
         frequency: share of all tokens on which it is active.
         examples: texts around the tokens on which it is most active (between << and >>), strongest first.
         concreteness: of the description, 0 to 100, as a language model finds it; None: none was asked.
@@ -67,11 +65,8 @@ def label_latents(
 
     Args:
         model: in any wrapper.
-        tokenizer: the model's.
-        sae: of the model.
         texts: not the prompts that are to be steered: what is active on them is relevant to them.
         latents: so many of those that are ever active, drawn by `seed`; None: all.
-        seed: of that draw.
         rows: texts of one forward pass.
 
     Returns:
@@ -124,7 +119,6 @@ def name_latents(labels: Sequence[LatentLabel], namer: Asker, least: float = 0) 
     """The latents with descriptions that a language model gives, and how concrete it finds these (0-100).
 
     Args:
-        labels: of `label_latents`.
         namer: who is asked; a latent that it cannot name is left out.
         least: descriptions that are less concrete are left out, too (the paper takes 65).
 

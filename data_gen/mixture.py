@@ -18,7 +18,6 @@ class Mixture:
     """Rows in the order of the file.
 
     Args:
-        rows: all of them.
         repeated: self-correction rows that are there for a second time or more.
         missing: normal rows that the size asked for beyond those there were.
     """

@@ -55,12 +55,6 @@ def preview_page(
 ) -> str:
     """Transcripts and, with a tokenizer, their tokens and masks.
 
-    Args:
-        rows: to show.
-        total: rows that there are.
-        tokenizer: the model's.
-        policy: of the mask.
-
     Raises:
         InputError: naming the row, if it cannot be labelled.
     """

@@ -48,7 +48,6 @@ def with_rejected(rows: Sequence[Transcript], section: SteeredSection, cues: Cue
     """The rows that have a rejected reply, and normal rows with one made for them; others are left out.
 
     Args:
-        rows: of all sources.
         section: how detours are cut.
         cues: that begin a needless restart.
         seed: of cuts and cues.

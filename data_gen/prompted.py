@@ -134,8 +134,6 @@ class Task:
     """What a writer is to write for one row: drawn from the row's number alone.
 
     Args:
-        prompt: the user's question.
-        subject: what the detour is about.
         sentences: of the detour.
         cue: the words with which the acknowledgement begins; the whole of it if `silent`.
         silent: whether the reply returns without taking anything back; the writer then writes two parts only.

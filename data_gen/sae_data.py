@@ -49,9 +49,6 @@ class Reply:
 
     Args:
         key: unique; from the model, the prompt, the sampling and the seed.
-        prompt: the user's message.
-        topic: what it is about.
-        reply: the model's.
     """
 
     key: str
@@ -200,7 +197,6 @@ def read_states(
 
     Args:
         model: in any wrapper.
-        tokenizer: the model's.
         texts: in the order in which they are read.
         layer: counted from 0.
         tokens: most states.

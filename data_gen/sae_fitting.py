@@ -38,7 +38,6 @@ class SaeSettings:
         layer: the decoder layer whose output is reconstructed, from 0.
         width: latents of the dictionary.
         active: latents that are active on a token, on average.
-        seed: of weights and draws.
         model: name of the model, for the SAE's config.
     """
 
@@ -167,8 +166,6 @@ def measure(model: Any, tokenizer: Any, sae: LoadedSae, texts: Sequence[Text], t
 
     Args:
         model: in any wrapper.
-        tokenizer: the model's.
-        sae: of the model.
         texts: those that are held out are read.
         trained: [tokens, d_model] states that it was trained on, for dead latents.
     """

@@ -43,7 +43,6 @@ class Candidate:
     """A latent that may stand for a topic.
 
     Args:
-        latent: its index.
         topics: those that its decoder row points to most, nearest first.
         cosine: of the decoder row to the first of them: to the mean state of the topic's texts less that of all topics.
         frequency: share of all tokens on which it is active.
@@ -62,7 +61,6 @@ class Reading:
     Args:
         key: unique; from all that decides them.
         strength: in residual norms.
-        texts: the steered replies.
         about: the topic of each; None where no topic makes it likelier.
         nats: a token, that the topic adds to each.
     """
@@ -98,7 +96,6 @@ def find_candidates(
     Args:
         texts: each with its topic.
         left_out: [n_latents] bool, latents that are no candidates.
-        count: most candidates.
         rows: texts of one forward pass.
 
     Raises:

@@ -73,7 +73,6 @@ def check_adapter(folder: Path, section: ModelSection) -> tuple["PeftConfig", di
     """Refuse an adapter that cannot be used on a model, before that model is loaded.
 
     Args:
-        folder: the adapter's.
         section: names the base model.
 
     Returns:
@@ -190,7 +189,6 @@ def trainable_adapter(model: Any, folder: Path) -> Any:
 
     Args:
         model: as `load_model` returns it for training.
-        folder: the adapter's.
 
     Returns:
         a `PeftModel` whose adapter is trainable.
@@ -233,7 +231,6 @@ def check_keys(weights: Mapping[str, torch.Tensor], model: Any, where: str) -> N
     Args:
         weights: as saved.
         model: with an adapter of the same configuration.
-        where: of the weights.
 
     Raises:
         InputError: naming a weight that is missing, too many, or of another shape.

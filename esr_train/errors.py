@@ -27,11 +27,7 @@ class InputError(Exception):
 
 
 class Mistakes(InputError):
-    """Several mistakes in one paragraph, numbered.
-
-    Args:
-        found: at least two.
-    """
+    """Several mistakes in one paragraph, numbered."""
 
     def __init__(self, found: Sequence[InputError]) -> None:
         self.found = tuple(found)

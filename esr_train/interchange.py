@@ -48,7 +48,6 @@ class ExportReport:
     """What an export wrote.
 
     Args:
-        rows: rows written.
         lost: one sentence for each thing that the format cannot hold.
     """
 
@@ -95,7 +94,6 @@ def export_file(
     """Write transcripts in another format, whole or not at all.
 
     Args:
-        path: the file.
         transcripts: rows; imported ones come back as they were.
         format: see the module.
         style: segments only: the template text around rows that were not imported from segments.

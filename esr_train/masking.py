@@ -33,11 +33,9 @@ class Labelled:
     """A transcript as tokens and labels.
 
     Args:
-        id: the transcript's.
         input_ids: [tokens].
         labels: [tokens]; the token's own id where it is trained, `IGNORED` elsewhere.
         offsets: [tokens]; the characters of `text` that each token stands for.
-        text: the rendered conversation.
         straddling: how many tokens are masked although some of their characters are to be trained.
         spans: kind, start and end of every span, as characters of `text`.
         reply_start: index of the first token that holds some of the reply.
@@ -112,7 +110,6 @@ def label_pair(
 
     Args:
         tokenizer, max_length: see `label`.
-        transcript: the row.
         policy: of the preferred reply; of the rejected one everything counts.
 
     Raises:
@@ -251,7 +248,6 @@ def marked(labelled: Labelled, colour: bool) -> str:
     """The rendered text with its trained stretches in green, or in [[double brackets]] without colour.
 
     Args:
-        labelled: from `masking.label`.
         colour: whether to write terminal colours.
     """
     pieces = []

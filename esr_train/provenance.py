@@ -186,10 +186,6 @@ def provenance(
 
     Args:
         recipe: as the arm sees it.
-        arm: the arm's name.
-        data: the training file.
-        rows: how many rows it has.
-        world_size: number of processes.
         zero_stage: DeepSpeed's; None without it. Its checkpoints hold optimiser states that nothing else reads.
         start: folder of the adapter from which training goes on; None: it begins with a new one.
     """
@@ -229,9 +225,6 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: Path, par
     """Refuse to continue a run whose recipe, data, model, world size or ZeRO stage is not what it was.
 
     Args:
-        before: the run's provenance.
-        now: what it would be now.
-        where: the run's folder.
         parts: what must be the same; `RESULT` for a run that is finished.
 
     Raises:

@@ -57,7 +57,6 @@ class ImportReport:
     """What an import has read.
 
     Args:
-        rows: transcripts.
         with_detour: rows with an off-topic span.
         normal: rows without one.
         problems: each oddity, as half a sentence, with the numbers of the lines (of a list: the rows) that have it.
@@ -109,12 +108,6 @@ def from_segments(row: Any, name: str, line: int, report: ImportReport) -> Trans
     """A transcript from a row of segments; template text becomes prompt and system.
 
     Control tokens and white space at the end of the reply belong to the template; so does Llama's date header.
-
-    Args:
-        row: the JSON value.
-        name: the transcript's id.
-        line: the row's line number.
-        report: is told what is odd about the row.
 
     Raises:
         ValueError, KeyError, TypeError: for a row that is no conversation of one prompt and one reply, or one with

@@ -203,7 +203,6 @@ def encode_prompt(
     Args:
         tokenizer: a fast tokenizer with a chat template.
         prompt: the user's message; control-token text in it is encoded as plain text.
-        system: the system message, or None.
         prefix: text with which the reply already begins, taken as it is.
 
     Returns:

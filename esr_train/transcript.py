@@ -68,7 +68,6 @@ class Steering:
         sae, latent: v is the latent's decoder row; None where `vector` is v.
         layer: counted from 0.
         label: what v stands for, if known.
-        strength: how far along v.
         vector: v itself; None where it is a latent's.
 
     Raises:

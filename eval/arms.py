@@ -124,7 +124,6 @@ def matched_latents(
         wanted: latents to be matched.
         frequency, norms: [n_latents] of the whole SAE.
         excluded: latents that must not stand in; the wanted ones never do.
-        seed: of the draw.
 
     Raises:
         InputError: if too few other latents are ever active.

@@ -29,8 +29,6 @@ class Noticed:
 
     Args:
         key: of the trial that goes on from it.
-        condition: of `SQUARE`.
-        latent: of the cell.
         sums: contrast -> the sum over its detectors of each one's strongest activation, as in the search.
     """
 

@@ -172,8 +172,6 @@ class Cell:
     """What one trial runs, whatever the arm.
 
     Args:
-        prompt: the user's message.
-        topic: its topic.
         latent: index of the steering latent; None is unsteered.
         label: what the latent stands for.
         multiple: the strength, in multiples of the latent's threshold.

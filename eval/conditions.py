@@ -35,10 +35,8 @@ class Setting:
     """What a condition may draw on.
 
     Args:
-        arm: the arm's name.
         cells: test latents on test prompts; all of them, or the first `eval.control_trials`.
         steerer: steers at the base model's thresholds.
-        seed: the run's.
         response: the finished trial of an arm (by name) under a condition on a cell.
         own_thresholds: measures the arm's own thresholds, if they are not there yet: latent -> `norm` units; latents
             whose threshold lies at a bound are left out.
@@ -46,7 +44,6 @@ class Setting:
         value: of a sweep's condition, such as the multiple of `boost_x1.5`.
         adapted: latent -> a direction of equal norm that was optimised against the arm.
         cues: phrases by which a correction begins.
-        prompts: all test prompts.
         welcome: a prompt with {label}.
     """
 
@@ -71,7 +68,6 @@ class Condition:
     Args:
         name: as in `eval.conditions` and in trial rows.
         title: in words, for the report.
-        plan: what an arm runs.
         goes_on_from: the condition from whose responses its replies go on; it must be measured, too.
         against: the condition that it is compared with, cell by cell, beside `steered`.
         runs_every_cell: whether it runs `eval.trials` cells and not only `eval.control_trials`.
@@ -116,8 +112,6 @@ class Measured:
     """A condition as a recipe measures it: the members of a sweep are one each.
 
     Args:
-        name: as in trial rows.
-        condition: the registered one.
         value: of a sweep's member.
     """
 
@@ -130,7 +124,6 @@ def measured_conditions(section: EvalSection, wanted: Sequence[str] | None = Non
     """The conditions that a recipe measures, in the order in which they run.
 
     Args:
-        section: the recipe's.
         wanted: an arm's own choice among `section.conditions`; None: all of them.
     """
     found: list[Measured] = []
@@ -425,7 +418,6 @@ def matched(reply: str, cue: str) -> tuple[str, str]:
 
     Args:
         reply: an on-topic one.
-        cue: takes something back.
     """
     ends = [word.end() for word in re.finditer(r"\S+", reply)]
     if not ends:

@@ -24,12 +24,9 @@ class Course:
     """One reply, token by token.
 
     Args:
-        key: of its trial.
-        cluster: its direction.
         values: the sum of the latents at each token, [tokens].
         at: the token at which the restart begins; without a restart: that of a reply that has one.
         regions: name -> (first token, one behind the last); empty without a restart.
-        tokens: their texts.
     """
 
     key: str
@@ -153,7 +150,6 @@ class Rising:
     """A latent whose activation rises before restarts more than at the same tokens of replies without one.
 
     Args:
-        latent: its index.
         name: its label, or its index.
         auc: of the rise, restarts against others.
         q: of the paired test (Wilcoxon's) over the whole dictionary, adjusted after Benjamini and Hochberg.

@@ -153,10 +153,8 @@ class Detector:
     """One latent of a set.
 
     Args:
-        latent: its index.
         name: its label, or a text on which it is most active, the token between << and >>.
         auc, error, p, q: on the responses it was chosen on.
-        held_out: on the held-out ones.
         negative_share, positive_share: of the responses on which it is active at all.
         frequency: share of the tokens of own, unsteered replies at which it is active.
         group: latents of one number are alike.

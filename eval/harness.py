@@ -35,7 +35,6 @@ def open_tasks(section: RetentionSection, include: Path | None) -> Any:
     """The harness's TaskManager, which knows its own tasks and those of a folder.
 
     Args:
-        section: names tasks.
         include: folder of task files of one's own; data files that these name are found from it on.
 
     Raises:
@@ -64,7 +63,6 @@ def run_tasks(
 
     Args:
         model: of transformers, alone or with an adapter.
-        tokenizer: the model's.
         section: which tasks, and how much of them.
         include: see `open_tasks`.
         rows: texts that are read at once.
@@ -126,7 +124,6 @@ def kept(
         own: an arm's results, of each run.
         base: the base model's, of the same runs; the same as `own` for itself.
         bootstrap: resamples.
-        seed: of the resampling.
     """
     return {name: _kept(name, own, base, bootstrap, seed) for name in own[0]} if own else {}
 

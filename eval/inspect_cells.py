@@ -63,7 +63,6 @@ class SteeredApi(ModelAPI):
     """Our engine as a model of inspect's. A message says by its metadata's `cell` which cell it is to be steered as.
 
     Args:
-        model_name: the arm's name.
         get: gives trials.
         rows: requests that may be open at once.
     """
@@ -95,9 +94,6 @@ def cells_task(arm: Arm, condition: str, plan: Plan, rows: int) -> Task:
     """An arm under one condition, as a task that brings its own model.
 
     Args:
-        arm: the model under test.
-        condition: its name.
-        plan: what is run.
         rows: most requests of a batch.
     """
     cells = {cell.key: cell for cell in plan.cells}

@@ -81,7 +81,6 @@ class Spent:
     """What questions have cost so far.
 
     Args:
-        asked: replies that came.
         lost: requests that got no reply: refused for their rate, timed out, cut off.
         cached: answers taken from the disk instead.
         refused: replies that could not be used, so that the question was asked again.
@@ -182,7 +181,6 @@ class Asker:
     """Asks a model until each answer can be parsed; usable answers are kept on disk.
 
     Args:
-        llm: who is asked.
         ledger: of requests and costs.
         folder: of kept answers, which any number of processes may share; None keeps none.
         repeat: another number asks anew what is kept already.
@@ -426,7 +424,6 @@ class EngineLlm:
     """Asks a model on this machine through our own engine.
 
     Args:
-        name: the model's.
         open_engine: loads it when the first question is asked.
         temperature: 0 is greedy.
         repeat: another number draws other replies.

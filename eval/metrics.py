@@ -38,7 +38,6 @@ class Metric:
     """A metric.
 
     Args:
-        of: a trial's value.
         title: what it is called in tables.
         is_rate: whether its values are events (0/1).
         bounds: the least and the largest value there can be.

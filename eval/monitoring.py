@@ -134,7 +134,6 @@ class Followed:
 
     Args:
         scores: at each token, [tokens].
-        steered: whether the reply was.
         cluster: its direction, or its prompt where it was not steered.
         off_topic: whether its last attempt was scored below 50.
         events: name -> the token that something happened at, such as `restart`.
@@ -152,7 +151,6 @@ class Lead:
     """How long before an event a monitor sounded.
 
     Args:
-        event: its name.
         before: share of the replies with the event in which it sounded before it.
         tokens: from the alarm to the event in those, on average.
     """
@@ -167,8 +165,6 @@ class Detection:
     """How well a detector tells steered replies from unsteered ones.
 
     Args:
-        name: of the detector.
-        threshold: of its score.
         token_auc, reply_auc: over tokens' scores, and over replies' highest scores.
         false_alarms: share of unsteered replies in which it sounds.
         caught: share of steered replies in which it sounds.

@@ -42,7 +42,6 @@ def resistance(
     Args:
         pairs: of one direction each; where the base's threshold is itself at a bound the pair is left out.
         bootstrap: resamples.
-        seed: of the resampling.
     """
     known = sorted(
         ((own, base) for own, base in pairs if base.bound is None), key=lambda pair: (pair[0].latent, pair[0].norm)

@@ -35,7 +35,6 @@ class Retention:
         value: the ratio, 1 where nothing was lost; None without a reply.
         low, high: its 95 % interval, clustered by prompt; None for a single one.
         n: replies.
-        tokens: of all of them.
         perplexity: the arm's own.
     """
 

@@ -35,7 +35,6 @@ class Estimate:
     Args:
         value: the rate or mean; None where nothing is defined (n = 0).
         low: lower end; None where one cluster alone says nothing about the spread.
-        high: upper end, likewise.
         n: trials that count.
         unscored: trials left out because the judge failed on them.
     """

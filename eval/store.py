@@ -62,12 +62,10 @@ class Trial:
         key: unique in the file.
         arm, condition: which arm, and how the cell was run.
         seed: of the run; repeats of one cell differ in it.
-        cell: what was run.
         variant: what the arm changed beside its weights; None for nothing.
         engine: the engine's name.
         sampling: how tokens were drawn; None where it is not known (imported trials).
         prefix: characters of the response that were given, not generated.
-        response: the whole reply.
         finish_reason: `stop`, `length`, or `alarm` where a monitor ended it; None where it is not known.
         tokens, steered_tokens: generated tokens, and tokens (of prompt and reply) that were steered.
         attempts: in order, covering the response; empty where the judge failed.

@@ -34,7 +34,6 @@ class Summary:
     """Everything metrics.json holds, its keys in this order.
 
     Args:
-        schema: of the file.
         arms: every metric of every arm and condition.
         paired: every arm minus `base` (named `<arm>-base`) on the cells both have.
         within: an arm's other conditions minus its own `steered` (named `<condition>-steered`), likewise, and minus

@@ -81,8 +81,6 @@ class Plan:
     """What an arm runs under a condition.
 
     Args:
-        cells: in order.
-        steerer: how a cell is steered.
         prefixes: cell key -> text that the reply goes on from; it is part of the response.
         copies: cell key -> a finished trial of the arm that stands for this one as it is.
     """

@@ -52,7 +52,6 @@ class Attacked:
         fingerprint: of what decides its trials.
         split: whose latents are optimised.
         variant: what it does to every request.
-        open: loads it.
     """
 
     name: str

@@ -44,7 +44,6 @@ class Chat:
         directions: by number, each with its residual norm.
         thresholds: direction -> its threshold in residual norms; strengths are then multiples of it. Those without one
             are not offered. Empty: nothing was calibrated, and strengths are in residual norms.
-        sampling: of the answers.
     """
 
     switch: Switch
@@ -82,10 +81,8 @@ class Chat:
         """What the base model and the arm say; both draw the same noise.
 
         Args:
-            prompt: the user's message.
             direction: its number; None: nothing steers.
             strength: in `unit`.
-            seed: of sampling.
         """
         adds: tuple[Any, ...] = ()
         if direction is not None and strength:
@@ -100,7 +97,6 @@ def open_chat(resources: Resources, arm: str | None) -> Chat:
     """A recipe's model, with the adapter of an arm, and what the recipe steers by.
 
     Args:
-        resources: of the recipe.
         arm: None: the first one whose adapter is there.
 
     Raises:

@@ -48,10 +48,7 @@ class Experiment:
     """One run directory and what is done in it.
 
     Args:
-        recipe: with this run's seed.
-        directory: of the run.
         resources: model, SAE, judges and prompts; the parts of a run with several seeds share them.
-        cache: the run's stages.
         ranks: processes that work on it together.
     """
 
@@ -90,10 +87,8 @@ def open_experiment(
     """A recipe's run, held so that no second process can write into it; closed when the block ends.
 
     Args:
-        recipe: the experiment's.
         directory: where the run lies, if it was moved from where the recipe puts it.
         ranks: processes that work on it together.
-        redo: stages to do anew.
         on_begin: told the name of each stage that is about to be done.
 
     Raises:

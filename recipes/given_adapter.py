@@ -26,11 +26,9 @@ class Given:
 
     Args:
         model: hub id, folder or fetched model's name of the base model.
-        adapter: hub id or folder.
         vectors: file of steering vectors; None where an SAE's latents steer.
         layer: whose output the vectors steer; None: as their file says.
         sae: sae-lens release and id, or folder and sub-folder.
-        labels: of the SAE's latents.
         judge: a kind of judge, or a language model as inspect_ai names it.
         prompts: file or data set; None: the shipped ones.
         name: of the run directory; None: the adapter's.

@@ -28,7 +28,6 @@ def read_beginnings(
     """Read every beginning of an arm's square of conditions under its own push, if all four were measured.
 
     Args:
-        arm: loads it.
         inputs: what decides the arm's activations.
     """
     if not plans.keys() >= SQUARE.keys() or not any(each.chosen for each in detectors.sets):

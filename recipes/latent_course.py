@@ -187,7 +187,6 @@ def rising_latents(experiment: Experiment, others: NDArray[np.float32], restarts
     """The latents that rise most certainly, and those whose label speaks of taking something back.
 
     Args:
-        experiment: for the labels.
         others, restarts: rises, [pairs, n_latents] each; a row of both is one token of two replies.
     """
     if len(others) < 2:

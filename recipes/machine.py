@@ -31,7 +31,6 @@ class Device:
     """What computes.
 
     Args:
-        name: in words.
         memory: bytes of one.
         count: how many work at once.
         flops: dense bf16 operations a second of one; None: not known.

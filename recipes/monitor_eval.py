@@ -50,7 +50,6 @@ def evaluate(recipe: Recipe, directory: Path | None) -> list[str]:
     """Measure the monitors of a run on its own trials; writes `monitor/eval.json` and `monitor/roc.svg`.
 
     Args:
-        recipe: of the run.
         directory: where it lies, if not where the recipe puts it.
 
     Returns:

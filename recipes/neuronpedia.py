@@ -22,8 +22,6 @@ def export_of(release: str, id: str, host: str = EXPORTS) -> str | None:
     """The address under which Neuronpedia exports the labels of an SAE; None if sae-lens' table names none.
 
     Args:
-        release: sae-lens' name of the release.
-        id: of the SAE in it.
         host: where the exports lie.
     """
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory

@@ -86,7 +86,6 @@ def prepare(experiment: Experiment, evaluates: bool = True) -> Shared:
     """What all arms and seeds share: the latents that steer, their thresholds, how often latents are active.
 
     Args:
-        experiment: the run.
         evaluates: whether trials will be run; rows that nobody steers need no thresholds.
     """
     recipe = experiment.recipe
@@ -184,10 +183,8 @@ def evaluate(recipe: Recipe, arm: str | None = None, ranks: Ranks = ALONE, redo:
     """Run the trials of one arm, or of all of them and write the report; says where they lie.
 
     Args:
-        recipe: the experiment's.
         arm: base or one of the recipe's; None: all.
         ranks: processes that share the cells.
-        redo: stages to do anew.
     """
     check(recipe, whole(recipe, redo, ranks.first))
     with open_experiment(recipe, ranks=ranks, redo=redo) as experiment:
@@ -211,7 +208,6 @@ def report_again(recipe: Recipe, directory: Path | None = None, for_print: tuple
     """Write metrics and report anew from the trials that are there; nothing else is looked at or run.
 
     Args:
-        recipe: the experiment's.
         directory: where the run lies, if it was moved from where the recipe puts it.
         for_print: width (inches) and font (points) of figures to be written as PDF, SVG and PNG, too.
     """

@@ -89,9 +89,7 @@ def make_plan(recipe: Recipe, device: str | None = None, count: int = 1) -> Plan
     it showed is kept in the folder of runs). Named devices, and vLLM, are estimated from their makers' figures.
 
     Args:
-        recipe: the experiment's.
         device: such as `h100`; None: what is here.
-        count: how many of them.
 
     Raises:
         InputError: for a device that is not known, or where a file of the recipe cannot be read.

@@ -81,7 +81,6 @@ def check(recipe: Recipe, scope: Scope | None = None) -> None:
     """Refuse a recipe whose files, names or settings cannot work, before a model is loaded.
 
     Args:
-        recipe: the experiment's.
         scope: what is about to be used of it; None: all.
 
     Raises:

@@ -117,7 +117,6 @@ class Resources:
     """A recipe's model, SAE, judges and prompts. Each is opened by the first call that asks for it.
 
     Args:
-        recipe: the experiment's.
         asks: whether judges may be asked anything: a key that is missing is then refused when one is opened.
         tally: of what the engines on the models under test generate and read.
     """

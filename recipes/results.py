@@ -99,7 +99,6 @@ def write_print_figures(experiment: Experiment, parts: Sequence[Experiment], wid
     """Write the report's figures as PDF, SVG and PNG; returns their folder.
 
     Args:
-        experiment: whose report is written.
         parts: its runs.
         width: inches.
         font: points.

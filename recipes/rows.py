@@ -116,7 +116,6 @@ def open_writer(recipe: Recipe, ledger: Path, run: Path | None, model: str, temp
         recipe: its `llm` says how it is asked.
         ledger: file of what was asked and what that cost.
         run: folder whose ledgers share the limit in dollars; None: this one has it alone.
-        model: its name.
         temperature: of its answers.
     """
     llm = InspectLlm(model, temperature, recipe.llm.concurrency)

@@ -41,12 +41,10 @@ class Wanted:
     """What is asked for.
 
     Args:
-        command: as it was typed.
         layer, width, active: see `SaeSettings`.
         tokens: states to train on.
         out: folder to write; it must not exist.
         subjects: files of subjects to ask about; none: the shipped ones.
-        text: files of other text.
     """
 
     command: str
@@ -140,7 +138,6 @@ def label_sae(recipe: Recipe, texts: Path, column: str, latents: int | None, out
     Args:
         recipe: with model, SAE and prompts.
         texts: file whose rows have a `topic`, such as the replies that an SAE was trained on.
-        column: of the texts.
         latents: most candidates; None: 384.
         out: file of labels; what was read off is kept beside it.
 

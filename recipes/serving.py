@@ -76,7 +76,6 @@ def complete(chat: Chat, body: bytes) -> dict[str, Any]:
 
     Args:
         chat: the model, and what it may be steered along.
-        body: JSON, see `Body`.
 
     Raises:
         InputError: for anything that is not a request, naming the key.

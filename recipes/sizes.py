@@ -27,7 +27,6 @@ class ModelSize:
 
     Args:
         name: its `model_type`.
-        parameters: of the whole model.
         layers, width, inner, heads, vocabulary: decoder layers, residual stream, MLP, query heads, tokens.
         cached: numbers kept for a token in generation: keys and values of all layers.
         each: bytes of a weight.

@@ -49,7 +49,6 @@ class StageCache:
     hashes of its modules). If that code has changed since, the stage is kept, and `outdated` says so.
 
     Args:
-        directory: of the run.
         ranks: processes at work here; the main one decides.
         redo: names of stages (or their beginnings, such as `train` for `train/tuned`) to do anew.
         tally: counted up by whoever generates; what a stage adds to it is kept in its record.
@@ -77,7 +76,6 @@ class StageCache:
         """Do a stage unless it is done; returns its fingerprint.
 
         Args:
-            stage: what is to be done.
             work: does it; must be able to go on from whatever an interrupted call left in the outputs.
         """
         fingerprint, is_due = self.ranks.by_first(lambda: self._begin(stage))

@@ -76,7 +76,6 @@ class Calibrated:
     """The base model's thresholds.
 
     Args:
-        fingerprint: of everything that decided them.
         thresholds: of every latent in play, those at a bound included.
         steerable: the latents of each split without those at a bound.
     """
@@ -94,7 +93,6 @@ class Shared:
     """What all arms and seeds of a recipe share.
 
     Args:
-        latents: that may steer.
         calibrated: their thresholds on the base model.
         frequency: how often each latent of the SAE is active, [n_latents], where something is matched in it.
         detectors: the latents that notice, where an arm edits them.

@@ -25,7 +25,6 @@ class Switch(Protocol):
 
     Args:
         layers: number of the model's decoder layers.
-        width: of its residual stream.
     """
 
     layers: int
@@ -41,7 +40,6 @@ class LoadedSwitch:
 
     Args:
         model: of transformers, alone or with an adapter.
-        tokenizer: the model's.
         batch_rows: most requests that run at once; None: as many as fit.
     """
 

@@ -33,7 +33,6 @@ def calibrated_probe(recipe: Recipe, directory: Path) -> MakeProbe:
 
     Args:
         recipe: as the arm sees it.
-        directory: of the run.
 
     Raises:
         InputError: if the run has not been calibrated, or a judge would have to be loaded beside sharded weights.
@@ -60,7 +59,6 @@ def probing(judge: Judge, cells: Sequence[Cell], steerer: Steerer, sampling: Sam
     """A probe on these cells, steered and unsteered, for `esr_train.training.trainer.train`.
 
     Args:
-        judge: scores the responses.
         cells: steered ones, of the validation split: the test's must not be looked at while training.
         steerer: knows the cells' latents.
         sampling: as in the evaluation.

@@ -32,7 +32,6 @@ class Wanted:
         layer: whose output is read; None: the recipe's `vectors.layer`.
         subjects: file of subjects, one a line; None: the shipped ones.
         positive, negative: files of texts, one a line, between which one vector is made instead.
-        method: how that one is taken.
     """
 
     command: str

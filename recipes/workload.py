@@ -77,9 +77,7 @@ class Work:
     """One line of the plan.
 
     Args:
-        name: of the line.
         stages: how the names of its stages begin (see `stage_cache`).
-        batches: what is generated.
         read: tokens that an arm reads of others' replies.
         trained: tokens that are trained on, padding left out.
         arm: that is trained here.

@@ -27,7 +27,6 @@ class Target:
     """A text that a direction is to make likely.
 
     Args:
-        direction: its number.
         ids: tokens of the rendered prompt and the reply.
         reply: index of the reply's first token.
         steered: index of the first token that is steered.
@@ -64,7 +63,6 @@ def optimise(
         targets: at least one for every direction, each of at least one reply token.
         units: [directions, d_model] float32 of norm 1, where to start.
         length: [directions], what is added, in residual units.
-        steps: of Adam.
         rate: its learning rate; a direction has norm 1.
 
     Raises:

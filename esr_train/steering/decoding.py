@@ -142,13 +142,9 @@ def grouped_attention(
     """Eager attention of one new token a row; query heads that share keys are one matrix.
 
     Args:
-        module: the attention module.
         query: [rows, heads, 1, head_dim].
         key: [rows, groups, positions, head_dim], as is `value`.
-        value: what is mixed.
         attention_mask: float32 [rows, 1, 1, positions], added to the scores.
-        scaling: of the scores.
-        softcap: Gemma-2's.
 
     Returns:
         [rows, 1, heads, head_dim], and no weights.

@@ -35,7 +35,6 @@ class Request:
     Args:
         id: returned with the completion.
         prompt: the user's message, plain text (special-token text in it is never a control token).
-        system: the system message, or None.
         prefix: text with which the assistant's reply already begins; generation goes on from its end.
         interventions: applied together, in order; empty means unsteered.
         seed: of this row's sampling; two requests that differ only in arm share it.
@@ -60,7 +59,6 @@ class Completion:
     """What an engine returns for one request.
 
     Args:
-        id: the request's.
         text: the generated text, without the prefix and without the end-of-turn token.
         token_ids: generated ids, with the one that ended it (the end of turn, or what was drawn behind an alarm).
         finish_reason: "stop" (end of turn), "length", or "alarm" (a monitor stopped it).
@@ -163,8 +161,6 @@ def check_steered(request: Request, prompt: Encoding, fed: int, counts: Mapping[
     All positions contain the reply's, so over several layers the most steered one has every steered position.
 
     Args:
-        request: as it was given.
-        prompt: its rendered prompt.
         fed: tokens that the model was fed: the prompt's, and those behind it.
         counts: layer -> tokens that were steered there.
 
@@ -199,9 +195,6 @@ def checked_completion(
     The last token is never fed, so it is never steered.
 
     Args:
-        tokenizer: the model's.
-        request: as it was given.
-        prompt: its rendered prompt.
         generated: ids, with the one that ended it where there is one.
         finish: why the generation ended.
         counts: layer -> tokens that were steered there.

@@ -80,9 +80,7 @@ def check_intervention(intervention: Intervention, layers: int, width: int) -> N
     """Refuse an intervention that does not fit a model.
 
     Args:
-        intervention: any.
         layers: number of the model's decoder layers.
-        width: of its residual stream.
 
     Raises:
         InputError: what is no intervention, a layer the model does not have, or a vector or SAE of another width.

@@ -45,10 +45,8 @@ class _Open:
     """A request on its way.
 
     Args:
-        asked: as it was given.
         next: what is to be generated: first the request itself, then how it goes on.
         alarms: so far, in tokens of the reply.
-        first: what was generated first.
         begun_again: characters up to where it was begun again last; -1: it was not.
     """
 

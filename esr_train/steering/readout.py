@@ -104,8 +104,6 @@ def active_latents(
 
     Args:
         model: in any wrapper.
-        tokenizer: the model's.
-        sae: of the model.
         texts: rendered conversations, or plain texts.
         rows: texts of one forward pass.
         what: the texts are, shown with the progress.
@@ -125,8 +123,6 @@ def activation_frequency(model: Any, tokenizer: Any, sae: LoadedSae, texts: Sequ
 
     Args:
         model: in any wrapper.
-        tokenizer: the model's.
-        sae: of the model.
         texts: rendered conversations, such as the model's own unsteered answers.
 
     Raises:
@@ -163,8 +159,6 @@ def peaks(model: Any, tokenizer: Any, sae: LoadedSae, texts: Sequence[str], coun
 
     Args:
         model: in any wrapper.
-        tokenizer: the model's.
-        sae: of the model.
         texts: none of them empty.
         count: texts per latent.
         rows: texts of one forward pass.

@@ -54,7 +54,6 @@ class _Beginnings:
     """What the model has read of a batch's beginnings.
 
     Args:
-        cache: its keys and values.
         mask: [beginnings, width], 0 at padding.
         following: log-probabilities [beginnings, vocabulary] of the token behind each.
         counts: layer -> tokens steered in each.

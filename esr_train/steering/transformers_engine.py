@@ -56,10 +56,8 @@ class TransformersEngine:
 
     Args:
         model: a causal language model, a PEFT model of one, in any wrapper that lets `model(...)` run alone.
-        tokenizer: the model's.
         batch_rows: most rows that run at once. The longest prompts come first; others follow as rows end. None: as
             many as memory and measured speed allow (see `batch_size`).
-        tally: of what is generated.
     """
 
     name = "transformers"

@@ -86,7 +86,6 @@ def unchanged_vectors(reference: VectorRef, layer: int) -> list[SteeringVector]:
 
     Args:
         reference: the row's file, with its hash.
-        layer: the row's.
 
     Raises:
         InputError: if the file is not there, or has changed.

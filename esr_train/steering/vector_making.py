@@ -117,10 +117,7 @@ def own_replies(
 
     Args:
         engine: of the model.
-        tokenizer: the model's.
-        subjects: each once.
         sampling: of the replies, which are at most `REPLY_TOKENS` long.
-        seed: of the replies.
     """
     prompts = [question.format(subject=subject) for subject in subjects for question in ASKED]
     requests = [Request(str(number), prompt, seed=seed + number) for number, prompt in enumerate(prompts)]
@@ -144,7 +141,6 @@ def vectors_of_replies(
 
     Args:
         model: in any wrapper.
-        tokenizer: the model's.
         replies: subject -> what the model said about it.
         layer: whose output is read, from 0.
         rows: replies of one forward pass.

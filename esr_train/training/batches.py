@@ -24,7 +24,6 @@ class LengthGrouped(Sampler[int]):
     Args:
         lengths: of the rows, in tokens.
         batch: rows of one optimiser step over all processes.
-        seed: of the order.
         epoch: says which epoch is beginning.
     """
 

@@ -77,7 +77,6 @@ class Meter:
     """Counts this process's tokens and turns them into figures for the log.
 
     Args:
-        parameters: of the whole model.
         world_size: processes, which are taken to be equally fast.
         on_cpu: whether training runs on the CPU.
     """
@@ -145,7 +144,6 @@ class BehaviourProbe(TrainerCallback):
     Args:
         probe: generates under steering with the model as it is now and judges; it runs on every process.
         every: steps between two calls.
-        log: the trainer's.
         samples: JSONL file for the samples, each with the step it was made at.
     """
 

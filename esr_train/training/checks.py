@@ -105,7 +105,6 @@ def check_flow(model: Any, batch: dict[str, torch.Tensor], live: LiveInjection) 
     Args:
         model: with LoRA and TRL's fused loss, not yet wrapped for distributed training.
         batch: collated rows, at least one of them steered, on the model's device.
-        live: the injection.
 
     Raises:
         RunError: naming what does not hold: Δh exact, gradient below the layer, strength 0 changes nothing.

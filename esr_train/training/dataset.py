@@ -44,13 +44,10 @@ class TrainingRow:
     """One transcript as the trainer gets it.
 
     Args:
-        labelled: its tokens and labels.
-        source: the transcript's.
         vector: what steered it; None for an unsteered row.
         threshold_raw: strength, in decoder rows, that counts as one times the threshold.
         reply_start: index of the first token that holds some of the reply; 0 for an unsteered row.
         answer_start: the same of the answer that ends the reply (see `masking.Labelled`).
-        transcript: what it was made from.
         rejected: the row with the reply to which this one is preferred, where training prefers.
     """
 

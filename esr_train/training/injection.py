@@ -68,7 +68,6 @@ class LiveInjection:
     """Steers every steered row of a batch with its own vector.
 
     Args:
-        settings: the recipe's `train.live`.
         vectors: decoder rows, [latents, d_model].
         layer: the decoder layer whose output is steered.
         seed: of the strengths.
@@ -135,12 +134,7 @@ class LiveInjection:
             yield
 
     def delta(self, added: Sequence[Sequence[Add]], columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What every token is to get, [sequences, positions, d_model] float32 on the CPU.
-
-        Args:
-            added: from `interventions`.
-            columns: the batch's.
-        """
+        """What every token is to get, [sequences, positions, d_model] float32 on the CPU."""
         nothing = torch.zeros(self.vectors.shape[1])
         rows = torch.stack([*(each[0].vector if each else nothing for each in added), nothing])
         row = hook_rows(columns).cpu()
@@ -148,11 +142,7 @@ class LiveInjection:
 
 
 def hook_rows(columns: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The row of `LiveInjection.interventions` that every token of a batch is steered by, -1 for padding.
-
-    Args:
-        columns: the batch's.
-    """
+    """The row of `LiveInjection.interventions` that every token of a batch is steered by, -1 for padding."""
     in_answer = columns["answer"] & (columns["row"] >= 0)
     return columns["row"] + in_answer * len(columns["vector"])
 

@@ -39,7 +39,6 @@ class LiveTrainer(Trainer):
     Args:
         live: steers the rows in their forward and backward pass; None for plain training.
         meter: counts tokens for the log.
-        names: the rows' ids by their keys.
     """
 
     def __init__(self, *, live: LiveInjection | None, meter: Meter, names: dict[int, str], **arguments: Any) -> None:

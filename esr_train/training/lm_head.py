@@ -55,7 +55,6 @@ def _output(
 
     Args:
         hidden: [rows, positions, d_model].
-        head: of the model.
         labels: [rows, positions].
         settings: the last arguments of `TokenScores`.
     """

@@ -28,9 +28,7 @@ class Rollout:
     """A reply to be judged.
 
     Args:
-        prompt: the user's message.
         label: what steered it, if that is known; None where nothing did.
-        reply: its text.
         steered: whether anything steered it.
         ended: whether it ended by itself, not at the token limit.
     """

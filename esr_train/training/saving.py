@@ -67,8 +67,6 @@ def save_adapter(trainer: Any, folder: Path, record: dict[str, Any]) -> None:
 
     Args:
         trainer: after training; every process must call this (ZeRO-3 gathers the weights from all).
-        folder: the adapter's.
-        record: its provenance.
 
     Raises:
         RunError: an adapter that is not what was trained, or was not trained at all; nothing is moved then.

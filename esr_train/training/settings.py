@@ -311,7 +311,6 @@ def decoder_only(lora: LoraConfig, model: Any) -> LoraConfig:
 
     Args:
         lora: from `lora_config`; what it excludes stays excluded.
-        model: as loaded.
     """
     if lora.target_modules != "all-linear" or model.config.get_text_config() is model.config:
         return lora

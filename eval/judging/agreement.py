@@ -65,12 +65,9 @@ class Agreement:
     """What agreement.json holds, its keys in this order.
 
     Args:
-        schema: of the file.
-        judges: their names.
         trials: how many each was asked about.
         unscored: judge -> how many it failed on.
         alpha: metric -> Krippendorff's alpha over all judges (interval for scores, nominal for events).
-        pairs: every two judges.
         rates: judge -> the trials' numbers as it scores them.
     """
 

@@ -24,8 +24,6 @@ class JudgeItem:
     """One response to judge.
 
     Args:
-        prompt: the user's message.
-        response: the model's reply.
         label: what the steering latent stands for; None: unsteered, or unknown.
         recovery: whether findings beside the scores are wanted that may cost a question of their own
             (`silent_recovery`, `hijacked`).
@@ -43,7 +41,6 @@ class Judgement:
 
     Args:
         attempts: in order, covering the response; empty when `error` is set.
-        judge: the judge's name.
         raw: its answer as it came (for a person to check).
         flags: further yes/no findings: `degenerate` (word salad or repetition), `hijacked` (the last attempt is
             mainly about the latent's label), `silent_recovery` (off-topic at first, back on topic at the end,

@@ -40,8 +40,6 @@ class Passage:
     """A sentence, or several short ones, as the model reads it.
 
     Args:
-        text: of the passage.
-        tokens: how many.
         question: log-probability (nats) of the passage as the beginning of a reply to the question.
         neutral: the same as a reply to the question about nothing.
         new: share of it that the attempt has not said before, see `novelty`.

@@ -57,7 +57,6 @@ class ModelJudge:
     that answer failed alone. An empty response scores 0 without being shown to anyone.
 
     Args:
-        llm: who is asked.
         cache: folder of the answers; None keeps none.
         repeat: another number asks anew instead of taking kept answers (how steady is the judge?).
         ledger: of requests and costs; None counts in memory.

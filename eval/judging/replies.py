@@ -25,7 +25,6 @@ def read_reply(reply: str, parse: Callable[[dict[str, Any]], Value], shown: str 
     hold a verdict. Raw line ends within strings are accepted.
 
     Args:
-        reply: as it came.
         parse: raises ValueError for an object it cannot use.
         shown: texts of the question that are not its form: an object that stands there is a quotation.
 

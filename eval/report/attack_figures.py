@@ -39,9 +39,6 @@ class Attack:
     """What an attack did to an arm.
 
     Args:
-        name: the condition's.
-        arm: the arm's.
-        own: metric -> estimate.
         paired: the same minus base on the same cells; none for base itself.
     """
 

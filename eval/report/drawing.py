@@ -136,7 +136,6 @@ def dots_svg(
     Args:
         colours: of the series, which stand below each other on a line.
         scale: of the numbers, 100 for rates as percentages.
-        look: size and format.
     """
     lines = list(dict.fromkeys(line for dots in panels.values() for line, *_ in dots))
     series, step = list(colours), 0.7 / max(len(colours), 1)
@@ -166,7 +165,6 @@ def svg_of(draw: Callable[["Axes"], None], legend: Mapping[str, str], height: fl
     Args:
         legend: name -> colour; none if it is empty.
         height: inches at the width of `PAGE`, without the legend.
-        look: size and format.
     """
     return panels_svg([draw], legend, height, look=look)
 
@@ -213,7 +211,6 @@ def render(package: str, name: str, **values: Any) -> str:
 
     Args:
         package: where the template lies; what it includes may lie there or here.
-        name: of the template.
         values: of its variables; one that the template asks for and that is not given is an error. `style.css`
             asks for `colours`: those that `inline_svg` was given, each once, in order.
     """

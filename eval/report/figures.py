@@ -42,8 +42,6 @@ class Material:
     """What a report is made from.
 
     Args:
-        summary: the numbers.
-        rows_by_arm: the trials of each arm.
         thresholds: of every latent, those at a bound included; if there are none, strengths are read from the trials.
         agreement: of the judges, where several were asked.
         mixtures: sweep -> arm -> share of self-correction rows in its training file, 0-1.
@@ -89,7 +87,6 @@ class Drawn(NamedTuple):
     """What a figure's function makes.
 
     Args:
-        caption: below the figure.
         svg: makes the SVG document, or another one if it is given a `look` (see `drawing.Look`).
         table: the numbers in it, with a header row; with that alone the figure is left out.
     """

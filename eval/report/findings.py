@@ -29,7 +29,6 @@ def opening(material: Material, held_out: bool) -> list[str]:
     """Two sentences on what was done, for somebody who knows nothing of it; none where nobody steered.
 
     Args:
-        material: of the report.
         held_out: whether training is known not to have seen the prompts and directions.
     """
     rows = [trial for rows in material.rows_by_arm.values() for trial in rows]

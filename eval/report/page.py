@@ -36,8 +36,6 @@ def write_report(run_dir: Path, heading: str, material: Material, notes: Notes) 
 
     Args:
         run_dir: the run's folder.
-        heading: of the page.
-        material: what the page is made from.
         notes: `run` says what was run, `held_out` what training never saw; every other entry is a line of "How this was
             measured".
 
@@ -60,6 +58,7 @@ def report_page(heading: str, material: Material, notes: Notes, figures: Sequenc
     first = [name for name in conditions if name in FIRST] or conditions
     halves = (first, [name for name in conditions if name not in first])
     trials = embedded(material.rows_by_arm, sums=material.token_sums)
+    titles = {name: title(name) for name in conditions}
     return render(
         TEMPLATES,
         "page.html",
@@ -84,14 +83,7 @@ def report_page(heading: str, material: Material, notes: Notes, figures: Sequenc
         summed=sum("sums" in entry for entry in trials),
         trials=sum(len(rows) for rows in material.rows_by_arm.values()),
         noun=material.noun,
-        data=script_json(
-            {
-                "arms": arms,
-                "conditions": {name: title(name) for name in conditions},
-                "noun": material.noun,
-                "trials": trials,
-            }
-        ),
+        data=script_json({"arms": arms, "conditions": titles, "noun": material.noun, "trials": trials}),
     )
 
 

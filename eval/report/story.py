@@ -58,7 +58,6 @@ def tables(summary: Summary, everything: bool = False) -> list[str]:
     """Lines for a terminal. Per condition every arm's estimates, then every arm minus base on shared cells.
 
     Args:
-        summary: the numbers.
         everything: every metric instead of the headline's.
     """
     names = list(METRICS) if everything else headline()

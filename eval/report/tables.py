@@ -28,8 +28,6 @@ class PaperTable:
     """Estimates of arms under conditions.
 
     Args:
-        name: the file's stem.
-        caption: what is in it.
         estimates: condition -> arm -> metric -> estimate.
         signed: whether they are differences, of rates in percentage points.
     """

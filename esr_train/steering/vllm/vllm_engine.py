@@ -63,10 +63,7 @@ class VllmEngine:
     """Implements `Engine` on vLLM.
 
     Args:
-        server: the running model.
-        tokenizer: the model's.
         adapter: folder of a PEFT adapter that all requests use, or None.
-        tally: of what is generated.
 
     Raises:
         InputError: an adapter that does not fit the model, has a higher rank than the server allows, changes modules

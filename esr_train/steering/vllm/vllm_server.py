@@ -41,7 +41,6 @@ class VllmServer:
     """One vLLM engine, started when it is first needed; several `VllmEngine`s (base, adapters) may share it.
 
     Args:
-        section: the recipe's `model`.
         rows: most requests that run at once.
         tensor_parallel: accelerators that share the model.
         lora_rank: highest rank of an adapter that will be used; 0: none will be.
