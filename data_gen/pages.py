@@ -75,6 +75,7 @@ def preview_page(
     return render(
         "data_gen",
         "preview.html",
+        title="Transcripts",
         colours=(),
         kinds=[str(kind) for kind in SpanKind],
         masks=tokenizer is not None,

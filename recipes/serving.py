@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,10 +18,10 @@ from esr_train.models import check_layer_number
 from esr_train.recipe import AtLeastOne, Count, Fraction, Recipe, Section
 from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request, Sampling
+from eval.report.drawing import render
 from recipes.chat import Chat, open_chat, talk
 from recipes.resources import open_resources
 
-PAGE = Path(__file__).with_name("chat.html")
 PATH = "/v1/chat/completions"
 LONGEST = 200_000
 """Bytes of a request."""
@@ -179,11 +178,12 @@ class _Replies(BaseHTTPRequestHandler):
 
 def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
     """What answers requests; those that come meanwhile wait, and are then answered together."""
+    page = render("recipes", "chat.html", title="Steered and answered", colours=())
 
     class Handler(_Replies):
         def do_GET(self) -> None:
             if self.path == "/":
-                self.send_body(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+                self.send_body(200, page.encode(), "text/html; charset=utf-8")
             elif self.path == "/directions":
                 names = [[number, each.label or str(number)] for number, each in chat.directions.items()]
                 self.send_json(200, {"directions": names, "unit": chat.unit})

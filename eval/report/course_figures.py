@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from html import escape
 from typing import TYPE_CHECKING
 
 from eval.course import Contrast, Course, Rising, aligned
-from eval.report.drawing import ARM_COLOURS, BASE_COLOUR, INK, PAGE, Figure, Look, dots_svg, svg_of
+from eval.report.drawing import ARM_COLOURS, BASE_COLOUR, INK, PAGE, TEMPLATES, Figure, Look, dots_svg, render, svg_of
 from eval.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -117,16 +116,11 @@ def _region_figure(means: Mapping[str, Estimate]) -> Figure:
 def episodes_page(title: str, courses: Sequence[Course]) -> str:
     """A page of texts whose tokens are coloured by the sum of the latents; a bar stands where each restarts."""
     highest = max((float(each.values.max()) for each in courses), default=0.0) or 1.0
-    texts = []
-    for each in courses[:EPISODES]:
-        spans = []
-        for number, (token, value) in enumerate(zip(each.tokens, each.values, strict=True)):
-            bar = "<b>│</b>" if number == each.at else ""
-            share = max(0.0, min(1.0, float(value) / highest))
-            spans.append(
-                f'{bar}<span style="background:rgba(213,94,0,{share:.2f})" title="{value:.3f}">{escape(token)}</span>'
-            )
-        texts.append(f"<p>{''.join(spans)}</p>")
-    style = "body{font:16px/1.6 sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}p{white-space:pre-wrap}"
-    head = f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
-    return f"{head}<h1>{escape(title)}</h1>{''.join(texts)}\n"
+    episodes = [
+        [
+            (token, value, max(0.0, min(1.0, value / highest)), number == each.at)
+            for number, (token, value) in enumerate(zip(each.tokens, each.values.tolist(), strict=True))
+        ]
+        for each in courses[:EPISODES]
+    ]
+    return render(TEMPLATES, "episodes.html", title=title, colours=(), episodes=episodes)
