@@ -106,7 +106,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         raise InputError(
             "the tokenizer has no chat template, so no conversation can be written for this model",
             where,
-            "Name an instruction-tuned model, or put the template beside the tokenizer as chat_template.jinja.",
+            "Name an instruction-tuned model, put the template beside the tokenizer as chat_template.jinja, or set "
+            "model.chat_template.",
         )
     if not tokenizer.is_fast:
         raise InputError("the tokenizer does not say which characters a token stands for", where, "Use a fast one.")

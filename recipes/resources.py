@@ -25,6 +25,7 @@ from esr_train.template import prompt_text
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
 from eval.judging.judge import Judge, JudgeContext, open_judge
+from recipes.neuronpedia import where_labels_are
 
 if TYPE_CHECKING:
     from esr_train.steering.vllm.vllm_server import VllmServer
@@ -268,7 +269,10 @@ class Resources:
         if self.recipe.vectors:
             return self.vectors().labels
         section = required(self.recipe.sae, "sae")
-        return self.once("labels", lambda: read_labels(located(required(section.labels, "sae.labels"))))
+        path = located(required(section.labels, "sae.labels"))
+        if not path.exists():
+            raise InputError("there are no labels here", str(path), where_labels_are(section.release, section.id))
+        return self.once("labels", lambda: read_labels(path))
 
     def residual_norm(self) -> float:
         """The median residual norm of the steered layer on training prompts.

@@ -206,6 +206,12 @@ def test_validate_takes_overrides_behind_a_recipe_as_every_command_does(capsys):
     assert "did you mean eval.trials?" in capsys.readouterr().err
 
 
+def test_labels_that_are_not_there_are_refused_with_the_command_that_makes_them(tmp_path):
+    said = refused(recipe(tmp_path, "sae.labels=my/none.jsonl"))
+    assert "my/none.jsonl: there are no labels here" in said
+    assert "make some with `esr data labels`" in said
+
+
 def test_validate_deep_prints_each_thing_and_what_is_wrong_with_it(tmp_path, capsys):
     assert main(["recipes", "validate", "--deep", "tiny/quickstart"]) == 0
     out = capsys.readouterr().out
