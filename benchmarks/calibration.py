@@ -1,22 +1,23 @@
 """What a threshold costs: error and interval against responses, on latents whose thresholds are known.
 
     python benchmarks/calibration.py                        simulated: a table, printed
-    python benchmarks/calibration.py RECIPE --keep FOLDER    on the recipe's base model, against a long calibration
+    python benchmarks/calibration.py --recipe RECIPE --long FILE.jsonl RUN ...
+                                     RUNs' calibrations after each round, from the scores that they kept, against a long
+                                     calibration of the recipe's base model (without --recipe: one that is there)
 
 A simulated latent's mean score falls along a logistic curve that crosses the target at its threshold; single
 responses are drawn from a beta distribution around it, mostly near 0 or 100. Thresholds and slopes differ.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-import eval.calibration
 from eval.calibration import GRID_POINTS, flat_prior, pooled_prior, quantile, still_wide, updated, weighted
 
 LATENTS, TARGET, SEEDS = 96, 30.0, 8
@@ -79,99 +80,107 @@ def calibrated(
     return asked / LATENTS, np.abs(median / thresholds - 1), np.where(inside, 1, -1) * (high - low) / median
 
 
-REFERENCE, REFERENCE_SEED, VECTORS = Plan(False, 20, 3), 100, 32
-"""What thresholds of a real model are held against: long, no prior shared, other prompts and tokens."""
-ON_A_MODEL = (Plan(False, 6, 3), Plan(True, 4, 2), Plan(True, 5, 2), Plan(True, 6, 3, 0.5), Plan(True, 6, 3))
+LONG, LONG_SEED, VECTORS = Plan(False, 18, 3), 100, 32
+"""What thresholds of a real model are held against: many rounds, no shared prior, other prompts and tokens."""
 
 
-def on_a_model(path: str, keep: Path, seeds: int) -> str:
-    """Thresholds of a recipe's base model by every plan, against `REFERENCE`'s, as a Markdown table.
-
-    Args:
-        path: of the recipe; with vectors.
-        keep: where scores are kept, so that it goes on where it was stopped.
-        seeds: how often each plan is tried.
-    """
-    from esr_train.recipe import load_recipe
+def measure_long(path: str, file: Path) -> None:
+    """Calibrate the first vectors of a recipe as `LONG` says; scores are kept in a file, from which it goes on."""
+    import eval.calibration
+    from eval.arms import Arm
+    from eval.calibration import CalibrationPrompts, calibrate, score_store
+    from recipes.experiment import read_recipe
     from recipes.resources import open_resources
 
-    lines = [
-        "| prior | rounds x responses | responses a vector | tokens generated | width | error against the long one "
-        "| within its 90 % | it within theirs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    with open_resources(load_recipe(path)) as resources:
-        vectors, norm = resources.vectors(), resources.residual_norm()
+    with open_resources(read_recipe(path)) as resources:
+        vectors, norm, pools = resources.vectors(), resources.residual_norm(), resources.prompts()
         chosen = [vectors.direction(index, norm) for index in list(vectors.labels)[:VECTORS]]
-        made = [(plan, seed) for seed in range(seeds) for plan in ON_A_MODEL]
-        found = {each: thresholds(resources, chosen, *each, keep) for each in [(REFERENCE, REFERENCE_SEED), *made]}
-    reference = found[REFERENCE, REFERENCE_SEED]
-    for plan in (REFERENCE, *ON_A_MODEL):
-        runs = [each for (made_by, _), each in found.items() if made_by == plan]
-        lines.append(model_row(plan, runs, reference))
+        asked = {"rounds": LONG.rounds, "prompts": LONG.prompts, "verify": 0}
+        eval.calibration.POOLED_FROM = len(chosen) + 1
+        calibrate(
+            Arm(resources.base(), resources.judge(), resources.sampling()),
+            chosen,
+            CalibrationPrompts(pools.validation or pools.train, pools.train),
+            resources.recipe.calibration.model_copy(update=asked),
+            seed=LONG_SEED,
+            store=score_store(file),
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """Thresholds after some rounds: latent -> threshold and the ends of its 90 % interval; responses a latent."""
+
+    rounds: int
+    responses: float
+    ends: dict[int, tuple[float, float, float]]
+
+
+def replayed(file: Path, bounds: tuple[float, float], pooled: bool) -> list[Found]:
+    """What a calibration knew after each of its rounds, from the scores that it kept."""
+    scores: dict[int, dict[int, list[float]]] = {}
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        place, latent = (int(part.split()[1]) for part in row["key"].split(" / ")[:2])
+        scores.setdefault(place, {})[latent] = row["scores"]
+    latents, grid = sorted(scores[0]), np.linspace(*bounds, GRID_POINTS)
+    flat, evidence = flat_prior(grid), np.ones((len(latents), GRID_POINTS))
+    posterior, seen, found = weighted(flat, evidence), 0, []
+    for place in range(len(scores)):
+        at = quantile(posterior, grid, 0.5)
+        for index, latent in enumerate(latents):
+            new = scores[place][latent]
+            evidence[index], seen = updated(evidence[index], grid, at[index], new, TARGET), seen + len(new)
+        posterior = weighted(pooled_prior(evidence, grid, flat) if pooled else flat, evidence)
+        ends = zip(*(quantile(posterior, grid, share).tolist() for share in (0.5, 0.05, 0.95)), strict=True)
+        found.append(Found(place + 1, seen / len(latents), dict(zip(latents, ends, strict=True))))
+    return found
+
+
+def on_a_model(long: Path, runs: Sequence[Path], bounds: tuple[float, float]) -> str:
+    """Runs' calibrations after each round, against a long one without a shared prior, as a Markdown table."""
+    alone = replayed(long, bounds, pooled=False)
+    last = alone[-1]
+    lines = [
+        "| prior | latents | rounds | responses a latent | width | compared | mean error | rms error "
+        "| within the long one's 90 % | it within theirs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [model_row("own (the long one itself)", each, last) for each in (alone[3], alone[5], last)]
+    for run in runs:
+        [file] = (run / "calibration").glob("base-*.jsonl")
+        lines += [model_row("pooled", each, last) for each in replayed(file, bounds, pooled=True)[1:]]
     return "\n".join(lines)
 
 
-def thresholds(resources: Any, chosen: Sequence[Any], plan: Plan, seed: int, keep: Path) -> tuple[np.ndarray, int]:
-    """[latents, 4]: threshold, both ends of its interval, responses; and generated tokens."""
-    from eval.arms import Arm
-    from eval.calibration import CalibrationPrompts, calibrate, score_store
-
-    section = resources.recipe.calibration.model_copy(
-        update={"rounds": plan.rounds, "prompts": plan.prompts, "stop_width": plan.stop_width, "verify": 0}
-    )
-    arm = Arm(resources.base(), resources.judge(), resources.sampling())
-    pools, file = resources.prompts(), keep / f"{plan.pooled}-{plan.rounds}x{plan.prompts}-{plan.stop_width}-{seed}"
-    counted, shared_from = file.with_suffix(".tokens"), eval.calibration.POOLED_FROM
-    if not plan.pooled:
-        eval.calibration.POOLED_FROM = len(chosen) + 1
-    before, known = resources.tally.tokens, int(counted.read_text()) if counted.exists() else 0
-    try:
-        made = calibrate(
-            arm,
-            chosen,
-            CalibrationPrompts(pools.validation or pools.train, pools.train),
-            section,
-            seed=seed,
-            store=score_store(file.with_suffix(".jsonl")),
-        )
-    finally:
-        eval.calibration.POOLED_FROM = shared_from
-        known += resources.tally.tokens - before
-        counted.write_text(str(known))
-    print(plan, seed, known, [round(each.norm, 3) for each in made[:8]], file=sys.stderr, flush=True)
-    return np.array([[each.norm, each.low, each.high, each.n] for each in made]), known
-
-
-def model_row(plan: Plan, runs: Sequence[tuple[np.ndarray, int]], reference: tuple[np.ndarray, int]) -> str:
-    """A plan's line: means over latents and seeds."""
-    values, tokens = np.concatenate([each for each, _ in runs]), np.mean([count for _, count in runs])
-    long = np.concatenate([reference[0]] * len(runs))
-    norm, low, high, responses = values.T
-    inside = (long[:, 1] <= norm) & (norm <= long[:, 2])
-    covers = (low <= long[:, 0]) & (long[:, 0] <= high)
-    stop = "" if plan.stop_width is None else f", stop at {plan.stop_width}"
-    own = plan == REFERENCE
-    error = np.abs(norm / long[:, 0] - 1).mean()
-    compared = "| | | |" if own else f"| {error:.1%} | {inside.mean():.0%} | {covers.mean():.0%} |"
+def model_row(prior: str, found: Found, long: Found) -> str:
+    """A line of the table: widths of all its latents, errors of those that the long calibration has, too."""
+    shared = sorted(set(found.ends) & set(long.ends))
+    norm, low, high = np.array(list(found.ends.values())).T
+    wanted, least, most = np.array([long.ends[latent] for latent in shared]).T
+    mine = np.array([found.ends[latent][0] for latent in shared])
+    error, inside = np.abs(mine / wanted - 1), (least <= mine) & (mine <= most)
+    covers = np.mean([found.ends[latent][1] <= long.ends[latent][0] <= found.ends[latent][2] for latent in shared])
+    agrees = f"{inside.mean():.0%} | {covers:.0%}"
     return (
-        f"| {'pooled' if plan.pooled else 'own'} | {plan.rounds} x {plan.prompts}{stop}{', the long one' * own} "
-        f"| {responses.mean():.1f} | {tokens:,.0f} | {((high - low) / norm).mean():.2f} {compared}"
+        f"| {prior} | {len(norm)} | {found.rounds} | {found.responses:.0f} | {((high - low) / norm).mean():.2f} "
+        f"| {len(shared)} | {error.mean():.1%} | {np.sqrt((error**2).mean()):.1%} | {agrees} |"
     )
 
 
 def main() -> int:
-    """Print a table of plans: simulated, or on a recipe's base model."""
+    """Print a table of plans: simulated, or on a real model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", help="whose base model is calibrated, along its vectors")
-    parser.add_argument("--keep", type=Path, default=Path("runs/calibration"), help="folder for its scores")
-    parser.add_argument("--seeds", type=int, default=2, help="with a recipe: how often each plan is tried")
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories whose calibrations are replayed")
+    parser.add_argument("--long", type=Path, help="file of the long calibration's scores")
+    parser.add_argument("--recipe", help="measure the long calibration on this recipe's base model first")
+    parser.add_argument("--bounds", nargs=2, type=float, default=(0.1, 1.5), help="of the runs' recipes")
     options = parser.parse_args()
     if options.recipe:
-        options.keep.mkdir(parents=True, exist_ok=True)
-        print(on_a_model(options.recipe, options.keep, options.seeds))
-        return 0
-    simulated()
+        measure_long(options.recipe, options.long)
+    if options.long:
+        print(on_a_model(options.long, options.runs, tuple(options.bounds)))
+    else:
+        simulated()
     return 0
 
 

@@ -7,6 +7,8 @@ r"""Two runs of one recipe that differ in their engine, side by side: do they sa
         'arms={tuned: {adapter: runs/evaluation/adapter/tuned}}' eval.restart_phrases=null
     python benchmarks/engines.py runs/engine-transformers runs/engine-vllm      # writes results/engines.md
 
+    python benchmarks/engines.py ONE TWO --print                               # of other recipes: writes nothing
+
 (The transformers run behind results/engines.md also read how likely restarts are, which changes no reply.)
 
 A rate (or mean score) of one run should lie within the other's 95 % interval, and a threshold within the other's 90 %
@@ -64,8 +66,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("one", type=Path)
     parser.add_argument("two", type=Path)
+    parser.add_argument("--print", action="store_true", help="print the page instead of writing it")
     options = parser.parse_args()
-    RESULTS.write_text(page(Run(options.one), Run(options.two)), encoding="utf-8")
+    made = page(Run(options.one), Run(options.two))
+    if options.print:
+        print(made)
+        return
+    # Sections behind the page are of other runs.
+    _, heading, sections = RESULTS.read_text(encoding="utf-8").partition("\n## ")
+    RESULTS.write_text(made + heading + sections, encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
 
@@ -139,10 +148,12 @@ def threshold_lines(one: Run, two: Run) -> list[str]:
     within = sum(agree(a[latent], b[latent], "norm") for latent in shared)
     apart = sorted(abs(a[latent]["norm"] - b[latent]["norm"]) for latent in shared)
     equal = sum(each < 1e-6 for each in apart)
+    ratio = median(b[latent]["norm"] / a[latent]["norm"] for latent in shared)
     return [
         f"Thresholds of {len(shared)} latents (residual norms; medians {median(t['norm'] for t in a.values()):.3f} and "
         f"{median(t['norm'] for t in b.values()):.3f}): {within} within each other's posterior 90 % intervals, {equal} "
-        f"the same; the median difference is {median(apart):.4f}, the largest {apart[-1]:.4f}."
+        f"the same; the median difference is {median(apart):.4f}, the largest {apart[-1]:.4f}, "
+        f"the median ratio {ratio:.3f}."
     ]
 
 

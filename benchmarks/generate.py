@@ -148,7 +148,7 @@ def of_others(
     from esr_train.models import load_model
 
     variants, remarks = [], []
-    for package, (name, make, batched) in LIBRARIES.items():
+    for package, name, make, batched in LIBRARIES:
         chosen = list(steered if batched else steered[: options.alone])
         try:
             found = f"{package} {version(package)}"
@@ -164,7 +164,7 @@ def of_others(
         # Up to our end of turn: the others are kept from choosing it, to generate on.
         ends = [row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row) for row in ours]
         same = sum(a[:end] == b[:end] for a, b, end in zip(made, ours, ends, strict=False))
-        remarks.append(f"{found}: {same} of {len(chosen)} rows have our engine's tokens.")
+        remarks.append(f"{found}, {name.partition(', ')[2]}: {same} of {len(chosen)} rows have our engine's tokens.")
         variants.append(Variant(name, partial(tokens_of, run), "transformers, steered, a direction per row"))
     return variants, remarks
 

@@ -116,6 +116,8 @@ def steering_vectors(path: str, model: Any, tokenizer: Any, batch: Batch, tokens
 
 def repeng(path: str, model: Any, tokenizer: Any, batch: Batch, tokens: int) -> Run:
     """repeng: a wrapped layer. Its `set_control` takes one vector; a tensor for the whole batch fits behind it."""
+    # repeng 0.4 was written for NumPy 1.
+    np.float_ = getattr(np, "float_", np.float64)  # type: ignore[attr-defined]
     from repeng import ControlModel
 
     controlled = ControlModel(model, [batch.layer])
@@ -216,12 +218,12 @@ class Llama:
         return np.frombuffer(self._ffi.buffer(found, 4 * self._vocabulary), np.float32)
 
 
-LIBRARIES = {
-    "transformer-lens": ("TransformerLens bridge, a vector per row", transformer_lens, True),
-    "nnsight": ("nnsight, a vector per row", nnsight, True),
-    "repeng": ("repeng, a vector per row", repeng, True),
-    "steering-vectors": ("steering-vectors, one row at a time", steering_vectors, False),
-    "llama-cpp-py-sync": ("llama.cpp, one row at a time", partial(llama_cpp, together=False), False),
-    "llama-cpp-py-sync ": ("llama.cpp, all rows under one vector", partial(llama_cpp, together=True), True),
-}
-"""Package -> name of the variant, what makes it, and whether all rows go in one batch."""
+LIBRARIES: tuple[tuple[str, str, Callable[..., Run], bool], ...] = (
+    ("transformer-lens", "TransformerLens bridge, a vector per row", transformer_lens, True),
+    ("nnsight", "nnsight, a vector per row", nnsight, True),
+    ("repeng", "repeng, a vector per row", repeng, True),
+    ("steering-vectors", "steering-vectors, one row at a time", steering_vectors, False),
+    ("llama-cpp-py-sync", "llama.cpp, one row at a time", partial(llama_cpp, together=False), False),
+    ("llama-cpp-py-sync", "llama.cpp, all rows under one vector", partial(llama_cpp, together=True), True),
+)
+"""Package, name of the variant, what makes it, and whether all rows go in one batch."""

@@ -45,6 +45,7 @@ loan bond share yarn hook stitch seam cloth thread needle clay kiln glaze bowl p
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl": ("plain TRL (defaults, prompt-completion masking)", {}),
     "grouped": ("ours, rows of like length together (our default)", {}),
+    "random": ("ours, rows in random order", {"train_sampling_strategy": "random"}),
     "packed": ("ours, packed", {"packing": True, "per_device_train_batch_size": 2}),
     "live": ("ours, rows of like length, live injection", {"live": True}),
     "masked": ("ours, rows of like length, detours masked", {"loss": "masked"}),
