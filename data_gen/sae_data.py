@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -104,7 +105,7 @@ def sample_replies(
     """
     if not asked:
         raise InputError("there is no prompt and no subject to ask about", "--subjects", "Name a file with some.")
-    store = RowStore(path, _read, _written)
+    store = RowStore(path, partial(typed, Reply), _written)
     known, made = store.by_key(), []
     skip = skipped(tokenizer)
     with tqdm(total=tokens, desc="sample replies", unit="tok", unit_scale=True, mininterval=1) as bar:
@@ -233,10 +234,6 @@ def _mapped(folder: Path, rows: int, width: int) -> torch.Tensor:
         # The name is gone at once; the space is freed when the process ends, however it ends.
         table = torch.from_file(f"{aside}/states", shared=True, size=rows * width, dtype=torch.bfloat16)
     return table.view(rows, width)
-
-
-def _read(row: Any) -> Reply:
-    return typed(Reply, row)
 
 
 def _written(reply: Reply) -> dict[str, Any]:

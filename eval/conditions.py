@@ -225,12 +225,9 @@ def _welcomed(setting: Setting) -> Plan:
     return Plan(tuple(welcomed(setting.cells, setting.prompts, setting.welcome)), setting.steerer)
 
 
-def _continues_correction(setting: Setting) -> Plan:
-    return _continued(setting, "unsteered", True, lambda cell, reply: matched(reply, _cue(setting, cell))[0])
-
-
-def _continues_matched(setting: Setting) -> Plan:
-    return _continued(setting, "unsteered", True, lambda cell, reply: matched(reply, _cue(setting, cell))[1])
+def _corrects(setting: Setting, *, which: int) -> Plan:
+    """From the correction, 0, or from the on-topic text that is as long, 1."""
+    return _continued(setting, "unsteered", True, lambda cell, reply: matched(reply, _cue(setting, cell))[which])
 
 
 def _continued(setting: Setting, condition: str, steered: bool, begin: Callable[[Cell, str], str]) -> Plan:
@@ -337,14 +334,14 @@ for _condition in (
     Condition(
         CORRECTION,
         "Steered, going on from a correction",
-        _continues_correction,
+        partial(_corrects, which=0),
         goes_on_from="unsteered",
         against=MATCHED,
     ),
     Condition(
         MATCHED,
         "Steered, going on from an on-topic text as long as the correction",
-        _continues_matched,
+        partial(_corrects, which=1),
         goes_on_from="unsteered",
     ),
     Condition("switched_off", "Steered until the first restart, then unsteered", _switched_off, goes_on_from="steered"),

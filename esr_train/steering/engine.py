@@ -105,24 +105,31 @@ class Scorer(Protocol):
     def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:
         """Log-probability (nats, temperature 1) of each token of each continuation, right after its request's prefix.
 
-        The request's interventions are at work, as in generation; its seed plays no part.
+        The request's interventions are at work, as in generation; its seed plays no part. What is raised: see
+        `Engine.generate`.
         """
         ...
 
 
 class Engine(Protocol):
-    """Generates under steering. Completions come back in the order of the requests.
-
-    Raises:
-        RunError: when a request with interventions was not steered at exactly the positions it asked for.
-    """
+    """Generates under steering."""
 
     name: str
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Completion]:
-        """Generate one completion a request."""
+        """Generate one completion a request, in the order of the requests.
+
+        Args:
+            requests: each under its own interventions.
+            sampling: the same for all; each row draws from its own seed.
+            progress: called when rows have ended, with their number and generated tokens.
+
+        Raises:
+            InputError: an intervention or a prompt that does not fit the model.
+            RunError: a row that was not steered at exactly the tokens it asked for, or whose logits are not finite.
+        """
         ...
 
 

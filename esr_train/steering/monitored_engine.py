@@ -36,7 +36,12 @@ class Follower(Protocol):
         stops: bool,
         progress: Progress | None = None,
     ) -> list[Completion]:
-        """As `generate`; each completion says at which token the monitor sounded first."""
+        """As `generate`; each completion says at which token the monitor sounded first.
+
+        Args:
+            monitor: of the residual stream, steered as it is; one that was made for another model is an InputError.
+            stops: whether a reply ends where the monitor sounds.
+        """
         ...
 
 

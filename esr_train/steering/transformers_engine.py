@@ -79,17 +79,7 @@ class TransformersEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Completion]:
-        """Generate one completion a request, in the order of the requests.
-
-        Args:
-            requests: each under its own interventions.
-            sampling: the same for all; each row draws from its own seed.
-            progress: called when rows have ended, with their number and generated tokens.
-
-        Raises:
-            InputError: an intervention that does not fit the model.
-            RunError: a row that was not steered at exactly the tokens it asked for, or whose logits are not finite.
-        """
+        """See `Engine.generate`."""
         return self._generated(requests, sampling, progress, None)
 
     @torch.no_grad()
@@ -101,17 +91,7 @@ class TransformersEngine:
         stops: bool,
         progress: Progress | None = None,
     ) -> list[Completion]:
-        """As `generate`, followed by a monitor; each completion says at which token it sounded first.
-
-        Args:
-            requests, sampling, progress: see `generate`.
-            monitor: of the residual stream, steered as it is.
-            stops: whether a reply ends where the monitor sounds.
-
-        Raises:
-            InputError: also for a monitor that was made for another model.
-            RunError: as `generate`.
-        """
+        """See `Follower.generate_watched`."""
         monitor.check(self.model)
         with kept_outputs(self.model, [monitor.layer]) as outputs:
             return self._generated(requests, sampling, progress, _Follower(monitor, outputs, stops))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from eval.course import Contrast, Course, Rising, aligned
 from eval.report.drawing import ARM_COLOURS, BASE_COLOUR, INK, PAGE, TEMPLATES, Figure, Look, dots_svg, render, svg_of
+from eval.report.story import number_text
 from eval.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -24,23 +25,16 @@ def course_table(
 ) -> list[str]:
     """Lines for a terminal."""
     lines = [f"{counts[0]} replies with a restart, {counts[1]} without one at the same tokens; sum of the latents"]
-    lines += [f"  {region:8} {_number(estimate)} (n {estimate.n})" for region, estimate in means.items()]
+    lines += [f"  {region:8} {number_text(estimate, 3)} (n {estimate.n})" for region, estimate in means.items()]
     for each in pairs:
         test = "" if each.p is None else f", Wilcoxon p {each.p:.2g}, rank-biserial {each.effect:+.2f}"
-        lines.append(f"  {each.second} − {each.first}: {_number(each.difference)} (n {each.difference.n}{test})")
+        lines.append(f"  {each.second} − {each.first}: {number_text(each.difference, 3)} (n {each.difference.n}{test})")
     lines.append(f"  {len(rising)} latents rise before restarts, or say so by their label:" if rising else "")
     for one in rising:
         name = f"{one.name} (by its label)" if one.by_label else one.name
         rises = f"{one.rise:+.3f} against {one.other:+.3f}"
         lines.append(f"  {one.latent:6} AUC {one.auc:.2f}, q {one.q:.1g}, {rises}: {name}")
     return [line for line in lines if line]
-
-
-def _number(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "–"
-    interval = "" if estimate.low is None or estimate.high is None else f" [{estimate.low:.3f} to {estimate.high:.3f}]"
-    return f"{estimate.value:.3f}{interval}"
 
 
 def course_figures(restarts: Sequence[Course], others: Sequence[Course], means: Mapping[str, Estimate]) -> list[Figure]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from eval.monitoring import Detection, Lead
 from eval.report.drawing import ARM_COLOURS, INK, PAGE, Figure, Look, panels_svg
-from eval.report.story import shown
+from eval.report.story import number_text, shown
 from eval.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def detection_table(found: Mapping[str, Sequence[Detection]], cost: Mapping[str,
             lines.append(f"  {each.name}: AUC {each.token_auc:.3f} per token, {each.reply_auc:.3f} per reply")
             lines.append(
                 f"    false alarms {_rate(each.false_alarms)}; caught {_rate(each.caught)}, of those off topic "
-                f"{_rate(each.caught_off_topic)}, at token {_number(each.alarm_token)}"
+                f"{_rate(each.caught_off_topic)}, at token {number_text(each.alarm_token, 1)}"
             )
             lines += [f"    {_lead(lead)}" for lead in each.leads]
     plain = cost.get("none")
@@ -35,19 +35,14 @@ def detection_table(found: Mapping[str, Sequence[Detection]], cost: Mapping[str,
 
 def _lead(lead: Lead) -> str:
     where = "the restart" if lead.event == "restart" else "the end of the judge's first off-topic sentence"
-    return f"before {where} in {_rate(lead.before)} of {lead.before.n}, there {_number(lead.tokens)} tokens earlier"
+    return (
+        f"before {where} in {_rate(lead.before)} of {lead.before.n}, there {number_text(lead.tokens, 1)} tokens earlier"
+    )
 
 
 def _rate(estimate: Estimate) -> str:
     text = shown(estimate, is_rate=True)
     return "–" if text is None else f"{text.value} ({text.interval})" if text.interval else text.value
-
-
-def _number(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "–"
-    interval = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:.1f} to {estimate.high:.1f})"
-    return f"{estimate.value:.1f}{interval}"
 
 
 def roc_figure(found: Mapping[str, Sequence[Detection]]) -> Figure:

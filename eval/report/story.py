@@ -54,6 +54,16 @@ def shown(measured: Estimate | None, is_rate: bool, signed: bool = False) -> Sho
     )
 
 
+def number_text(estimate: Estimate, digits: int) -> str:
+    """A number that is no rate, with its interval in brackets."""
+    if estimate.value is None:
+        return "–"
+    low, high = estimate.low, estimate.high
+    return f"{estimate.value:.{digits}f}" + (
+        "" if low is None or high is None else f" ({low:.{digits}f} to {high:.{digits}f})"
+    )
+
+
 def tables(summary: Summary, everything: bool = False) -> list[str]:
     """Lines for a terminal. Per condition every arm's estimates, then every arm minus base on shared cells.
 

@@ -88,30 +88,14 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Completion]:
-        """Generate one completion a request, in the order of the requests.
-
-        Args:
-            requests: each under its own interventions.
-            sampling: the same for all; each row draws from its own seed.
-            progress: called whenever requests have finished.
-
-        Raises:
-            InputError: an intervention or a prompt that does not fit the model.
-            RunError: a request that was not steered at exactly the tokens it asked for, or whose steering failed; a
-                vLLM that died.
-        """
+        """See `Engine.generate`; a vLLM that died is a RunError, too."""
         rows = self._rows(requests, [encoded(self.tokenizer, request) for request in requests])
         made = [answer.completion for answer in self._answers(rows, sampling, progress)]
         self.tally.count(made)
         return made
 
     def log_probabilities(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, ...]]:
-        """Log-probability (nats, temperature 1) of each token of each continuation, right after its request's prefix.
-
-        Raises:
-            InputError: an intervention or a prompt that does not fit the model.
-            RunError: a request that was not steered at exactly the tokens it asked for, or whose steering failed.
-        """
+        """See `Scorer.log_probabilities`."""
         pairs = zip(requests, continuations, strict=True)
         wholes = [encoded_with(self.tokenizer, request, text) for request, text in pairs]
         rows = self._rows(requests, [whole for whole, _ in wholes])
