@@ -206,6 +206,13 @@ def test_validate_takes_overrides_behind_a_recipe_as_every_command_does(capsys):
     assert "did you mean eval.trials?" in capsys.readouterr().err
 
 
+def test_a_mistyped_name_hides_no_other_mistake_in_the_training_arguments(tmp_path):
+    wrong = ("train.args.learnin_rate=1", "train.args.optim=adamx", "train.args.report_to=trackio", "train.lora.rr=1")
+    said = refused(recipe(tmp_path, *wrong))
+    for mistake in ("Did you mean learning_rate?", "no optimiser 'adamx'", "trackio is not installed", "train.lora.rr"):
+        assert mistake in said
+
+
 def test_labels_that_are_not_there_are_refused_with_the_command_that_makes_them(tmp_path):
     said = refused(recipe(tmp_path, "sae.labels=my/none.jsonl"))
     assert "my/none.jsonl: there are no labels here" in said

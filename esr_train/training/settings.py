@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -204,8 +205,7 @@ def trainer_config(recipe: Recipe, directory: Path) -> TrainerConfig:
         InputError: a key that does not exist (near matches are named) or does not do here what it says, a value that
             the trainer, its optimiser or its schedule refuses, packing that cuts rows, or a logger that is not there.
     """
-    given = {"sft": _sft_values, "dpo": _preference_values, "grpo": _rollout_values}[recipe.train.method](recipe)
-    _check_optimiser(given.get("optim"))
+    given = _values(recipe)
     # The trainer would upload checkpoints and a card of its own; see `training.saving`.
     del given["push_to_hub"]
     on_cpu = trains_on_cpu(recipe)
@@ -226,13 +226,28 @@ def trainer_config(recipe: Recipe, directory: Path) -> TrainerConfig:
     # Each library refuses a value in its own way.
     except Exception as error:
         raise InputError(f"the trainer refuses these settings ({first_line(error)})", "train.args") from error
-    _check_loggers(args)
     return args
 
 
-def _check_optimiser(name: str | None) -> None:
-    known = [str(each.value) for each in OptimizerNames]
-    if name is not None and name not in known:
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """What the trainer gets of `train.args`; all mistakes in names, values, optimiser and loggers are told at once."""
+    raw, given, mistakes = recipe.train.args, {}, []
+    try:
+        given = {"sft": _sft_values, "dpo": _preference_values, "grpo": _rollout_values}[recipe.train.method](recipe)
+    except InputError as error:
+        mistakes.append(error)
+    for check in (_check_optimiser, _check_loggers):
+        try:
+            check(raw)
+        except InputError as error:
+            mistakes.append(error)
+    refuse(mistakes)
+    return given
+
+
+def _check_optimiser(raw: Mapping[str, Any]) -> None:
+    known, name = [str(each.value) for each in OptimizerNames], raw.get("optim")
+    if isinstance(name, str) and name not in known:
         near = difflib.get_close_matches(name, known, n=2)
         fix = f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join(known)}."
         raise InputError(f"the trainer has no optimiser {name!r}", "train.args.optim", fix)
@@ -266,12 +281,14 @@ def _rollout_values(recipe: Recipe) -> dict[str, Any]:
     return {**own, **given}
 
 
-def _check_loggers(args: TrainerConfig) -> None:
+def _check_loggers(raw: Mapping[str, Any]) -> None:
+    asked = raw.get("report_to") or []
+    asked = asked if isinstance(asked, list) else [asked]
     for name, packages in LOGGERS.items():
-        if name in (args.report_to or []) and not any(find_spec(package) for package in packages):
+        if name in asked and not any(find_spec(package) for package in packages):
             fix = f"`pip install {name}`, or take another."
             raise InputError(f"{name} is not installed", "train.args.report_to", fix)
-    if "wandb" in (args.report_to or []) and os.environ.get("WANDB_MODE", "online") == "online":
+    if "wandb" in asked and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
