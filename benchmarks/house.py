@@ -1,4 +1,4 @@
-"""Counts of the source: modules, lines, recipe keys, CLI flags, long functions, small modules, circles of imports.
+"""Counts of the source: modules, lines, recipe keys, flags, long functions by name, small modules, circles of imports.
 
 python benchmarks/house.py [FOLDER]     the tree that FOLDER holds (here, unless given)
 """
@@ -20,7 +20,7 @@ def main(root: Path) -> int:
     files = [root / name for name in listed.split() if name.split("/")[0] in PACKAGES]
     sources = {module_name(path.relative_to(root)): path.read_text(encoding="utf-8") for path in files}
     trees = {name: ast.parse(source) for name, source in sources.items()}
-    lengths = [length for tree in trees.values() for length in function_lengths(tree)]
+    long = [(name, *each) for name, tree in trees.items() for each in function_lengths(tree) if each[1] > LONG]
     docs = sum(doc_lines(tree) for tree in trees.values())
     lines = {name: source.count("\n") for name, source in sources.items()}
     blank = sum(not line.strip() for source in sources.values() for line in source.splitlines())
@@ -30,13 +30,15 @@ def main(root: Path) -> int:
         "of these docstrings, blank lines": f"{docs}, {blank}",
         "recipe keys": recipe_keys(root),
         "CLI flags": sum(len(re.findall(r'add_argument\(\s*"--', source)) for source in sources.values()),
-        f"functions over {LONG} lines (docstring included)": sum(length > LONG for length in lengths),
+        f"functions over {LONG} lines (docstring included)": len(long),
         "functions over 8 parameters": sum(wide for tree in trees.values() for wide in wide_functions(tree)),
         f"modules under {SMALL} lines": sum(count < SMALL for count in lines.values()),
         "circles of imports": len(circles({name: imported(tree, set(trees)) for name, tree in trees.items()})),
         "module names that stand twice": len(twins(list(sources))),
     }
     print("\n".join(f"| {what} | {count} |" for what, count in rows.items()))
+    for name, function, length in long:
+        print(f"{name}.{function}: {length} lines")
     return 0
 
 
@@ -48,8 +50,8 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionD
     yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-def function_lengths(tree: ast.Module) -> list[int]:
-    return [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions(tree)]
+def function_lengths(tree: ast.Module) -> list[tuple[str, int]]:
+    return [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions(tree)]
 
 
 def wide_functions(tree: ast.Module) -> list[bool]:

@@ -299,7 +299,7 @@ def _check_labelled(recipe: Recipe, scope: Scope) -> None:
 
 def _check_prompts(resources: Resources, scope: Scope) -> str:
     recipe = resources.recipe
-    if not recipe.prompts and not (scope.evaluates or any(map(_makes_rows, _arms(recipe, scope)))):
+    if not recipe.prompts and not (scope.evaluates or any(not each.train.data for each in _arms(recipe, scope))):
         return ""
     pools = resources.prompts()
     if scope.evaluates and not pools.test:
@@ -383,7 +383,3 @@ def _check_language_model(recipe: Recipe, model: str) -> str:
 
 def _arms(recipe: Recipe, scope: Scope) -> list[Recipe]:
     return [recipe.for_arm(arm) for arm in scope.arms]
-
-
-def _makes_rows(recipe: Recipe) -> bool:
-    return not recipe.train.data

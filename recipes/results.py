@@ -12,7 +12,7 @@ from esr_train.files import read_json, write_json
 from esr_train.provenance import digest, sha256, source_hashes
 from esr_train.recipe import Recipe
 from esr_train.values import typed
-from eval.beginnings import Noticed, noticed_store
+from eval.beginnings import noticed_store
 from eval.calibration import Threshold, read_thresholds
 from eval.conditions import measured_conditions
 from eval.course import read_token_sums
@@ -132,7 +132,10 @@ def _material(
         experiment.recipe.calibration.target,
         panel,
         losses(parts),
-        {arm: [row for part in parts for row in _noticed(part, arm)] for arm in rows},
+        {
+            arm: [row for part in parts for row in noticed_store(part.directory / BEGINNINGS / f"{arm}.jsonl").rows()]
+            for arm in rows
+        },
         {arm: read_token_sums(file) for arm in rows if (file := _token_file(experiment, arm)).is_file()},
         scales(experiment.recipe),
         nearest_trained(experiment.directory),
@@ -141,10 +144,6 @@ def _material(
 
 def _token_file(experiment: Experiment, arm: str) -> Path:
     return experiment.directory / COURSE / arm / TOKENS
-
-
-def _noticed(part: Experiment, arm: str) -> list[Noticed]:
-    return noticed_store(part.directory / BEGINNINGS / f"{arm}.jsonl").rows()
 
 
 def _summary(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> Summary:

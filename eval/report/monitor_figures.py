@@ -5,7 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from eval.monitoring import Detection, Lead
-from eval.report.drawing import ARM_COLOURS, INK, PAGE, Figure, Look, panels_svg
+from eval.report.drawing import ARM_COLOURS, INK, Figure, panels_svg
 from eval.report.story import number_text, shown
 from eval.statistics import Estimate
 
@@ -57,12 +57,9 @@ def roc_figure(found: Mapping[str, Sequence[Detection]]) -> Figure:
         for point in each.roc
     ]
     caption = "Share of steered replies caught over false alarms, held-out topics; dots: the thresholds of the files."
-    draw = partial(_document, found, colours)
+    panels = [partial(_draw, arm, each, colours) for arm, each in found.items()]
+    draw = partial(panels_svg, panels, colours, 3.0)
     return Figure("roc", "Monitors", caption, draw().decode(), list(table), draw)
-
-
-def _document(found: Mapping[str, Sequence[Detection]], colours: Mapping[str, str], look: Look = PAGE) -> bytes:
-    return panels_svg([partial(_draw, arm, each, colours) for arm, each in found.items()], colours, 3.0, look=look)
 
 
 def _draw(arm: str, detections: Sequence[Detection], colours: Mapping[str, str], axes: "Axes") -> None:

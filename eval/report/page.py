@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ def embedded(
     cells: dict[str, dict[str, list[tuple[str, Trial]]]] = {}
     for arm, rows in rows_by_arm.items():
         for row in rows:
-            cells.setdefault(row.condition, {}).setdefault(_digest(pair_key(row)), []).append((arm, row))
+            key = hashlib.sha256(repr(pair_key(row)).encode("utf-8", "backslashreplace")).hexdigest()
+            cells.setdefault(row.condition, {}).setdefault(key, []).append((arm, row))
     turns = [
         (index // CELLS_IN_TURN.get(condition, 1), number, index, cell)
         for number, condition in enumerate(sorted(cells))
@@ -136,10 +137,6 @@ def script_json(value: Any) -> str:
     """JSON that is safe inside a script element: no tag can end it, no line separator can break it."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _digest(key: tuple[Hashable, ...]) -> str:
-    return hashlib.sha256(repr(key).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _entry(arm: str, row: Trial, cell: int) -> dict[str, Any]:
