@@ -90,6 +90,18 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
+def test_no_page_has_a_word_where_output_was_to_be_filled_in():
+    places = [(page.name, line) for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    assert [(page, line) for page, line in places if re.fullmatch(r"[A-Z]{4,}|@\w+@?", line.strip())] == []
+
+
+def test_every_guide_can_be_reached_from_the_first_page():
+    first = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    guides = [path.name for path in (ROOT / "docs" / "how-to").glob("*.md")]
+    assert len(guides) >= 15
+    assert [name for name in guides if f"how-to/{name}" not in first] == []
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page != HISTORY], ids=lambda page: str(page.relative_to(ROOT))
 )
