@@ -36,11 +36,12 @@ PUSH = 1.2
 
 @dataclass(frozen=True)
 class Reply:
-    """What the base model wrote on a training prompt under a direction: off-topic, as it was pushed."""
+    """What the base model wrote on a training prompt: off-topic under a direction, or when nobody steered it."""
 
     latent: int
     prompt: str
     reply: str
+    steered: bool
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class MovedDirections:
 def adapted_directions(
     experiment: Experiment, attacked: Attacked, steerer: Steerer, latents: Sequence[int]
 ) -> dict[int, Direction]:
-    """Latent -> its direction, moved on the sphere until the arm writes what the base model wrote when it was steered.
+    """Latent -> its direction, moved on the sphere: what the base model wrote when it was steered is to become likely
+    for the arm, and what it wrote when nobody steered it unlikely.
 
     The arm has no edits of its own, and transformers runs it: `preflight` has looked.
     """
@@ -139,20 +141,24 @@ def _write_targets(experiment: Experiment, attacked: Attacked, steerer: Steerer,
     ]
     norms, file = [[latent, steerer.norms[latent]] for latent in latents], _targets(experiment, attacked)
     inputs = {"base": base_inputs(experiment), "norms": norms, "asked": asked, "positions": steerer.positions}
+    inputs["plain"] = True
 
     def work() -> None:
+        pushes = {each: steerer.directions[each].add(PUSH * steerer.norms[each], steerer.positions) for each in latents}
+        twice = [(*each, steered) for each in asked for steered in (True, False)]
         requests = [
             Request(
                 f"{latent}: {prompt}",
                 prompt,
-                interventions=(steerer.directions[latent].add(PUSH * steerer.norms[latent], steerer.positions),),
+                interventions=(pushes[latent],) if steered else (),
                 seed=derived_seed("attack", experiment.recipe.seed, latent, prompt),
             )
-            for latent, prompt in asked
+            for latent, prompt, steered in twice
         ]
         sampling = replace(experiment.resources.sampling(), max_new_tokens=TOKENS)
         written = experiment.resources.base().generate(requests, sampling)
-        rows = [Reply(*each, done.text) for each, done in zip(asked, written, strict=True) if done.text.strip()]
+        pairs = zip(twice, written, strict=True)
+        rows = [Reply(*asked, done.text, steered) for (*asked, steered), done in pairs if done.text.strip()]
         write_jsonl(file, map(asdict, rows))
 
     name = "attack" if attacked.split == "test" else f"attack-{attacked.split}"
@@ -179,7 +185,7 @@ def _optimised(
         prompt, _ = encode_prompt(tokenizer, request.prompt)
         whole, start = encode_prompt(tokenizer, request.prompt, None, each.reply)
         steered = start if steerer.positions == "generated" else 0
-        targets.append(Target(place[each.latent], tuple(whole), len(prompt), steered))
+        targets.append(Target(place[each.latent], tuple(whole), len(prompt), steered, each.steered))
     directions = [steerer.directions[latent] for latent in names]
     lengths = [
         float(direction.add(steerer.norms[latent]).vector.norm())

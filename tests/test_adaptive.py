@@ -7,7 +7,7 @@ from training_world import transcripts
 from esr_train.errors import RunError
 from esr_train.files import read_json
 from esr_train.provenance import sha256
-from esr_train.steering.adaptive import TOKENS_AT_ONCE, Target, _batches, optimise
+from esr_train.steering.adaptive import TOKENS_AT_ONCE, UNLIKELY, Target, _batches, optimise
 from esr_train.steering.directions import Add
 from esr_train.steering.hook import steering
 from esr_train.transcript import VectorRef, read_transcripts
@@ -68,6 +68,15 @@ def test_a_loss_that_is_no_number_stops_it(family, targets):
 def test_batches_hold_like_lengths_within_what_is_computed_at_once():
     found = _batches([Target(0, (1,) * length, 1) for length in (600, 10, 500, 20, TOKENS_AT_ONCE + 1)])
     assert [[len(each.ids) for each in batch] for batch in found] == [[10, 20], [500], [600], [TOKENS_AT_ONCE + 1]]
+
+
+def test_an_unwanted_text_becomes_unlikely_and_counts_less_than_nothing(family):
+    target = Target(0, PROMPT + REPLY, 4, wanted=False)
+    start, length = units(family.model)[:1], torch.tensor([4.0])
+    found = optimise(family.model, 1, [target], start, length, steps=10)
+    before, after = (nats(family.model, target, Add(1, unit * 4.0)) for unit in (start[0], found.units[0]))
+    assert after > before + 0.05
+    assert float(found.losses[0, 0]) == pytest.approx(-min(before, UNLIKELY), abs=1e-3)
 
 
 def test_rows_are_steered_along_their_moved_directions_as_strongly_as_before(tmp_path):

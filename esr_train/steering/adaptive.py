@@ -2,7 +2,7 @@
 
 The strongest attack within a norm is not a vector that somebody found but the one that works best against this very
 model. Each direction is moved on the sphere so that texts, such as what another model wrote under steering, become
-likely: that also makes a restart in them unlikely.
+likely, which also makes a restart in them unlikely; and others, such as real answers, unlikely.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,22 +20,26 @@ from esr_train.steering.sampling import filled_up
 
 TOKENS_AT_ONCE = 1024
 """Tokens of one forward and backward pass."""
+UNLIKELY = 8.0
+"""Nats a token at which a text counts as unlikely enough: nothing is gained beyond."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A text that a direction is to make likely.
+    """A text that a direction is to make likely, or unlikely.
 
     Args:
         ids: tokens of the rendered prompt and the reply.
         reply: index of the reply's first token.
         steered: index of the first token that is steered.
+        wanted: whether it is to become likely.
     """
 
     direction: int
     ids: tuple[int, ...]
     reply: int
     steered: int = 0
+    wanted: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +48,8 @@ class Optimised:
 
     Args:
         units: [directions, d_model] of norm 1, the best of all steps.
-        losses: [steps + 1, directions], nats a token of each direction's targets, before and after every step.
+        losses: [steps + 1, directions], the mean of each direction's targets, before and after every step: nats a
+            token, of unwanted ones less than nothing.
     """
 
     units: torch.Tensor
@@ -55,7 +60,7 @@ def optimise(
     model: Any, layer: int, targets: Sequence[Target], units: torch.Tensor, length: torch.Tensor, *,
     steps: int = 30, rate: float = 0.03,
 ) -> Optimised:  # fmt: skip
-    """Move directions on the sphere by Adam, so that their targets become likely.
+    """Move directions on the sphere by Adam, so that their targets become likely, or unlikely.
 
     Args:
         model: of transformers, in any wrapper; its weights are left alone.
@@ -87,7 +92,7 @@ def optimise(
                 with torch.no_grad():
                     moved /= moved.norm(dim=1, keepdim=True)
                 bar.update(1)
-                bar.set_postfix_str(f"{float(loss.mean()):.3f} nats a token")
+                bar.set_postfix_str(f"loss {float(loss.mean()):.3f}")
     return Optimised(best.cpu(), torch.stack(losses).cpu())
 
 
@@ -109,12 +114,14 @@ def _losses(
     length: torch.Tensor,
     backward: bool,
 ) -> torch.Tensor:
-    """Nats a token of each direction's targets, [directions]; their gradients are added to `units` if wanted."""
+    """What `Optimised.losses` holds of one step, [directions]; its gradients are added to `units` if wanted."""
     total, count = torch.zeros_like(length), torch.zeros_like(length)
     for batch in batches:
         number = torch.tensor([each.direction for each in batch], device=units.device)
         with torch.set_grad_enabled(backward):
-            values = _batch_losses(model, layer, batch, (units * length[:, None])[number])
+            nats = _batch_losses(model, layer, batch, (units * length[:, None])[number])
+            wanted = torch.tensor([each.wanted for each in batch], device=units.device)
+            values = torch.where(wanted, nats, -nats.clamp(max=UNLIKELY))
         if backward:
             values.sum().backward()  # Adam takes no notice of how many targets a direction has
         total.index_add_(0, number, values.detach())
