@@ -135,17 +135,16 @@ def _targets(experiment: Experiment, attacked: Attacked) -> Path:
 def _write_targets(experiment: Experiment, attacked: Attacked, steerer: Steerer, latents: Sequence[int]) -> str:
     """Let the base model write what the directions are to bring about, unless that is done; its fingerprint."""
     asked = [
-        (latent, prompt)
+        (latent, prompt, steered)
         for latent in latents
         for prompt in _prompts(experiment, steerer.directions[latent].label, latent)
+        for steered in (True, False)
     ]
     norms, file = [[latent, steerer.norms[latent]] for latent in latents], _targets(experiment, attacked)
     inputs = {"base": base_inputs(experiment), "norms": norms, "asked": asked, "positions": steerer.positions}
-    inputs["plain"] = True
 
     def work() -> None:
         pushes = {each: steerer.directions[each].add(PUSH * steerer.norms[each], steerer.positions) for each in latents}
-        twice = [(*each, steered) for each in asked for steered in (True, False)]
         requests = [
             Request(
                 f"{latent}: {prompt}",
@@ -153,12 +152,15 @@ def _write_targets(experiment: Experiment, attacked: Attacked, steerer: Steerer,
                 interventions=(pushes[latent],) if steered else (),
                 seed=derived_seed("attack", experiment.recipe.seed, latent, prompt),
             )
-            for latent, prompt, steered in twice
+            for latent, prompt, steered in asked
         ]
         sampling = replace(experiment.resources.sampling(), max_new_tokens=TOKENS)
         written = experiment.resources.base().generate(requests, sampling)
-        pairs = zip(twice, written, strict=True)
-        rows = [Reply(*asked, done.text, steered) for (*asked, steered), done in pairs if done.text.strip()]
+        rows = [
+            Reply(latent, prompt, done.text, steered)
+            for (latent, prompt, steered), done in zip(asked, written, strict=True)
+            if done.text.strip()
+        ]
         write_jsonl(file, map(asdict, rows))
 
     name = "attack" if attacked.split == "test" else f"attack-{attacked.split}"
