@@ -54,7 +54,7 @@ def main() -> None:
 def plan_of(folder: Path, shape: str, count: int, kind: str, shared: int, options: argparse.Namespace) -> Any:
     """The plan of `RECIPE` with the model of a shape, judged by that model itself."""
     from recipes.experiment import read_recipe
-    from recipes.plan import make_plan
+    from recipes.planning.plan import make_plan
 
     write_shape(folder / shape, shape)
     labels = folder / "labels.jsonl"
@@ -82,7 +82,7 @@ def write_shape(folder: Path, shape: str) -> None:
 
 def line(shape: str, plan: Any, count: int, kind: str, shared: int) -> str:
     """A plan as a row of the table."""
-    from recipes.plan import duration
+    from recipes.planning.plan import duration
 
     groups: dict[str, float] = dict.fromkeys(("latents calibrate", "rows", "train", "trials"), 0.0)
     for each in plan.lines:

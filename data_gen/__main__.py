@@ -249,17 +249,17 @@ def _style(rows: "Sequence[Transcript]", asked: "Style | None") -> "Style":
 
 def _labels(options: argparse.Namespace) -> None:
     _check_labels(options)
-    from data_gen.latent_naming import label_latents, name_latents, write_latent_labels
+    from data_gen.latents.latent_naming import label_latents, name_latents, write_latent_labels
     from esr_train.files import read_rows
     from esr_train.steering.direction_files import check_fits
     from eval.llm import LEDGER
     from recipes.experiment import read_recipe
     from recipes.resources import located, open_resources
-    from recipes.rows import open_writer
+    from recipes.stages.rows import open_writer
 
     recipe = read_recipe(options.recipe, options.overrides)
     if options.steer:
-        from recipes.sae_making import label_sae
+        from recipes.making.sae_making import label_sae
 
         labels = label_sae(recipe, located(options.texts), options.column, options.latents, options.out)
         print(f"{options.out}: {write_latent_labels(options.out, labels)} latents labelled")

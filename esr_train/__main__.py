@@ -87,8 +87,8 @@ def _merge(options: argparse.Namespace) -> None:
 def _train(recipe: Recipe, arm: str) -> None:
     from esr_train.adapters import is_complete
     from esr_train.training.trainer import adapter_folder
-    from recipes.preflight import Scope, check
-    from recipes.weights import train_from_files
+    from recipes.planning.preflight import Scope, check
+    from recipes.stages.weights import train_from_files
 
     folder = adapter_folder(arm, recipe.directory)
     if not is_complete(folder):

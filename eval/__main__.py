@@ -114,8 +114,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _adapter(options: argparse.Namespace) -> None:
-    from recipes.given_adapter import Given, adapter_recipe
     from recipes.pipeline import evaluate
+    from recipes.using.given_adapter import Given, adapter_recipe
 
     given = Given(
         options.model,

@@ -110,7 +110,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.gpus < 1 or (options.gpus > 1 and not options.device):
         raise InputError(f"{options.gpus} devices of no name", "--gpus", "Such as --device h100 --gpus 4.")
     recipe = _recipe(options)
-    from recipes.plan import make_plan
+    from recipes.planning.plan import make_plan
 
     print(make_plan(recipe, options.device, options.gpus).text())
 
@@ -138,7 +138,7 @@ def _conversation(name: str, purpose: str) -> argparse.ArgumentParser:
 
 def _chat(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    from recipes.serving import chat
+    from recipes.using.serving import chat
 
     chat(recipe, options.arm, options.port)
 
@@ -156,7 +156,7 @@ def _bench_parser() -> argparse.ArgumentParser:
 
 def _bench(options: argparse.Namespace) -> None:
     file = recipe_file(options.recipe)
-    from recipes.bench import Contender, bench
+    from recipes.using.bench import Contender, bench
 
     contender = Contender(options.model, options.adapter, options.layer, options.monitor)
     print("\n".join(bench(str(file), contender, options.overrides)))
@@ -188,7 +188,7 @@ def _models_parser() -> argparse.ArgumentParser:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from recipes.model_fetch import fetch
+    from recipes.making.model_fetch import fetch
 
     print(fetch(options.name))
 
@@ -211,7 +211,7 @@ def _latents_parser() -> argparse.ArgumentParser:
 
 
 def _fetch_labels(options: argparse.Namespace) -> None:
-    from recipes.neuronpedia import fetch_labels
+    from recipes.making.neuronpedia import fetch_labels
 
     count = fetch_labels(options.release, options.id, options.out)
     print(f"{count} latents are labelled; set sae.labels={options.out}")
@@ -219,14 +219,14 @@ def _fetch_labels(options: argparse.Namespace) -> None:
 
 def _search_latents(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    from recipes.latent_search import search
+    from recipes.noticing.latent_search import search
 
     print("\n".join(search(recipe)))
 
 
 def _course_of_latents(options: argparse.Namespace) -> None:
     recipe, folder = _run_of(options)
-    from recipes.latent_course import course
+    from recipes.noticing.latent_course import course
 
     print("\n".join(course(recipe, folder, options.arm, options.latents)))
 
@@ -260,14 +260,14 @@ def _fit_monitor(options: argparse.Namespace) -> None:
     if not 0 < options.false_alarms < 1:
         raise InputError(f"{options.false_alarms:g} is no share", "--false-alarms", "Such as 0.01.")
     recipe, folder = _run_of(options)
-    from recipes.monitors import fit
+    from recipes.noticing.monitors import fit
 
     print("\n".join(fit(recipe, folder, options.layer, options.false_alarms)))
 
 
 def _measure_monitor(options: argparse.Namespace) -> None:
     recipe, folder = _run_of(options)
-    from recipes.monitor_eval import evaluate
+    from recipes.noticing.monitor_eval import evaluate
 
     print("\n".join(evaluate(recipe, folder)))
 
@@ -291,7 +291,7 @@ def _make_vectors(options: argparse.Namespace) -> None:
     if options.subjects and (options.positive or options.negative):
         raise InputError("subjects and two sets of texts exclude each other", "--subjects", "Leave out one.")
     recipe = _recipe(options)
-    from recipes.vectors import Wanted, make
+    from recipes.making.vectors import Wanted, make
 
     paths = (options.subjects, options.positive, options.negative)
     print("\n".join(make(recipe, Wanted(options.typed, options.out, options.layer, *paths, options.method))))
@@ -317,7 +317,7 @@ def _train_sae(options: argparse.Namespace) -> None:
         if getattr(options, flag) < 1:
             raise InputError(f"{getattr(options, flag)} is no number of them", f"--{flag}", "Give 1 or more.")
     recipe = _recipe(options)
-    from recipes.sae_making import Wanted, make_sae, said
+    from recipes.making.sae_making import Wanted, make_sae, said
 
     sizes = (options.layer, options.width, options.active, options.tokens)
     asked = Wanted(options.typed, *sizes, options.out, tuple(options.subjects), tuple(options.text))
@@ -376,7 +376,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 def _look_deeper(recipe: "Recipe") -> None:
     """Print each thing that is looked at, with ok or the mistake."""
-    from recipes.preflight import looked, whole
+    from recipes.planning.preflight import looked, whole
 
     mistakes = 0
     for name, found in looked(recipe, whole(recipe)):

@@ -21,8 +21,8 @@ from esr_train.template import DATE
 from recipes import recipe_file
 from recipes.resources import Resources, located, open_resources, required
 from recipes.run_log import logged, say
-from recipes.stage_cache import FILE as STAGES
-from recipes.stage_cache import StageCache
+from recipes.stages.stage_cache import FILE as STAGES
+from recipes.stages.stage_cache import StageCache
 
 NOT_HERE = {"device", "chat_template", "template_kwargs"}
 """Settings of the model that change no response, or are counted among its files."""

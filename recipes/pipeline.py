@@ -14,16 +14,16 @@ from esr_train.ranks import ALONE, Ranks, at_once
 from esr_train.recipe import Recipe
 from eval.conditions import measured_conditions
 from recipes.experiment import Experiment, is_finished, open_experiment
-from recipes.latent_search import find_detectors, known_detectors
-from recipes.measure import ArmRun, measure
-from recipes.plan import Planner, announcing
-from recipes.preflight import Scope, check, whole
+from recipes.noticing.latent_search import find_detectors, known_detectors
+from recipes.planning.plan import Planner, announcing
+from recipes.planning.preflight import Scope, check, whole
 from recipes.resources import open_resources
-from recipes.results import spent, write_print_figures, write_reports
-from recipes.rows import Rows, generate_sources, mix_rows
 from recipes.run_log import say
-from recipes.stage_cache import StageCache
-from recipes.steering_latents import (
+from recipes.stages.measure import ArmRun, measure
+from recipes.stages.results import spent, write_print_figures, write_reports
+from recipes.stages.rows import Rows, generate_sources, mix_rows
+from recipes.stages.stage_cache import StageCache
+from recipes.stages.steering_latents import (
     FUNNELS,
     LATENTS,
     NOT_CALIBRATED,
@@ -33,7 +33,7 @@ from recipes.steering_latents import (
     check_steerable,
     choose_latents,
 )
-from recipes.weights import (
+from recipes.stages.weights import (
     BASE,
     Weights,
     given_weights,

@@ -25,7 +25,7 @@ from esr_train.template import prompt_text
 from esr_train.transcript import SaeRef
 from eval.cells import Pools, Prompt, make_pools, read_prompts
 from eval.judging.judge import Judge, JudgeContext, open_judge
-from recipes.neuronpedia import where_labels_are
+from recipes.making.neuronpedia import where_labels_are
 
 if TYPE_CHECKING:
     from esr_train.steering.vllm.vllm_server import VllmServer

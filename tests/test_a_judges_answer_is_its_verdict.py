@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_gen.latent_naming import LatentLabel, name_latents
+from data_gen.latents.latent_naming import LatentLabel, name_latents
 from data_gen.prompted import Task
 from esr_train.errors import InputError
 from eval.cells import Prompt

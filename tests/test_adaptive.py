@@ -11,8 +11,8 @@ from esr_train.steering.adaptive import TOKENS_AT_ONCE, UNLIKELY, Target, _batch
 from esr_train.steering.directions import Add
 from esr_train.steering.hook import steering
 from esr_train.transcript import VectorRef, read_transcripts
-from recipes.attacks import MovedDirections
 from recipes.cli import main
+from recipes.using.attacks import MovedDirections
 from tests.small_run import new_run
 
 PROMPT, REPLY = (1, 20, 30, 40), (50, 51, 52, 53, 54, 55)

@@ -16,8 +16,8 @@ from eval.judging.model_judge import ModelJudge
 from eval.store import Trial, TrialStore, read_trials
 from recipes.experiment import Experiment
 from recipes.resources import Resources
-from recipes.results import judge_panel, write_agreement
-from recipes.stage_cache import StageCache
+from recipes.stages.results import judge_panel, write_agreement
+from recipes.stages.stage_cache import StageCache
 from tests.test_metrics import trial
 
 
@@ -133,7 +133,7 @@ def rows(top: Experiment) -> dict[str, list[Trial]]:
 
 def test_a_recipes_further_judges_are_asked_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     top = experiment(tmp_path, [{"vocabulary": str(tmp_path / "others.json")}])
-    monkeypatch.setattr("recipes.results.finished_trials", lambda part: rows(top))
+    monkeypatch.setattr("recipes.stages.results.finished_trials", lambda part: rows(top))
     write_agreement(top, judge_panel(top, [top], rows(top)))
     found = read_json(top.directory / "agreement.json")
     assert found["judges"] == [top.resources.judge().name, top.resources.further_judges()[0].name]

@@ -11,7 +11,7 @@ from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request
 from eval.arms import PLAIN, PROMPTS, Variant, prompt_text
 from recipes.experiment import read_recipe
-from recipes.weights import form
+from recipes.stages.weights import form
 
 ADD, EDIT = Add(1, torch.zeros(1)), Add(2, torch.zeros(1))
 

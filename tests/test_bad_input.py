@@ -186,7 +186,7 @@ def test_data_of_one_s_own_that_hold_an_evaluation_prompt_are_refused(world):
     from eval.cells import make_pools, read_prompts
     from recipes.experiment import open_experiment
     from recipes.pipeline import prepare
-    from recipes.rows import mix_rows
+    from recipes.stages.rows import mix_rows
 
     recipe = load_recipe("recipe.yaml", ["train.data=data.jsonl"])
     assert recipe.prompts is not None

@@ -15,7 +15,7 @@ from eval.beginnings import SQUARE, noticed_store
 from eval.cells import Cell
 from eval.detectors import Detector, Detectors, DetectorSet
 from eval.trials import Plan, Steerer, trial_key
-from recipes.given_beginnings import read_beginnings
+from recipes.noticing.given_beginnings import read_beginnings
 
 CELLS = (Cell("How do I fold a sheet?", "linen", 7, None, 1.0, 1), Cell("How do I bake?", "bread", 7, None, 1.0, 2))
 TEXTS = {True: "Keg the mash malt.", False: "Fold the sheet."}

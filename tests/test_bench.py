@@ -5,8 +5,8 @@ from pathlib import Path
 
 from test_given_adapter import SMALL, adapter  # noqa: F401 - a fixture
 
-from recipes.bench import Contender, bench_recipe
 from recipes.cli import main
+from recipes.using.bench import Contender, bench_recipe
 
 CONDITIONS = "eval.conditions=[steered, unsteered]"
 

@@ -17,9 +17,9 @@ from esr_train.models import load_model
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Completion, Request, Sampling
 from esr_train.transcript import SaeRef
-from recipes.chat import Chat, talk
-from recipes.serving import PATH, complete, handler
-from recipes.switch import LoadedSwitch, Queue
+from recipes.using.chat import Chat, talk
+from recipes.using.serving import PATH, complete, handler
+from recipes.using.switch import LoadedSwitch, Queue
 
 SAMPLING = Sampling(temperature=0.6, max_new_tokens=16)
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from data_gen.concreteness import LABELS_PER_QUESTION, rate_labels
-from data_gen.latent_choice import SURPLUS, choose, in_turn
+from data_gen.latents.concreteness import LABELS_PER_QUESTION, rate_labels
+from data_gen.latents.latent_choice import SURPLUS, choose, in_turn
 from esr_train.errors import InputError
 from esr_train.files import read_json
 from esr_train.recipe import load_recipe
@@ -14,7 +14,7 @@ from eval.cells import split_latents
 from eval.llm import Asker, InspectLlm, Ledger
 from recipes.experiment import open_experiment
 from recipes.resources import Resources
-from recipes.steering_latents import ABSTRACT, FUNNELS, LATENTS, UNRATED, choose_latents
+from recipes.stages.steering_latents import ABSTRACT, FUNNELS, LATENTS, UNRATED, choose_latents
 from tests.conftest import ROOT
 from tests.llm_stub import LlmStub, Messages
 from tests.test_latents import SECTION, TOPICS, apart, side
@@ -55,7 +55,7 @@ def test_labels_of_a_reply_that_stays_unusable_are_unrated_and_others_are_not(st
 
 def test_latents_with_a_fault_are_left_out_with_its_reason_and_others_take_their_places(monkeypatch):
     given = apart([f"free{number}" for number in range(60)])
-    monkeypatch.setattr("data_gen.latent_choice.ASKED_AT_ONCE", 8)
+    monkeypatch.setattr("data_gen.latents.latent_choice.ASKED_AT_ONCE", 8)
     asked: list[int] = []
 
     def faults(latents):

@@ -19,7 +19,7 @@ from eval.course import (
     write_token_sums,
 )
 from eval.report.course_figures import course_figures, course_table, episodes_page
-from recipes.latent_course import rising_latents, spot_of, token_texts
+from recipes.noticing.latent_course import rising_latents, spot_of, token_texts
 from tests.test_monitor import Words
 from tests.trial_maker import made
 

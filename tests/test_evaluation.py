@@ -243,7 +243,7 @@ def test_inspect_evaluates_an_arm_from_the_command_line_and_finds_the_same(finis
     shutil.copytree(finished, copy)
     recipe = copy / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(finished.parent), str(tmp_path)))
-    command = [Path(sys.executable).parent / "inspect", "eval", "recipes/inspect_task.py", "--model", "none"]
+    command = [Path(sys.executable).parent / "inspect", "eval", "recipes/using/inspect_task.py", "--model", "none"]
     given = [f"-T{key}={value}" for key, value in {"recipe": recipe, "arm": "tuned", "condition": "unsteered"}.items()]
     logs = tmp_path / "logs"
     done = subprocess.run(

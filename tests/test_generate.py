@@ -26,7 +26,7 @@ DATA = (
 KILLED = """
 import os, signal, sys
 from data_gen.__main__ import main
-from recipes import rows
+from recipes.stages import rows
 
 collect = rows.collect
 

@@ -16,7 +16,7 @@ from esr_train.models import load_model
 from esr_train.steering.latent_labels import read_labels
 from eval.__main__ import main as evaluate
 from eval.store import read_trials
-from recipes.given_adapter import PROMPTS, Given, adapter_recipe
+from recipes.using.given_adapter import PROMPTS, Given, adapter_recipe
 
 SMALL = (
     "model.dtype=float32",

@@ -11,8 +11,8 @@ from esr_train.recipe import Recipe
 from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Transcript, write_transcripts
 from eval.cells import Side
 from recipes.experiment import open_experiment
-from recipes.rows import mix_rows
-from recipes.steering_latents import NO_LATENTS, NOT_CALIBRATED, Shared
+from recipes.stages.rows import mix_rows
+from recipes.stages.steering_latents import NO_LATENTS, NOT_CALIBRATED, Shared
 
 EVALUATION = Side(frozenset(["How do I fold a sheet?"]), frozenset([7]), frozenset(["owls"]))
 SPANS = (Span(SpanKind.OFF_TOPIC, "The owl sleeps."), Span(SpanKind.CUE, " Wait, no."), Span(SpanKind.ANSWER, " Fold."))
@@ -28,7 +28,7 @@ def trained_on(file: Path, tmp_path: Path) -> str:
     values = {"name": "t", "runs": str(tmp_path), "model": {"path": "none"}, "train": {"data": str(file)}}
     recipe = Recipe.model_validate(values)
     with pytest.MonkeyPatch.context() as patch, open_experiment(recipe) as experiment:
-        patch.setattr("recipes.rows.held_out", lambda *_: EVALUATION)
+        patch.setattr("recipes.stages.rows.held_out", lambda *_: EVALUATION)
         return mix_rows(experiment, "tuned", {}, Shared(NO_LATENTS, NOT_CALIBRATED)).fingerprint
 
 

@@ -6,7 +6,7 @@ import pytest
 from test_bad_input import paragraph, world  # noqa: F401 - the fixture
 
 from data_gen.__main__ import main as data
-from data_gen.latent_naming import label_latents
+from data_gen.latents.latent_naming import label_latents
 from esr_train.errors import InputError
 from esr_train.files import read_jsonl, write_jsonl
 from esr_train.recipe import load_recipe

@@ -10,14 +10,14 @@ from esr_train.recipe import Recipe
 from esr_train.steering.interventions import Ablate, Amplify
 from eval.cells import Prompt
 from eval.detectors import Detector, DetectorSet, read_detectors
-from recipes import latent_search
 from recipes.cli import main
 from recipes.experiment import open_experiment, read_recipe
-from recipes.latent_search import pairs
+from recipes.noticing import latent_search
+from recipes.noticing.latent_search import pairs
 from recipes.pipeline import prepare
 from recipes.resources import open_resources
-from recipes.steering_latents import NO_LATENTS, NOT_CALIBRATED, Shared
-from recipes.weights import arm_variant, form, needs_frequency, takes_detectors
+from recipes.stages.steering_latents import NO_LATENTS, NOT_CALIBRATED, Shared
+from recipes.stages.weights import arm_variant, form, needs_frequency, takes_detectors
 from tests.conftest import ROOT
 
 SMALL = ("sae.labels=null", "sampling.max_new_tokens=32", "engine.batch_rows=64")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data_gen.latent_choice import ACTIVE, SURPLUS, TWIN, choose, limited, without_twins
+from data_gen.latents.latent_choice import ACTIVE, SURPLUS, TWIN, choose, limited, without_twins
 from esr_train.errors import InputError
 from esr_train.recipe import SplitSection
 from esr_train.steering.directions import Direction
@@ -36,7 +36,7 @@ def test_of_twins_the_first_is_kept_and_one_that_is_alike_to_a_dropped_one_alone
     assert [each.latent for each in without_twins(chain, 0.75)] == [0, 2]
     assert [each.latent for each in without_twins(chain[::-1], 0.75)] == [2, 0]
     assert without_twins(chain, 0.9) == chain
-    monkeypatch.setattr("data_gen.latent_choice.COMPARED_AT_ONCE", 2)
+    monkeypatch.setattr("data_gen.latents.latent_choice.COMPARED_AT_ONCE", 2)
     assert [each.latent for each in without_twins(chain, 0.75)] == [0, 2]
     assert [each.latent for each in without_twins([*chain, *chain], 0.75)] == [0, 2]
     assert without_twins([]) == []

@@ -18,7 +18,7 @@ from eval import llm
 from eval.llm import LEDGER, Answer, Answered, Asker, EngineLlm, InspectLlm, Ledger, Reply, Spent, without_secrets
 from recipes.cli import main
 from recipes.experiment import read_recipe
-from recipes.preflight import check, whole
+from recipes.planning.preflight import check, whole
 from tests.conftest import ROOT
 from tests.llm_stub import KEY, TEXT_FAULTS, TRANSPORT_FAULTS, Faults, LlmStub, Messages
 

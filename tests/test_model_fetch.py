@@ -9,9 +9,9 @@ import pytest
 
 from esr_train.errors import InputError, RunError
 from esr_train.models import load_model, load_tokenizer, local_path, models_folder
-from recipes import model_fetch
 from recipes.cli import main
-from recipes.model_fetch import MODELS, fetch
+from recipes.making import model_fetch
+from recipes.making.model_fetch import MODELS, fetch
 
 NAME = "smollm2-135m-instruct"
 

@@ -26,8 +26,8 @@ from eval.cells import unsteered
 from eval.metrics import METRICS, Gap
 from eval.store import TrialStore, read_trials
 from eval.trials import Plan, run_trials
-from recipes import monitor_eval
 from recipes.experiment import open_experiment, read_recipe
+from recipes.noticing import monitor_eval
 from tests.conftest import ASSETS
 from tests.test_trials import CELLS, JUDGE, STEERER
 

@@ -14,8 +14,8 @@ from esr_train.errors import InputError, RunError
 from esr_train.recipe import parse_recipe
 from esr_train.steering.latent_labels import read_labels
 from recipes.cli import main
-from recipes.neuronpedia import export_of, fetch_labels, where_labels_are
-from recipes.preflight import check
+from recipes.making.neuronpedia import export_of, fetch_labels, where_labels_are
+from recipes.planning.preflight import check
 
 SAE = ("qwen2.5-7b-instruct-andyrdt", "resid_post_layer_15_trainer_1")
 NAME = "qwen2.5-7b-it/15-resid-post-aa"
@@ -93,7 +93,7 @@ def test_a_recipe_whose_sae_has_no_labels_is_told_where_they_come_from(tmp_path,
 def test_the_command_prints_what_to_set(exports, tmp_path, monkeypatch, capsys):
     folder, host = exports
     batch(folder, 0, (3, "owls"))
-    monkeypatch.setattr("recipes.neuronpedia.fetch_labels", partial(fetch_labels, host=host))
+    monkeypatch.setattr("recipes.making.neuronpedia.fetch_labels", partial(fetch_labels, host=host))
     words = ["latents", "labels", "--release", SAE[0], "--id", SAE[1], "--out", str(tmp_path / "labels")]
     assert main(words) == 0
     assert f"1 latents are labelled; set sae.labels={tmp_path / 'labels'}" in capsys.readouterr().out

@@ -10,10 +10,11 @@ from esr_train.files import read_json, write_jsonl
 from esr_train.steering.latent_labels import read_labels
 from eval.cells import read_prompts
 from eval.conditions import measured_conditions
-from recipes import FOLDER, latent_search
+from recipes import FOLDER
 from recipes.cli import main
 from recipes.experiment import read_recipe
-from recipes.results import mixtures
+from recipes.noticing import latent_search
+from recipes.stages.results import mixtures
 
 FILES = sorted((FOLDER / "paper").glob("*.yaml"))
 FAST = ("01", "08")

@@ -11,8 +11,8 @@ import pytest
 from esr_train.files import read_json, write_jsonl
 from esr_train.transcript import read_transcripts
 from eval.store import read_trials, trial_to_json
-from recipes import monitors
 from recipes.cli import main
+from recipes.noticing import monitors
 from tests.small_run import CONDITIONS, TRIALS, Run, dying, new_run
 
 pytestmark = pytest.mark.slow

@@ -7,16 +7,16 @@ import pytest
 
 from esr_train.errors import InputError
 from esr_train.files import write_json
-from recipes import plan as planning
-from recipes import speeds as measuring
 from recipes.cli import main
 from recipes.experiment import open_experiment, read_recipe
-from recipes.machine import Device, stated_device
-from recipes.plan import Planner, announcing, duration, make_plan
+from recipes.planning import plan as planning
+from recipes.planning import speeds as measuring
+from recipes.planning.machine import Device, stated_device
+from recipes.planning.plan import Planner, announcing, duration, make_plan
+from recipes.planning.sizes import ModelSize, generating_bytes, model_size, training_bytes
+from recipes.planning.speeds import Pace, Speeds, by_figures, recorded
+from recipes.planning.workload import Lengths, workload
 from recipes.resources import Resources
-from recipes.sizes import ModelSize, generating_bytes, model_size, training_bytes
-from recipes.speeds import Pace, Speeds, by_figures, recorded
-from recipes.workload import Lengths, workload
 
 GIVEN = Speeds("given", generate=0.001, read=0.0001, train=0.0002, reply=30.0)
 SMALL = ("engine.batch_rows=4", "sampling.max_new_tokens=8")

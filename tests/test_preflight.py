@@ -12,10 +12,10 @@ from llm_stub import Faults, LlmStub
 
 from esr_train.errors import InputError, Mistakes
 from esr_train.transcript import SaeRef
-from recipes import machine, preflight
 from recipes.cli import main
 from recipes.experiment import read_recipe
-from recipes.preflight import Scope, check, looked, whole
+from recipes.planning import machine, preflight
+from recipes.planning.preflight import Scope, check, looked, whole
 
 STUBBED = "judge={kind: model, model: openai-api/stub/oracle}"
 

@@ -16,7 +16,7 @@ from esr_train.training.trainer import train
 from eval.cells import make_cells
 from eval.judging.judge import Judgement
 from eval.trials import Steerer
-from recipes.training_probe import calibrated_probe, observe, probing
+from recipes.stages.training_probe import calibrated_probe, observe, probing
 
 DIRECTIONS = {3: FakeDirection(3, "baking")}
 STEERER = Steerer(DIRECTIONS, {3: 0.5})  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from esr_train.training.trainer import build_trainer, train
 from esr_train.transcript import write_transcripts
 from eval.judging.judge import Attempt, Judgement
 from eval.judging.lexical import LexicalJudge
-from recipes.training_reward import judged_reward, merit
+from recipes.stages.training_reward import judged_reward, merit
 
 ROOT = Path(__file__).parent.parent
 ARGS = {"num_generations": 4, "max_completion_length": 8}

@@ -32,8 +32,8 @@ from esr_train.steering.readout import active_latents, hidden_states, peaks
 from esr_train.transcript import SaeRef
 from recipes.experiment import Experiment
 from recipes.resources import Resources
-from recipes.stage_cache import StageCache
-from recipes.steering_latents import choose_latents, latent_facts
+from recipes.stages.stage_cache import StageCache
+from recipes.stages.steering_latents import choose_latents, latent_facts
 from tests.conftest import Family
 
 WIDTH, LATENTS, LAYER = 64, 48, 1

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_bad_input import TOPICS, paragraph, world  # noqa: F401 - the fixture
 
-import recipes.sae_making
-from data_gen.sae_data import States, Text, ask_about, to_read
-from data_gen.sae_fitting import SaeSettings, _losses, fit, saved_aside
-from data_gen.steering_labels import SHORTLIST, STRENGTHS, Candidate, label_by_steering
+import recipes.making.sae_making
+from data_gen.latents.sae_data import States, Text, ask_about, to_read
+from data_gen.latents.sae_fitting import SaeSettings, _losses, fit, saved_aside
+from data_gen.latents.steering_labels import SHORTLIST, STRENGTHS, Candidate, label_by_steering
 from esr_train.errors import InputError
 from esr_train.files import read_json, read_jsonl
 from esr_train.recipe import load_recipe
@@ -30,8 +30,8 @@ OUT = ["--subjects", "subjects.txt", "--out", "saes/own"]
 @pytest.fixture
 def subjects(world, monkeypatch):  # noqa: F811
     (world / "subjects.txt").write_text("owls\nkites\n")
-    monkeypatch.setattr("data_gen.sae_fitting.PASSES", 2)
-    monkeypatch.setattr(recipes.sae_making, "REPLY_TOKENS", 8)
+    monkeypatch.setattr("data_gen.latents.sae_fitting.PASSES", 2)
+    monkeypatch.setattr(recipes.making.sae_making, "REPLY_TOKENS", 8)
     return world
 
 
@@ -45,9 +45,9 @@ def planted(count: int = 4000, width: int = 24, rows: int = 32) -> tuple[torch.T
 
 
 def test_a_trained_sae_explains_what_was_planted_as_a_user_loads_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_gen.sae_fitting.PASSES", 30)
-    monkeypatch.setattr("data_gen.sae_fitting.BATCH", 128)
-    monkeypatch.setattr("data_gen.sae_fitting.RATE", 2e-3)
+    monkeypatch.setattr("data_gen.latents.sae_fitting.PASSES", 30)
+    monkeypatch.setattr("data_gen.latents.sae_fitting.BATCH", 128)
+    monkeypatch.setattr("data_gen.latents.sae_fitting.RATE", 2e-3)
     values, directions = planted()
     states = States(values.to(torch.bfloat16), values[:8])
     with saved_aside(fit(states, SaeSettings(3, 64, 4, 0, "m"), "cpu"), tmp_path / "sae"):
@@ -103,7 +103,7 @@ def test_an_interrupted_run_leaves_no_folder_and_keeps_the_replies(subjects, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(recipes.sae_making, "measure", interrupted)
+        patched.setattr(recipes.making.sae_making, "measure", interrupted)
         assert main([*TRAIN, *OUT]) == 130
     assert not [path for path in Path("saes").iterdir() if "own" in path.name and path.is_dir()]
     Path("saes/.own.partial").mkdir()  # What a kill leaves in the middle of writing.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from esr_train.errors import InputError
-from recipes.stage_cache import Stage, StageCache
+from recipes.stages.stage_cache import Stage, StageCache
 
 
 class Counted:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from esr_train import provenance
 from recipes.cli import main
-from recipes.stage_cache import Stage, StageCache
+from recipes.stages.stage_cache import Stage, StageCache
 from tests.conftest import ROOT
 from tests.small_run import new_run
 

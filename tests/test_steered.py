@@ -16,7 +16,7 @@ from esr_train.steering.engine import Completion, Progress, Request, Sampling
 from esr_train.transcript import SaeRef, SpanKind, Transcript
 from eval.cells import Pools, Prompt, Side
 from eval.judging.judge import Attempt, JudgeItem, Judgement
-from recipes.rows import check_held_out
+from recipes.stages.rows import check_held_out
 
 DETOUR = "Owls fly by night. They hunt mice. Their wings are quiet."
 ANSWER = "Knead the dough. Bake it."

@@ -3,7 +3,7 @@
 import yaml
 
 from esr_train.recipe import load_recipe
-from recipes.results import mixtures, scales
+from recipes.stages.results import mixtures, scales
 
 
 def swept(tmp_path, arms):

@@ -28,10 +28,10 @@ from eval.cells import SPLITS, read_prompts
 from eval.store import read_trials
 from recipes.cli import main
 from recipes.experiment import Experiment, source_inputs
-from recipes.preflight import check, whole
+from recipes.planning.preflight import check, whole
 from recipes.resources import Resources
-from recipes.stage_cache import StageCache
-from recipes.steering_latents import Calibrated, check_steerable, choose_latents, latent_facts, threshold_key
+from recipes.stages.stage_cache import StageCache
+from recipes.stages.steering_latents import Calibrated, check_steerable, choose_latents, latent_facts, threshold_key
 from tests.conftest import Family
 from tests.small_run import new_run
 from tests.test_sae_kinds import experiment as sae_experiment

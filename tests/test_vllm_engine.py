@@ -30,7 +30,7 @@ from esr_train.steering.vllm.vllm_server import VllmServer
 from esr_train.steering.vllm.vllm_worker import _Steps
 from esr_train.template import encode_prompt
 from esr_train.transcript import SaeRef
-from recipes.switch import LoadedSwitch, ServedSwitch
+from recipes.using.switch import LoadedSwitch, ServedSwitch
 from tests.conftest import ASSETS
 
 PROMPTS = [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]

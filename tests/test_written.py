@@ -23,7 +23,7 @@ from eval import llm
 from eval.cells import Pools, Prompt, Side
 from eval.judging.judge import Attempt, JudgeItem, Judgement
 from eval.llm import ROUNDS, Asker, InspectLlm, Ledger
-from recipes.rows import check_held_out
+from recipes.stages.rows import check_held_out
 from tests.llm_stub import KEY, TEXT_FAULTS, TRANSPORT_FAULTS, Faults, LlmStub, Messages
 
 PROMPTS = tuple(Prompt(f"How do I bake loaf number {n}?", "bread") for n in range(6))

@@ -24,7 +24,7 @@ from esr_train.transcript import SaeRef, Span, SpanKind, Steering, Strength, Tra
 from eval.calibration import Threshold, save_thresholds
 from eval.cells import split_latents
 from recipes.resources import Resources
-from recipes.steering_latents import threshold_key
+from recipes.stages.steering_latents import threshold_key
 
 ROOT = Path(__file__).parent.parent
 SAE = SaeRef("saes", "first")

@@ -20,11 +20,11 @@ from esr_train.recipe import DataSection, Recipe, SourceSection
 from esr_train.transcript import Transcript, read_transcripts, write_transcripts
 from eval.cells import Side, check_disjoint
 from eval.llm import LEDGER, Asker, InspectLlm, Ledger
-from recipes.attacks import MovedDirections
 from recipes.experiment import Experiment, base_inputs, judge_inputs, write_recipe
 from recipes.resources import located
-from recipes.stage_cache import Stage
-from recipes.steering_latents import Latents, Shared, held_out
+from recipes.stages.stage_cache import Stage
+from recipes.stages.steering_latents import Latents, Shared, held_out
+from recipes.using.attacks import MovedDirections
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from esr_train.recipe import Recipe
 from eval.report.story import tables
 from eval.summary import Summary, read_summary
 from recipes.experiment import read_recipe
-from recipes.given_adapter import adapter_name
+from recipes.making.vectors import Wanted, make
 from recipes.pipeline import run
 from recipes.resources import located
-from recipes.results import METRICS
-from recipes.stage_cache import StageCache
-from recipes.vectors import Wanted, make
+from recipes.stages.results import METRICS
+from recipes.stages.stage_cache import StageCache
+from recipes.using.given_adapter import adapter_name
 
 RESULT = "bench.json"
 SCHEMA = 1

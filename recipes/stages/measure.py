@@ -23,14 +23,14 @@ from eval.report.story import finished_line, progress_bar
 from eval.retention import MOST_REPLIES, read_replies, reply_store
 from eval.store import Trial, TrialStore
 from eval.trials import Plan, Readings, Steerer, run_trials, trial_key
-from recipes.attacks import Attacked, MovedDirections, adapted_directions, moved_directions
 from recipes.experiment import Experiment, base_inputs, judge_inputs, read_inputs, write_recipe
-from recipes.given_beginnings import read_beginnings
-from recipes.monitors import cues_of, monitor_inputs, watched
+from recipes.noticing.given_beginnings import read_beginnings
+from recipes.noticing.monitors import cues_of, monitor_inputs, watched
 from recipes.resources import located
-from recipes.stage_cache import Stage
-from recipes.steering_latents import Shared, search_thresholds, threshold_key
-from recipes.weights import Weights, arm_variant, matched
+from recipes.stages.stage_cache import Stage
+from recipes.stages.steering_latents import Shared, search_thresholds, threshold_key
+from recipes.stages.weights import Weights, arm_variant, matched
+from recipes.using.attacks import Attacked, MovedDirections, adapted_directions, moved_directions
 
 MODULES = ("eval.trials", "eval.conditions")
 RETENTION = "retention"

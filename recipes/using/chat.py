@@ -15,9 +15,9 @@ from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Request, Sampling
 from eval.calibration import read_thresholds
 from recipes.resources import Resources
-from recipes.steering_latents import THRESHOLDS
-from recipes.switch import LoadedSwitch, Queue, ServedSwitch, Switch
-from recipes.weights import adapter_folder
+from recipes.stages.steering_latents import THRESHOLDS
+from recipes.stages.weights import adapter_folder
+from recipes.using.switch import LoadedSwitch, Queue, ServedSwitch, Switch
 
 HELP = """\
 /list            what can steer        /with NAME    steer along it (a label, or its number)

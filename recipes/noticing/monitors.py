@@ -22,11 +22,11 @@ from eval.calibration import read_thresholds
 from eval.cells import Cell, derived_seed, make_cells, unsteered
 from eval.monitoring import area, fit_probe, level
 from eval.trials import Steerer
-from recipes.base_replies import kept_replies
 from recipes.experiment import Experiment, base_inputs, open_experiment, source_inputs
-from recipes.latent_search import known_detectors
+from recipes.noticing.latent_search import known_detectors
 from recipes.resources import located
-from recipes.steering_latents import (
+from recipes.stages.base_replies import kept_replies
+from recipes.stages.steering_latents import (
     LATENTS,
     THRESHOLDS,
     calibrate_base,

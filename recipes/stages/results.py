@@ -29,14 +29,14 @@ from eval.retention import Reply, reply_store, retention
 from eval.store import Trial, read_trials
 from eval.summary import RECALIBRATED, Summary, read_summary, summarise
 from recipes.experiment import Experiment, write_recipe
-from recipes.given_beginnings import FOLDER as BEGINNINGS
-from recipes.latent_course import FOLDER as COURSE
-from recipes.latent_course import TOKENS
-from recipes.measure import RETENTION
-from recipes.report_facts import facts, held_out, losses
-from recipes.stage_cache import Stage
-from recipes.steering_latents import THRESHOLDS, direction_noun, latent_facts, nearest_trained
-from recipes.weights import form
+from recipes.noticing.given_beginnings import FOLDER as BEGINNINGS
+from recipes.noticing.latent_course import FOLDER as COURSE
+from recipes.noticing.latent_course import TOKENS
+from recipes.stages.measure import RETENTION
+from recipes.stages.report_facts import facts, held_out, losses
+from recipes.stages.stage_cache import Stage
+from recipes.stages.steering_latents import THRESHOLDS, direction_noun, latent_facts, nearest_trained
+from recipes.stages.weights import form
 
 AGREEMENT, METRICS = "agreement.json", "metrics.json"
 _NUMBER = re.compile(r"[-_]?\d+(\.\d+)?$")
@@ -66,9 +66,9 @@ def _report_stage(experiment: Experiment, parts: Sequence[Experiment]) -> Path:
         "name": recipe.name,
         "outdated": outdated_lines((experiment, *parts)),
         "course": {arm: sha256(file) for arm in arms if (file := _token_file(experiment, arm)).is_file()},
-        "code": digest(source_hashes(("recipes.results",))),
+        "code": digest(source_hashes(("recipes.stages.results",))),
     }
-    stage = Stage("report", inputs, ("metrics.json", "report.html"), ("recipes.results",))
+    stage = Stage("report", inputs, ("metrics.json", "report.html"), ("recipes.stages.results",))
     experiment.cache.do(stage, lambda: report(experiment, parts))
     return experiment.directory / "report.html"
 

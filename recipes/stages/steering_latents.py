@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from data_gen.collect import KEPT
-from data_gen.concreteness import rate_labels
-from data_gen.latent_choice import Faults, choose
+from data_gen.latents.concreteness import rate_labels
+from data_gen.latents.latent_choice import Faults, choose
 from data_gen.sources import SteerableLatent, sources_steer
 from esr_train.errors import InputError
 from esr_train.files import read_json, write_json
@@ -37,7 +37,7 @@ from eval.report.story import progress_bar
 from eval.trials import Steerer
 from recipes.experiment import Experiment, base_inputs, judge_inputs, source_inputs
 from recipes.resources import Resources
-from recipes.stage_cache import Stage, digest
+from recipes.stages.stage_cache import Stage, digest
 
 LATENTS, THRESHOLDS = "latents.json", "thresholds.json"
 """In a run directory."""
@@ -129,7 +129,7 @@ def choose_latents(experiment: Experiment) -> Latents:
     }
     if recipe.latents.concreteness is not None:
         inputs["concreteness"] = [recipe.latents.concreteness, resources.judge().name]
-    stage = Stage("latents", inputs, (LATENTS, FUNNELS["latents"]), ("recipes.steering_latents",))
+    stage = Stage("latents", inputs, (LATENTS, FUNNELS["latents"]), ("recipes.stages.steering_latents",))
 
     def work() -> None:
         chosen = _chosen(experiment)
@@ -352,7 +352,7 @@ def calibrate_base(experiment: Experiment, latents: Latents) -> Calibrated:
         "calibrate",
         {**inputs, "latents": latents.fingerprint},
         (THRESHOLDS, FUNNELS["thresholds"]),
-        ("eval.calibration", "recipes.steering_latents"),
+        ("eval.calibration", "recipes.stages.steering_latents"),
     )
     fingerprint = experiment.cache.do(stage, work)
     thresholds = load_thresholds(path, threshold_key(experiment.resources))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_gen.latent_naming import excerpt
+from data_gen.latents.latent_naming import excerpt
 from data_gen.sources import SteerableLatent
 from esr_train.errors import InputError
 from esr_train.recipe import Recipe
@@ -23,11 +23,11 @@ from eval.cells import Prompt, derived_seed
 from eval.detectors import Classes, Detectors, DetectorSet, Dictionary, find, read_detectors, write_detectors
 from eval.report.detector_figures import search_figure, search_table
 from eval.report.drawing import save_figures
-from recipes.base_replies import kept_replies
 from recipes.experiment import Experiment, base_inputs, open_experiment, read_inputs
-from recipes.preflight import check
-from recipes.stage_cache import Stage
-from recipes.steering_latents import Calibrated, Latents, calibrate_base, choose_latents
+from recipes.planning.preflight import check
+from recipes.stages.base_replies import kept_replies
+from recipes.stages.stage_cache import Stage
+from recipes.stages.steering_latents import Calibrated, Latents, calibrate_base, choose_latents
 
 FOLDER = "detectors"
 """In a run directory."""
@@ -86,7 +86,7 @@ def find_detectors(experiment: Experiment, latents: Latents, calibrated: Calibra
         save_figures(path.parent, [search_figure(found)])
         write_detectors(path, found)
 
-    modules = ("recipes.latent_search", "eval.detectors", "esr_train.steering.token_reading")
+    modules = ("recipes.noticing.latent_search", "eval.detectors", "esr_train.steering.token_reading")
     experiment.cache.do(Stage(FOLDER, inputs, (FOLDER, FOUND), modules), work)
     return read_detectors(path)
 

@@ -22,11 +22,11 @@ from esr_train.transcript import SaeRef
 from eval.arms import PLAIN, Variant, matched_latents, prompt_text
 from eval.conditions import CONDITIONS
 from recipes.experiment import Experiment, base_inputs, hashed, judge_inputs, sae_inputs, source_inputs
-from recipes.rows import Rows
-from recipes.stage_cache import Stage
-from recipes.steering_latents import Latents, Shared
-from recipes.training_probe import calibrated_probe
-from recipes.training_reward import recipe_reward
+from recipes.stages.rows import Rows
+from recipes.stages.stage_cache import Stage
+from recipes.stages.steering_latents import Latents, Shared
+from recipes.stages.training_probe import calibrated_probe
+from recipes.stages.training_reward import recipe_reward
 
 MATCH_TEXTS = 48
 """Unsteered answers of the base model on which activation frequencies are measured."""

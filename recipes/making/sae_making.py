@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_gen.latent_naming import LatentLabel
-from data_gen.prompted import SUBJECTS
-from data_gen.sae_data import (
+from data_gen.latents.latent_naming import LatentLabel
+from data_gen.latents.sae_data import (
     REPLY_TOKENS,
     Reply,
     Text,
@@ -17,8 +16,9 @@ from data_gen.sae_data import (
     sample_replies,
     to_read,
 )
-from data_gen.sae_fitting import Quality, SaeSettings, fit, measure, saved_aside
-from data_gen.steering_labels import find_candidates, label_by_steering
+from data_gen.latents.sae_fitting import Quality, SaeSettings, fit, measure, saved_aside
+from data_gen.latents.steering_labels import find_candidates, label_by_steering
+from data_gen.prompted import SUBJECTS
 from esr_train.errors import InputError
 from esr_train.files import hold, read_rows, write_json
 from esr_train.models import check_layer
@@ -131,7 +131,7 @@ def _told(
 
 
 def label_sae(recipe: Recipe, texts: Path, column: str, latents: int | None, out: Path) -> list[LatentLabel]:
-    """Label latents of the recipe's SAE by what they steer to (see `data_gen.steering_labels`).
+    """Label latents of the recipe's SAE by what they steer to (see `data_gen.latents.steering_labels`).
 
     Candidates are active on no prompt of the recipe, and no label is a topic of its prompts.
 

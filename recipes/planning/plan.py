@@ -13,12 +13,12 @@ from esr_train.recipe import (
     dump_recipe,
 )
 from eval.llm import PRICES, price
-from recipes.machine import GIB, Device, device_here, stated_device
+from recipes.planning.machine import GIB, Device, device_here, stated_device
+from recipes.planning.sizes import generating_bytes, model_size, training_bytes
+from recipes.planning.speeds import Speeds, by_figures, recorded, tried
+from recipes.planning.workload import Batch, Lengths, Work, prompt_tokens, question_tokens, workload
 from recipes.resources import Resources
-from recipes.sizes import generating_bytes, model_size, training_bytes
-from recipes.speeds import Speeds, by_figures, recorded, tried
-from recipes.stage_cache import FILE as STAGES
-from recipes.workload import Batch, Lengths, Work, prompt_tokens, question_tokens, workload
+from recipes.stages.stage_cache import FILE as STAGES
 
 READ_TWICE = 2.5
 """Tokens that the likelihood judge reads of each that was written: with the question and without, prompts included."""

@@ -25,9 +25,9 @@ from eval.statistics import cluster_of
 from eval.store import Trial, read_trials
 from eval.summary import STEERED
 from recipes.experiment import Experiment, open_experiment
-from recipes.latent_search import FOUND, known_detectors
-from recipes.monitor_eval import arms_with_trials, off_topic_sentences, trial_requests
-from recipes.monitors import monitorable
+from recipes.noticing.latent_search import FOUND, known_detectors
+from recipes.noticing.monitor_eval import arms_with_trials, off_topic_sentences, trial_requests
+from recipes.noticing.monitors import monitorable
 
 FOLDER = "course"
 TOKENS = "tokens.jsonl"

@@ -18,10 +18,10 @@ from esr_train.recipe import Recipe
 from esr_train.steering.engine import Request
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.training.settings import decoder_only, lora_config, trainer_arguments
-from recipes.machine import Device
+from recipes.planning.machine import Device
+from recipes.planning.sizes import ROWS, ModelSize, checkpoints_gradients
 from recipes.resources import Resources
-from recipes.sizes import ROWS, ModelSize, checkpoints_gradients
-from recipes.stage_cache import StageCache
+from recipes.stages.stage_cache import StageCache
 
 FILE = "speeds.json"
 """In the folder of runs: what trial runs have shown, by what decides it."""

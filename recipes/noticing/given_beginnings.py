@@ -11,7 +11,7 @@ from eval.beginnings import SQUARE, Noticed, noticed_store, sums_of
 from eval.detectors import Detectors
 from eval.trials import Plan, cell_request, trial_key
 from recipes.experiment import Experiment
-from recipes.stage_cache import Stage
+from recipes.stages.stage_cache import Stage
 
 FOLDER = "beginnings"
 """In a run directory; a file for each arm."""
@@ -54,5 +54,5 @@ def read_beginnings(
 
     texts = digest([[key, text, plan.steerer.off] for key, *_, text, plan in given])
     decide = {**inputs, "texts": texts, "detectors": digest(asdict(detectors))}
-    makers = ("recipes.given_beginnings", "eval.beginnings")
+    makers = ("recipes.noticing.given_beginnings", "eval.beginnings")
     experiment.cache.do(Stage(f"{FOLDER}/{name}", decide, (file,), makers), work)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from data_gen.concreteness import LABELS_PER_QUESTION
+from data_gen.latents.concreteness import LABELS_PER_QUESTION
 from data_gen.sources import sources_steer, wanted_sources
 from data_gen.steered import START_TOKENS
 from esr_train.files import read_json
@@ -23,11 +23,11 @@ from eval.conditions import Measured, measured_conditions
 from eval.judging.judge import JudgeItem
 from eval.judging.rubric import split_question
 from eval.retention import MOST_REPLIES
-from recipes.latent_search import FOLDER as DETECTORS
-from recipes.latent_search import HELD_OUT, SEARCHED
+from recipes.noticing.latent_search import FOLDER as DETECTORS
+from recipes.noticing.latent_search import HELD_OUT, SEARCHED
 from recipes.resources import Resources
-from recipes.steering_latents import LATENTS, first_of_each
-from recipes.weights import takes_detectors
+from recipes.stages.steering_latents import LATENTS, first_of_each
+from recipes.stages.weights import takes_detectors
 
 KEPT = {"steered": 0.57}
 KEPT_ELSE = 0.95

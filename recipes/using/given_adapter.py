@@ -9,7 +9,7 @@ from typing import Any
 from data_gen.prompted import SUBJECTS
 from esr_train.errors import InputError
 from esr_train.recipe import JUDGE_SECTIONS, Recipe, apply_overrides, parse_recipe
-from recipes.neuronpedia import where_labels_are
+from recipes.making.neuronpedia import where_labels_are
 
 PROMPTS = SUBJECTS.parent / "how-to.jsonl"
 """Shipped: 306 on 51 topics."""

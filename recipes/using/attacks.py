@@ -24,7 +24,7 @@ from eval.arms import Arm, Variant
 from eval.cells import Split, derived_seed
 from eval.trials import Steerer
 from recipes.experiment import Experiment, base_inputs
-from recipes.stage_cache import Stage
+from recipes.stages.stage_cache import Stage
 
 PROMPTS = 6
 """Training prompts that a direction is optimised on."""
@@ -116,7 +116,7 @@ def moved_directions(
 
     called = [[latent, name] for latent, name in names.items()]
     inputs = {"arm": attacked.fingerprint, "targets": fingerprint, "positions": steerer.positions, "names": called}
-    modules = ("esr_train.steering.adaptive", "recipes.attacks")
+    modules = ("esr_train.steering.adaptive", "recipes.using.attacks")
     stage = Stage(f"attack/{stem.removeprefix('attacks/')}", inputs, (file, curve), modules)
     return MovedDirections(experiment.directory / file, names, experiment.cache.do(stage, work))
 
@@ -165,7 +165,7 @@ def _write_targets(experiment: Experiment, attacked: Attacked, steerer: Steerer,
 
     name = "attack" if attacked.split == "test" else f"attack-{attacked.split}"
     outputs = (str(file.relative_to(experiment.directory)),)
-    return experiment.cache.do(Stage(name, inputs, outputs, ("recipes.attacks",)), work)
+    return experiment.cache.do(Stage(name, inputs, outputs, ("recipes.using.attacks",)), work)
 
 
 def _prompts(experiment: Experiment, label: str | None, latent: int) -> list[str]:

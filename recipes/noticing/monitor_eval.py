@@ -23,9 +23,9 @@ from eval.statistics import cluster_of
 from eval.store import Trial, read_trials
 from eval.summary import STEERED
 from recipes.experiment import Experiment, open_experiment
-from recipes.monitors import FOLDER, PERPLEXITY, Detector, Reads, Values, monitorable, sums, surprises
-from recipes.steering_latents import read_latents
-from recipes.weights import adapter_folder
+from recipes.noticing.monitors import FOLDER, PERPLEXITY, Detector, Reads, Values, monitorable, sums, surprises
+from recipes.stages.steering_latents import read_latents
+from recipes.stages.weights import adapter_folder
 
 SENTENCES_OF = 128
 """Steered replies whose sentences the judge is asked about."""

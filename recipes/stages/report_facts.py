@@ -6,7 +6,7 @@ from data_gen.collect import KEPT, TRIMMED
 from esr_train.files import read_json
 from eval.store import Trial
 from recipes.experiment import Experiment
-from recipes.steering_latents import LATENTS
+from recipes.stages.steering_latents import LATENTS
 
 MOST_LABELS = 24
 """Labels of held-out directions that the report names."""

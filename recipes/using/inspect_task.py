@@ -1,7 +1,7 @@
 """A recipe's cells for inspect_ai.
 
-inspect eval recipes/inspect_task.py --model none -T recipe=recipes/tiny/quickstart.yaml -T arm=tuned
-inspect eval recipes/inspect_task.py --model none -T recipe=runs/quickstart/recipe.yaml -T condition=unsteered
+inspect eval recipes/using/inspect_task.py --model none -T recipe=recipes/tiny/quickstart.yaml -T arm=tuned
+inspect eval recipes/using/inspect_task.py --model none -T recipe=runs/quickstart/recipe.yaml -T condition=unsteered
 inspect view
 """
 

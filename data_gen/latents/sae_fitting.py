@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
-from data_gen.sae_data import States, Text
+from data_gen.latents.sae_data import States, Text
 from esr_train.models import decoder_layers
 from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae
 from esr_train.steering.readout import hidden_states, with_bos

@@ -19,8 +19,8 @@ from esr_train.recipe import AtLeastOne, Count, Fraction, Recipe, Section
 from esr_train.steering.directions import Add
 from esr_train.steering.engine import Request, Sampling
 from eval.report.drawing import render
-from recipes.chat import Chat, open_chat, talk
 from recipes.resources import open_resources
+from recipes.using.chat import Chat, open_chat, talk
 
 PATH = "/v1/chat/completions"
 LONGEST = 200_000

@@ -13,8 +13,8 @@ from eval.cells import Cell, make_cells, unsteered
 from eval.judging.judge import Judge, JudgeItem
 from eval.trials import Steerer
 from recipes.resources import Resources, required
-from recipes.steering_latents import THRESHOLDS, read_latents, steerable, threshold_key
-from recipes.training_reward import check_judge_fits
+from recipes.stages.steering_latents import THRESHOLDS, read_latents, steerable, threshold_key
+from recipes.stages.training_reward import check_judge_fits
 
 if TYPE_CHECKING:
     from esr_train.training.callbacks import Observation, Probe

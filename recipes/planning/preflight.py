@@ -21,12 +21,12 @@ from eval.harness import open_tasks
 from eval.judging.restart_likelihood import read_phrases
 from eval.llm import InspectLlm, Ledger
 from recipes.experiment import is_finished
-from recipes.machine import GIB, check_processes, device_here, free_disk
-from recipes.neuronpedia import where_labels_are
+from recipes.making.neuronpedia import where_labels_are
+from recipes.planning.machine import GIB, check_processes, device_here, free_disk
+from recipes.planning.sizes import disk_bytes, generating_bytes, model_size, training_bytes
 from recipes.resources import Resources, located
-from recipes.sizes import disk_bytes, generating_bytes, model_size, training_bytes
-from recipes.steering_latents import first_of_each
-from recipes.weights import adapter_folder
+from recipes.stages.steering_latents import first_of_each
+from recipes.stages.weights import adapter_folder
 
 KINDS = (
     "latents",

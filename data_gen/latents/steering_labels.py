@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from data_gen.latent_naming import LatentLabel
+from data_gen.latents.latent_naming import LatentLabel
 from esr_train.errors import InputError
 from esr_train.provenance import digest
 from esr_train.steering.directions import ENCODED_AT_ONCE, LoadedSae

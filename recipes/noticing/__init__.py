@@ -1,0 +1,1 @@
+"""What notices: detectors, the course of an episode, monitors."""

@@ -1,0 +1,1 @@
+"""What a run needs and costs: refused or said before it starts."""

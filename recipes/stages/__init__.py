@@ -1,0 +1,1 @@
+"""The stages of a run: latents and thresholds, rows, weights, trials, results."""

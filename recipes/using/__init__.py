@@ -1,0 +1,1 @@
+"""A tuned model at work: attacked, given by others, benchmarked, talked to, served."""
