@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from esr_train.recipe import JUDGE_SECTIONS
+from eval.judging import judge as judging
 from tools.tiny_world.architecture import build_model
 from tools.tiny_world.tokenizer import finished, train_pieces
 
@@ -81,3 +84,16 @@ def assets() -> Path:
     if not ASSETS.is_dir():
         pytest.skip("recipes/tiny/assets is MISSING: nothing was tested on it (python -m tools.tiny_world.build)")
     return ASSETS
+
+
+@pytest.fixture
+def registered_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judges and plug-ins that a test registers are forgotten at its end."""
+    monkeypatch.setattr(judging, "_FACTORIES", dict(judging._FACTORIES))
+    kinds, modules = dict(JUDGE_SECTIONS), set(sys.modules)
+    yield
+    JUDGE_SECTIONS.clear()
+    JUDGE_SECTIONS.update(kinds)
+    for name in set(sys.modules) - modules:
+        if name.startswith("esr_plugin_"):
+            del sys.modules[name]

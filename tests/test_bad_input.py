@@ -100,7 +100,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "too few topics": (replaced("prompts.jsonl", '{"prompt": "a", "topic": "b"}'), ["prompts.splits", "too few"]),
     "no vocabulary": (removed("vocabulary.json"), ["vocabulary.json: the file does not exist"]),
     "vocabulary of a wrong type": (replaced("vocabulary.json", '{"baking": 3}'), ["vocabulary.json: a vocabulary is"]),
-    "no labels": (removed("labels.jsonl"), ["labels.jsonl: the file does not exist"]),
+    "no labels": (removed("labels.jsonl"), ["labels.jsonl: there are no labels here", "esr data labels"]),
     "labels cut off": (replaced("labels.jsonl", '{"index": 1, "descr'), ["labels.jsonl:1"]),
     "no SAE": (removed("saes/first/cfg.json"), ["saes/first", "not an SAE"]),
     "an SAE of another width": (other_sae(WIDTH // 2, 1), [f"{WIDTH // 2} wide", f"residual stream {WIDTH}"]),

@@ -8,8 +8,7 @@ from typing import Literal
 import pytest
 
 from esr_train.errors import InputError
-from esr_train.recipe import JUDGE_SECTIONS, JudgeSection, Recipe
-from eval.judging import judge as judging
+from esr_train.recipe import JudgeSection, Recipe
 from eval.judging.judge import (
     Attempt,
     JudgeContext,
@@ -53,17 +52,10 @@ class LengthJudge:
 
 
 @pytest.fixture
-def length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_FACTORIES", dict(judging._FACTORIES))
-    kinds = dict(JUDGE_SECTIONS)
-
+def length(registered_here: None) -> None:
     @register_judge("length", LengthSection)
     def open_length(section: LengthSection, context: JudgeContext) -> LengthJudge:
         return LengthJudge(section.longest)
-
-    yield
-    JUDGE_SECTIONS.clear()
-    JUDGE_SECTIONS.update(kinds)
 
 
 def values(**judge: object) -> dict[str, object]:

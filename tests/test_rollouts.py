@@ -293,7 +293,7 @@ def by_the_judge(args):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [{}, {"num_iterations": 2, "gradient_accumulation_steps": 2}])
-def test_grpo_killed_ends_as_if_it_never_was(small, args):
+def test_grpo_killed_ends_as_if_it_never_was(small, args, registered_here):
     """Between two writings replies are written anew, by a later policy: then it ends well, but not the same."""
     section = by_the_judge(args)
     (small / "r.yaml").write_text(dump_recipe(section))

@@ -178,7 +178,7 @@ class _Replies(BaseHTTPRequestHandler):
 
 def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
     """What answers requests; those that come meanwhile wait, and are then answered together."""
-    page = render("recipes", "chat.html", title="Steered and answered", colours=())
+    page = render("recipes.using", "chat.html", title="Steered and answered", colours=())
 
     class Handler(_Replies):
         def do_GET(self) -> None:
