@@ -172,6 +172,24 @@ def test_an_adapter_is_served_by_vllms_own_lora(side, tmp_path):
         VllmEngine(VllmServer(side.section), side.tokenizer, tmp_path)
 
 
+def test_served_by_vllm_requests_get_their_own_steering_and_share_of_the_adapter(side, tmp_path):
+    """The switch: at 0 the base model, at 1 the arm, in between the same as transformers with the adapter scaled."""
+    folder, engines = tmp_path / "adapter", []
+    loaded = LoadedSwitch(adapted(side, folder), side.tokenizer, 64)
+
+    def open_engine(path):
+        engines.append(path)
+        return VllmEngine(side.server, side.tokenizer, path)
+
+    served = ServedSwitch(open_engine, folder, loaded.layers, loaded.width)
+    requests = side.requests(12)
+    found = {share: ids(served.generate(requests, GREEDY, share)) for share in (0, 0.5, 1)}
+    assert found == {share: ids(loaded.generate(requests, GREEDY, share)) for share in found}
+    assert found[0] != found[0.5] != found[1] != found[0]
+    served.generate(requests[:1], GREEDY, 0.501)
+    assert [path if path in (None, folder) else path.name for path in engines] == [None, "50", folder]
+
+
 def test_strength_zero_gives_the_unsteered_logits_bitwise(side):
     kept: list[torch.Tensor] = []
     model = side.worker.model_runner.get_model()
@@ -370,21 +388,3 @@ def test_prefix_caching_is_refused_by_the_workers(side):
     server = VllmServer(side.section, options={"enable_prefix_caching": True, "kv_cache_memory_bytes": 1 << 26})
     with pytest.raises(InputError, match="prefix caching must be off"):
         _ = server.llm
-
-
-def test_served_by_vllm_requests_get_their_own_steering_and_share_of_the_adapter(side, tmp_path):
-    """The switch: at 0 the base model, at 1 the arm, in between the same as transformers with the adapter scaled."""
-    folder, engines = tmp_path / "adapter", []
-    loaded = LoadedSwitch(adapted(side, folder), side.tokenizer, 64)
-
-    def open_engine(path):
-        engines.append(path)
-        return VllmEngine(side.server, side.tokenizer, path)
-
-    served = ServedSwitch(open_engine, folder, loaded.layers, loaded.width)
-    requests = side.requests(12)
-    found = {share: ids(served.generate(requests, GREEDY, share)) for share in (0, 0.5, 1)}
-    assert found == {share: ids(loaded.generate(requests, GREEDY, share)) for share in found}
-    assert found[0] != found[0.5] != found[1] != found[0]
-    served.generate(requests[:1], GREEDY, 0.501)
-    assert [path if path in (None, folder) else path.name for path in engines] == [None, "50", folder]

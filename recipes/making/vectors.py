@@ -63,7 +63,9 @@ def make(recipe: Recipe, wanted: Wanted) -> list[str]:
             made = _of_subjects(resources, _lines(wanted.subjects or SUBJECTS, "--subjects"), layer)
     facts = {"model": recipe.model.path, "command": wanted.command}
     save_vectors(out, made.vectors, {**facts, "residual_norm": f"{made.vectors[0].residual_norm:.6g}"})
-    return [*_table(made.vectors), *_twins(made), f"{out}: {len(made.vectors)} vectors for the output of layer {layer}"]
+    count = len(made.vectors)
+    said = f"{out}: {count} vector{'s' * (count != 1)} for the output of layer {layer}"
+    return [*_table(made.vectors), *_twins(made), said]
 
 
 def _of_subjects(resources: Resources, subjects: Sequence[str], layer: int) -> MadeVectors:

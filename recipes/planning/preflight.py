@@ -318,7 +318,8 @@ def _check_vectors(resources: Resources) -> str:
                 "eval.conditions",
                 "Take `random_direction` in its place.",
             )
-    return f"{len(vectors.vectors)} vectors, {vectors.d_model} wide, layer {vectors.layer}"
+    count = len(vectors.vectors)
+    return f"{count} vector{'s' * (count != 1)}, {vectors.d_model} wide, layer {vectors.layer}"
 
 
 def _check_sae(resources: Resources) -> str:
@@ -345,7 +346,7 @@ def _check_splits(resources: Resources, scope: Scope) -> str:
     """Directions to steer rows with, and others to measure with, as far as labels tell how they are dealt."""
     recipe, labels = resources.recipe, resources.labels()
     if recipe.vectors:  # A few vectors are all measured: see `steering_latents`, which refuses what cannot be dealt.
-        return f"{len(labels)} vectors"
+        return f"{len(labels)} vector{'s' * (len(labels) != 1)}"
     topics = resources.prompts().topics
     first, _ = first_of_each(labels, set(topics), recipe.latents.per_label)
     dealt = deal_subjects([labels[latent] for latent in first], topics, resources.prompt_section().splits)
