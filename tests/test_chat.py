@@ -18,7 +18,7 @@ from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Completion, Request, Sampling
 from esr_train.transcript import SaeRef
 from recipes.using.chat import Chat, talk
-from recipes.using.serving import PATH, complete, handler
+from recipes.using.serving import PATH, complete, handler, serve
 from recipes.using.switch import LoadedSwitch, Queue
 
 SAMPLING = Sampling(temperature=0.6, max_new_tokens=16)
@@ -77,9 +77,12 @@ def test_the_page_answers_this_machine_and_refuses_what_it_cannot_read(opened):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(opened))
     Thread(target=server.serve_forever, daemon=True).start()
 
-    def ask(method: str, path: str, body: object = None, kind: str = "application/json") -> tuple[int, bytes]:
-        connection = HTTPConnection("127.0.0.1", server.server_port)
-        connection.request(method, path, body if isinstance(body, str) else json.dumps(body), {"Content-Type": kind})
+    def ask(
+        method: str, path: str, body: object = None, kind: str = "application/json", length: str | None = None
+    ) -> tuple[int, bytes]:
+        connection = HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+        headers = {"Content-Type": kind, **({"Content-Length": length} if length else {})}
+        connection.request(method, path, body if isinstance(body, str) else json.dumps(body), headers)
         reply = connection.getresponse()
         return reply.status, reply.read()
 
@@ -91,8 +94,14 @@ def test_the_page_answers_this_machine_and_refuses_what_it_cannot_read(opened):
         assert [each["text"] for each in json.loads(found)["answers"]] == [
             each.text for each in opened.answers("how to dry wood", 3, 3)
         ]
-        for wrong in ("{", {"prompt": " "}, {"prompt": "a", "direction": "gold"}, {"prompt": "a", "strength": "x"}, []):
+        long, deep = json.dumps({"prompt": "a" * 500_000}), "[" * 100_000
+        asked = [{"prompt": "a", **each} for each in ({"direction": "gold"}, {"strength": "x"}, {"strength": None})]
+        for wrong in ("{", {"prompt": " "}, {"prompt": "\ud800"}, *asked, [], long, deep):
             assert ask("POST", "/answer", wrong)[0] == 400
+        assert b"longer than 200000 bytes" in ask("POST", PATH, long)[1]
+        assert ask("POST", "/answer", {"prompt": "a"}, "application/json; charset=utf-8")[0] == 200
+        for length in ("-1", "many"):
+            assert ask("POST", PATH, {}, length=length)[0] == 400
         assert ask("POST", "/answer", {"prompt": "a"}, "text/plain")[0] == 400
         assert ask("GET", "/elsewhere")[0] == 404
         status, found = ask("POST", PATH, {"messages": [{"role": "user", "content": "how to dry wood"}]})
@@ -137,6 +146,9 @@ def test_in_between_the_adapter_is_at_work_with_a_share_of_its_strength_and_only
     ("asked", "message"),
     [
         ({"resistance": 1.5}, "resistance: "),
+        ({"stream": True}, "stream: replies come whole"),
+        ({"temperature": 1e308}, "temperature: "),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content: this is no text"),
         ({"steering": {"direction": "gold"}}, "nothing steers towards 'gold'"),
         ({"steering": {}}, "either a direction or a vector"),
         ({"steering": {"vector": [1.0], "layer": 0}}, "a vector has "),
@@ -204,3 +216,13 @@ def test_requests_that_come_meanwhile_are_answered_in_one_batch_if_they_agree():
         "bad": "a bad one",
         "good": "good: 1 at 0.2",
     }
+
+
+@pytest.mark.parametrize("port", [-1, 99_999])
+def test_a_port_that_cannot_be_is_refused(opened, port):
+    with pytest.raises(InputError, match="ports are 0 to 65535"):
+        serve(opened, port)
+
+
+def test_a_request_may_say_that_it_wants_no_stream(opened):
+    assert completed(opened, stream=False) == completed(opened)

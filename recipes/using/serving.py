@@ -61,10 +61,10 @@ class Body(Section):
     messages: list[Message]
     model: str | None = Field(None, description="not looked at: there is one")
     max_tokens: AtLeastOne | None = Field(None, description="at most as many as the recipe's sampling has")
-    temperature: float | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: Count = 0
-    stream: Literal[False] = False
+    stream: bool = False
     n: Literal[1] = 1
     steering: SteeringBody | None = None
     resistance: Fraction = Field(1.0, description="how much of the adapter is at work; 0: the base model")
@@ -101,19 +101,39 @@ def complete(chat: Chat, body: bytes) -> dict[str, Any]:
 
 
 def _read(body: bytes) -> Body:
+    value = _json(body)
     try:
-        asked = Body.model_validate(json.loads(body))
+        asked = Body.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(first["msg"], ".".join(map(str, first["loc"])) or None) from None
-    except ValueError as error:
-        raise InputError(f"this is no JSON ({error})") from None
+    if asked.stream:
+        raise InputError("replies come whole", "stream", "Set it to false, or leave it out.")
+    for number, message in enumerate(asked.messages):
+        _check_text(message.content, f"messages.{number}.content")
     if [message.role for message in asked.messages] not in ROLES:
         raise InputError(
             "a conversation is one user's message, perhaps behind a system's and before the beginning of a reply",
             "messages",
         )
     return asked
+
+
+def _json(body: bytes) -> Any:
+    """What a body holds; raises InputError, for nesting too deep to read, too."""
+    if len(body) > LONGEST:
+        raise InputError(f"the request is longer than {LONGEST} bytes", fix="Send a shorter one.")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"this is no JSON ({error})") from None
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"this is no text ({error.reason})", where, "Send whole characters.") from None
 
 
 def _request(chat: Chat, asked: Body) -> Request:
@@ -152,10 +172,12 @@ def serve(chat: Chat, port: int) -> None:
     Raises:
         InputError: if the port is taken.
     """
+    answering = handler(chat)
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler(chat))
-    except OSError as error:
-        raise InputError(f"the port cannot be used ({error.strerror})", f"port {port}", "Name another one.") from None
+        server = ThreadingHTTPServer(("127.0.0.1", port), answering)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or "ports are 0 to 65535"
+        raise InputError(f"the port cannot be used ({why})", f"port {port}", "Name another one.") from None
     print(f"http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
     with server:
         server.serve_forever()
@@ -164,6 +186,16 @@ def serve(chat: Chat, port: int) -> None:
 class _Replies(BaseHTTPRequestHandler):
     def send_json(self, status: int, value: Any) -> None:
         self.send_body(status, json.dumps(value).encode(), "application/json")
+
+    def read_body(self) -> bytes:
+        """The whole body, read to its end; raises InputError if its length is not said."""
+        said = self.headers.get("Content-Length", "0")
+        if not (said.isascii() and said.isdigit()):
+            raise InputError(f"{said!r} is no number of bytes", "Content-Length")
+        length, kept = int(said), b""
+        while length > 0 and (part := self.rfile.read(min(length, LONGEST))):
+            length, kept = length - len(part), kept if len(kept) > LONGEST else kept + part
+        return kept
 
     def send_body(self, status: int, body: bytes, kind: str) -> None:
         self.send_response(status)
@@ -192,17 +224,18 @@ def handler(chat: Chat) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             # A page of another site can send a form, but not JSON.
-            if self.headers.get("Content-Type") != "application/json" or self.path not in ("/answer", PATH):
-                self.send_json(400, {"error": f"send JSON to /answer or {PATH}"})
+            if self.headers.get_content_type() != "application/json" or self.path not in ("/answer", PATH):
+                wanted = f"send JSON to /answer or {PATH}, with the header Content-Type: application/json"
+                self.send_json(400, {"error": wanted})
                 return
-            body = self.rfile.read(min(int(self.headers.get("Content-Length") or 0), LONGEST))
             try:
+                body = self.read_body()
                 found = complete(chat, body) if self.path == PATH else _answers(chat, body)
                 self.send_json(200, found)
             except (InputError, ValueError) as error:
                 said: Any = {"message": str(error), "type": "invalid_request_error"}
                 self.send_json(400, {"error": said if self.path == PATH else str(error)})
-            except RunError as error:
+            except (RunError, RuntimeError, IndexError) as error:  # The last two: memory, positions.
                 self.send_json(500, {"error": {"message": str(error), "type": "server_error"}})
 
     return Handler
@@ -227,9 +260,13 @@ class _Asked:
     @classmethod
     def read(cls, body: bytes, chat: Chat) -> "_Asked":
         """Raises ValueError, or InputError for a direction that is not there."""
-        value = json.loads(body)
+        value = _json(body)
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"].strip():
             raise ValueError("there is no question")
+        _check_text(value["prompt"], "prompt")
         name = value.get("direction")
         direction = None if name is None else chat.find(str(name))
-        return cls(value["prompt"], direction, float(value.get("strength", 1)), int(value.get("seed", 0)))
+        try:
+            return cls(value["prompt"], direction, float(value.get("strength", 1)), int(value.get("seed", 0)))
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError("strength and seed are numbers") from None
