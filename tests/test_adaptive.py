@@ -12,7 +12,7 @@ from esr_train.steering.directions import Add
 from esr_train.steering.hook import steering
 from esr_train.transcript import VectorRef, read_transcripts
 from recipes.cli import main
-from recipes.using.attacks import MovedDirections
+from recipes.using.attacks import MovedDirections, Search
 from tests.small_run import new_run
 
 PROMPT, REPLY = (1, 20, 30, 40), (50, 51, 52, 53, 54, 55)
@@ -95,8 +95,23 @@ def test_rows_are_steered_along_their_moved_directions_as_strongly_as_before(tmp
     assert [row for row in found if not row.steering] == [row for row in rows if not row.steering]
 
 
+@pytest.mark.parametrize(
+    ("scores", "taken"),
+    [
+        ({"moved": 40.0, "moved halfway": 12.5, "as it was": 30.0}, "moved halfway"),
+        ({"moved": 0.0, "as it was": 0.0}, "moved"),
+        ({"moved": None, "as it was": 90.0}, "as it was"),
+        ({"moved": None, "as it was": None}, "moved"),
+    ],
+)
+def test_of_all_candidates_the_one_is_taken_under_which_the_arm_scores_lowest(scores, taken):
+    assert Search({}, scores).taken == taken
+
+
 @pytest.mark.slow
-def test_an_arm_is_trained_on_along_directions_that_were_optimised_against_another(assets, tmp_path):
+def test_an_arm_is_trained_on_along_directions_that_were_optimised_against_another(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.using.attacks.STEPS", 3)
+    monkeypatch.setattr("recipes.using.attacks.DRAWS", 1)
     run = new_run(tmp_path, assets)
     hardened = "hardened: {of: tuned, train: {live: {adaptive: true}, args: {max_steps: 2}}}"
     words = [*run.words, "eval.trials=4", "eval.conditions=[adaptive]", f"arms={{tuned: {{}}, {hardened}}}"]
@@ -109,4 +124,8 @@ def test_an_arm_is_trained_on_along_directions_that_were_optimised_against_anoth
     assert trained <= set(curves["tuned-train"])
     assert set(curves["tuned"]) == set(curves["hardened"])
     assert not set(curves["tuned"]) & set(curves["tuned-train"])
+    for name, search in curves["tuned"].items():
+        assert {start: len(losses) for start, losses in search["losses"].items()} == {"own": 4, "tilted": 4}
+        assert search["losses"]["own"][0] != search["losses"]["tilted"][0], name
+        assert search["scores"][search["taken"]] == min(search["scores"].values())
     assert main(["data", "generate", *words[1:], "--arm", "hardened"]) == 2
