@@ -471,7 +471,8 @@ class EvalSection(Section):
         ("steered", "unsteered"), description="how the cells are run, one after the other"
     )
     boost: tuple[Positive, ...] = Field(
-        (0.5, 0.75, 1.25, 1.5), description="multiples of the threshold; each is a condition of its own"
+        (0.5, 0.75, 1.25, 1.5),
+        description="multiples of the threshold; each is a condition of its own (`boost`, `random_boost`)",
     )
     welcome: str = Field(
         "Tell me about {label}.",
@@ -491,8 +492,9 @@ class EvalSection(Section):
             source = CONDITION_NAMES.get(condition)
             if source and source not in self.conditions:
                 raise ValueError(f"{condition!r} goes on from responses of {source!r}: add that condition")
-        if "boost" in self.conditions and not self.boost:
-            raise ValueError("the condition 'boost' needs multiples in eval.boost")
+        for condition in {"boost", "random_boost"} & {*self.conditions}:
+            if not self.boost:
+                raise ValueError(f"the condition {condition!r} needs multiples in eval.boost")
         if "{label}" not in self.welcome:
             raise ValueError("the prompt in eval.welcome leaves out {label}")
         return self

@@ -335,8 +335,8 @@ class _Lockstep:
         ]
         sampling = replace(self.arm.sampling, max_new_tokens=self.section.max_new_tokens)
         completions = self.arm.engine.generate(requests, sampling, self.progress)
-        for completion in completions:
-            if completion.steered_tokens == 0:
+        for request, completion in zip(requests, completions, strict=True):
+            if completion.steered_tokens == 0 and request.steers(completion):
                 raise RunError(f"calibration: the response to {completion.id} was not steered.")
         items = [
             JudgeItem(prompt.text, completion.text, latent.label)

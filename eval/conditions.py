@@ -91,6 +91,8 @@ class Condition:
     sweep: Callable[[EvalSection], Mapping[str, float]] | None = None
 
 
+SWEEPS = {"boost_": "Steered", "random_": "Steered along random directions"}
+"""How the names of a sweep's members begin, before `x` and a multiple of the threshold, and their titles."""
 CONDITIONS: dict[str, Condition] = {}
 """Every condition by its name, in the order in which reports show them."""
 
@@ -137,23 +139,25 @@ def measured_conditions(section: EvalSection, wanted: Sequence[str] | None = Non
 
 def title(name: str) -> str:
     """A condition's name in words."""
-    if name.startswith("boost_x"):
-        return f"Steered at {name.removeprefix('boost_x')} × the threshold"
+    family, _, multiple = name.rpartition("x")
+    if family in SWEEPS:
+        return f"{SWEEPS[family]} at {multiple} × the threshold"
     return CONDITIONS[name].title if name in CONDITIONS else name
 
 
 def is_attack(name: str) -> bool:
     """Whether a condition tries to derail an answer, at a strength that the base model decides."""
-    return name.startswith("boost_x") or (name in CONDITIONS and CONDITIONS[name].attacks)
+    return name.rpartition("x")[0] in SWEEPS or (name in CONDITIONS and CONDITIONS[name].attacks)
 
 
 def order(name: str) -> tuple[int, float, str]:
     """Where a condition stands among others: registered ones first, each sweep by strength, then the rest by name."""
     known = list(CONDITIONS)
-    if name.startswith("boost_x"):
+    family, _, multiple = name.rpartition("x")
+    if family in SWEEPS:
         with suppress(ValueError):
-            return len(known), float(name.removeprefix("boost_x")), name
-    return (known.index(name) if name in known else len(known) + 1), 0.0, name
+            return len(known) + list(SWEEPS).index(family), float(multiple), name
+    return (known.index(name) if name in known else len(known) + len(SWEEPS)), 0.0, name
 
 
 def _steered(setting: Setting) -> Plan:
@@ -175,8 +179,8 @@ def _boosted(setting: Setting) -> Plan:
 
 
 def _along_random_directions(setting: Setting) -> Plan:
-    directions = random_directions(setting.steerer.directions, setting.seed)
-    return Plan(tuple(unlabelled(setting.cells)), replace(setting.steerer, directions=directions))
+    plan, directions = _boosted(setting), random_directions(setting.steerer.directions, setting.seed)
+    return Plan(tuple(unlabelled(plan.cells)), replace(setting.steerer, directions=directions))
 
 
 def _by_random_latents(setting: Setting) -> Plan:
@@ -189,6 +193,11 @@ def _by_random_latents(setting: Setting) -> Plan:
 
 def _generated_only(setting: Setting) -> Plan:
     return Plan(tuple(setting.cells), replace(setting.steerer, positions="generated"))
+
+
+def _mid_answer(setting: Setting) -> Plan:
+    plan = _continued(setting, "unsteered", True, lambda _, reply: first_half(reply))
+    return replace(plan, steerer=replace(plan.steerer, positions="generated", late=True))
 
 
 def _two_directions(setting: Setting) -> Plan:
@@ -265,9 +274,9 @@ def _switched_off(setting: Setting) -> Plan:
     return Plan(tuple(setting.cells), replace(setting.steerer, off=True), prefixes, copies)
 
 
-def boosts(section: EvalSection) -> dict[str, float]:
+def boosts(section: EvalSection, family: str = "boost_") -> dict[str, float]:
     """The multiples of a sweep by their conditions' names, such as `boost_x1.25`."""
-    return {f"boost_x{multiple:g}": multiple for multiple in section.boost}
+    return {f"{family}x{multiple:g}": multiple for multiple in section.boost}
 
 
 for _condition in (
@@ -299,6 +308,13 @@ for _condition in (
         attacks=True,
     ),
     Condition("generated_only", "Steered from the reply's first token on", _generated_only, attacks=True),
+    Condition(
+        "mid_answer",
+        "Steered from the middle of the base model's unsteered response on",
+        _mid_answer,
+        goes_on_from="unsteered",
+        attacks=True,
+    ),
     Condition(
         "two_directions", "Steered along two directions at once, of equal norm together", _two_directions, attacks=True
     ),
@@ -346,6 +362,13 @@ for _condition in (
     ),
     Condition("switched_off", "Steered until the first restart, then unsteered", _switched_off, goes_on_from="steered"),
     Condition("boost", "Steered at other strengths", _boosted, sweep=boosts, attacks=True),
+    Condition(
+        "random_boost",
+        "Steered along random directions at other strengths",
+        _along_random_directions,
+        sweep=partial(boosts, family="random_"),
+        attacks=True,
+    ),
 ):
     register_condition(_condition)
 
@@ -395,6 +418,12 @@ def with_latents(cells: Sequence[Cell], instead: Mapping[int, "Direction"]) -> l
         for cell in cells
         if cell.latent is not None and (other := instead[cell.latent])
     ]
+
+
+def first_half(response: str) -> str:
+    """Half of a response's words, rounded up, with the white space behind them left out."""
+    ends = [word.end() for word in re.finditer(r"\S+", response)]
+    return response[: ends[(len(ends) - 1) // 2]] if ends else ""
 
 
 def opening(response: str, count: int) -> str:

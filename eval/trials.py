@@ -32,6 +32,7 @@ class Steerer:
         directions: latent index -> its direction.
         norms: latent index -> its threshold in `norm` units.
         positions: which tokens are steered.
+        late: leave the text alone that a cell goes on from, where `generated` positions are steered.
         off: do not steer after all; the strength is then that of the text which a cell goes on from.
         parts: latent index -> directions that steer together in its place, each with the threshold's length over the
             square root of their number.
@@ -41,6 +42,7 @@ class Steerer:
     norms: Mapping[int, float]
     positions: Positions = "all"
     off: bool = False
+    late: bool = False
     parts: Mapping[int, Sequence["Direction"]] = field(default_factory=dict)
 
     def strength(self, cell: Cell) -> "Strength | None":
@@ -221,7 +223,8 @@ def trial_key(arm: str, condition: str, cell: Cell) -> str:
 
 def cell_request(cell: Cell, key: str, steerer: Steerer, variant: Variant = PLAIN, prefix: str = "") -> Request:
     """A cell as an arm runs it: steered, with the arm's own words and interventions, going on from `prefix`."""
-    return variant.apply(replace(steerer.request(cell, key), prefix=prefix), cell.label)
+    request = replace(steerer.request(cell, key), prefix=prefix, unsteered=len(prefix) * steerer.late)
+    return variant.apply(request, cell.label)
 
 
 def described(cell: Cell, strength: "Strength | None") -> TrialCell:
@@ -239,7 +242,7 @@ def check_steering(arm: str, requests: Sequence[Request], completions: Sequence[
     if len(completions) != len(requests):
         raise RunError(f"{arm}: the engine returned {len(completions)} completions for {len(requests)} requests.")
     for request, completion in zip(requests, completions, strict=True):
-        if (completion.steered_tokens > 0) != bool(request.interventions):
+        if (completion.steered_tokens > 0) != request.steers(completion):
             wanted = "steered" if request.interventions else "unsteered"
             found = f"{completion.steered_tokens} tokens were steered"
             raise RunError(f"the trial {request.id} should have been {wanted}, but {found}.")

@@ -17,6 +17,7 @@ from eval.conditions import (
     CONDITIONS,
     Condition,
     Setting,
+    first_half,
     is_attack,
     matched,
     measured_conditions,
@@ -30,7 +31,7 @@ from eval.conditions import (
     with_latents,
 )
 from eval.store import Trial
-from eval.trials import Plan, Steerer
+from eval.trials import Plan, Steerer, cell_request
 from tests.trial_maker import made
 
 CELLS = [Cell(f"How do I fold sheet {n}?", "linen", n % 3, f"topic{n % 3}", 1.0, n) for n in range(6)]
@@ -47,12 +48,13 @@ def test_a_sweep_is_one_condition_for_each_strength_and_what_goes_on_from_others
         "boost_x0.5", "boost_x1.25", "steered", "random_direction", "switched_off", "unsteered_continues",
     ]  # fmt: skip
     assert title("boost_x1.25") == "Steered at 1.25 × the threshold"
+    assert title("random_x1.25") == "Steered along random directions at 1.25 × the threshold"
     assert title("somebody's own") == "somebody's own"
 
 
 def test_conditions_stand_in_reading_order_with_sweeps_by_strength():
-    shuffled = ["mine", "boost_x1.5", "switched_off", "boost_x0.5", "unsteered", "steered"]
-    assert sorted(shuffled, key=order) == ["steered", "unsteered", "switched_off", "boost_x0.5", "boost_x1.5", "mine"]
+    ordered = ["steered", "unsteered", "switched_off", "boost_x0.5", "boost_x1.5", "random_x0.75", "random_x2", "mine"]
+    assert sorted(ordered[::-1], key=order) == ordered
 
 
 def setting(**given) -> Setting:
@@ -66,6 +68,36 @@ def test_a_boost_multiplies_the_threshold():
     plan = member.condition.plan(setting(value=member.value))
     assert {cell.multiple for cell in plan.cells} == {1.5}
     assert [cell.seed for cell in plan.cells] == [cell.seed for cell in CELLS]
+
+
+def test_random_directions_are_swept_as_strongly_as_the_latents():
+    members = measured_conditions(EvalSection(conditions=("random_boost",), boost=(0.5, 1.5)))
+    assert [each.name for each in members] == ["random_x0.5", "random_x1.5"]
+    assert all(is_attack(each.name) for each in members)
+    plan = members[1].condition.plan(setting(value=members[1].value))
+    drawn = CONDITIONS["random_direction"].plan(setting())
+    for cell, at_threshold in zip(plan.cells, drawn.cells, strict=True):
+        assert cell.label is None
+        assert torch.allclose(adds(plan, cell)[0].vector, 1.5 * adds(drawn, at_threshold)[0].vector)
+
+
+def test_in_mid_answer_the_first_half_is_the_base_models_and_is_not_steered():
+    def response(arm: str, condition: str, cell: Cell) -> Trial:
+        assert (arm, condition, cell.latent) == ("base", "unsteered", None)
+        return made(response="Lay it flat.  Then fold it.\n")
+
+    plan = CONDITIONS["mid_answer"].plan(setting(response=response))
+    (request, *_) = [cell_request(cell, "key", plan.steerer, prefix=plan.prefixes[cell.key]) for cell in plan.cells]
+    assert request.prefix == "Lay it flat."
+    assert request.unsteered == len(request.prefix)
+    assert [add.positions for add in request.interventions] == ["generated"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "half"), [("", ""), (" \n", ""), ("Yes", "Yes"), ("a b", "a"), ("a  b c", "a  b"), (" a b c d ", " a b")]
+)
+def test_the_first_half_of_a_reply_has_the_larger_half_of_its_words(reply, half):
+    assert first_half(reply) == half
 
 
 def test_a_recalibrated_arm_runs_the_latents_that_have_a_threshold_of_its_own():

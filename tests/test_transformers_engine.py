@@ -11,7 +11,7 @@ from esr_train.errors import RunError
 from esr_train.models import decoder_layers
 from esr_train.steering import decoding
 from esr_train.steering.directions import Add
-from esr_train.steering.engine import Request, Sampling
+from esr_train.steering.engine import Completion, Request, Sampling
 from esr_train.steering.hook import SteeringHook
 from esr_train.steering.transformers_engine import TransformersEngine
 from esr_train.template import encode_prompt
@@ -60,9 +60,10 @@ def steered_requests() -> list[Request]:
     ]
 
 
-def naive(family, request: Request, stops: frozenset[int], new_tokens: int) -> list[int]:
-    """Greedy decoding that recomputes the whole sequence at every step."""
-    ids, start = encode_prompt(family.tokenizer, request.prompt, request.system, request.prefix)
+def naive(family, request: Request, stops: frozenset[int], new_tokens: int, start: int | None = None) -> list[int]:
+    """Greedy decoding that recomputes the whole sequence at every step; `start`: of what `generated` steers."""
+    ids, reply = encode_prompt(family.tokenizer, request.prompt, request.system, request.prefix)
+    start = reply if start is None else start
 
     def hooked(add: Add):
         def hook(_, __, output):
@@ -101,6 +102,30 @@ def test_batched_rows_equal_naive_decoding_token_for_token(family):
     assert found == [naive(family, request, stops, 12) for request in requests]
     unsteered = [naive(family, Request("", r.prompt, prefix=r.prefix), stops, 12) for r in requests]
     assert [a == b for a, b in zip(found, unsteered, strict=True)] == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("unsteered", ["", "Start", "Start by"])
+def test_of_a_prefix_what_is_to_be_left_alone_is_not_steered(family, unsteered):
+    add = Add(LAYER, vector(1), "generated")
+    request = Request("r", PROMPTS[2], prefix="Start by", interventions=(add,), unsteered=len(unsteered))
+    (completion,) = TransformersEngine(family.model, family.tokenizer).generate([request], GREEDY)
+    given, _ = encode_prompt(family.tokenizer, PROMPTS[2], None, unsteered)
+    whole, _ = encode_prompt(family.tokenizer, PROMPTS[2], None, "Start by")
+    start = next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), len(given))
+    assert completion.steered_tokens == len(whole) + len(completion.token_ids) - 1 - start
+    stops = frozenset([family.tokenizer.eos_token_id])
+    assert list(completion.token_ids) == naive(family, request, stops, 12, start)
+
+
+def test_a_reply_that_ends_at_once_behind_what_is_left_alone_has_no_token_to_steer():
+    add = Add(LAYER, vector(1), "generated")
+    ended, longer = (Completion("r", "", ids, "stop", 9, 0) for ids in ((2,), (5, 2)))
+    late = Request("r", "How?", prefix="Start", interventions=(add,), unsteered=5)
+    assert not late.steers(ended)
+    assert late.steers(longer)
+    assert replace(late, unsteered=0).steers(ended)
+    assert replace(late, interventions=(Add(LAYER, vector(1)),)).steers(ended)
+    assert not Request("r", "How?").steers(longer)
 
 
 def test_rows_that_end_early_leave_the_others_alone_and_are_counted_exactly(family, early_stops):
@@ -305,6 +330,19 @@ def test_log_probabilities_are_those_of_the_naive_forward_pass_under_each_rows_s
         tail = torch.tensor(whole[len(ids) :])
         wanted = logits[len(ids) - 1 : -1].log_softmax(-1).gather(1, tail[:, None])[:, 0]
         assert value == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
+def test_texts_share_a_beginning_only_where_as_much_of_it_is_steered(family):
+    engine, steered = TransformersEngine(family.model, family.tokenizer), steered_requests()[2]
+    requests = [steered, replace(steered, unsteered=len(steered.prefix))]
+    both = engine.log_probabilities(requests, [" Knead the dough."] * 2)
+    ids, _ = encode_prompt(family.tokenizer, steered.prompt, None, steered.prefix)
+    whole, _ = encode_prompt(family.tokenizer, steered.prompt, None, steered.prefix + " Knead the dough.")
+    logits = forward(family, steered, whole, len(ids))
+    tail = torch.tensor(whole[len(ids) :])
+    wanted = logits[len(ids) - 1 : -1].log_softmax(-1).gather(1, tail[:, None])[:, 0]
+    assert both[1] == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert both[0] != pytest.approx(both[1], abs=1e-2)
 
 
 def test_a_beginning_that_texts_share_is_read_once(family):

@@ -68,7 +68,8 @@ class Side:
             latent = int(torch.randint(self.sae.n_latents, (1,), generator=random))
             steering = self._steering(number, unit, latent, "generated" if number % 4 == 1 else "all")
             prefix = "Start by" if number % 5 == 0 else ""
-            made.append(Request(str(number), row["prompt"], None, prefix, steering, seed=number))
+            left = len(prefix) if number % 2 else 0
+            made.append(Request(str(number), row["prompt"], None, prefix, steering, seed=number, unsteered=left))
         assert len(made) == count
         return made
 

@@ -39,6 +39,7 @@ class Request:
         interventions: applied together, in order; empty means unsteered.
         seed: of this row's sampling; two requests that differ only in arm share it.
         max_new_tokens: most tokens of this reply, where it may have fewer than the sampling allows.
+        unsteered: of the prefix, how many characters interventions on `generated` positions leave alone.
     """
 
     id: str
@@ -48,6 +49,13 @@ class Request:
     interventions: tuple[Intervention, ...] = ()
     seed: int = 0
     max_new_tokens: int | None = None
+    unsteered: int = 0
+
+    def steers(self, completion: "Completion") -> bool:
+        """Whether any token was to be steered: where replies alone are, one that ends at once may have none."""
+        if any(each.positions == "all" for each in self.interventions):
+            return True
+        return bool(self.interventions) and (len(self.prefix) > self.unsteered or len(completion.token_ids) > 1)
 
     def most(self, sampling: Sampling) -> int:
         """Most tokens of the reply."""
@@ -148,7 +156,16 @@ class Encoding:
 
 def encoded(tokenizer: Any, request: Request) -> Encoding:
     """A request's prompt and prefix as the model reads them."""
-    return Encoding(*encode_prompt(tokenizer, request.prompt, request.system, request.prefix))
+    ids, start = encode_prompt(tokenizer, request.prompt, request.system, request.prefix)
+    if request.unsteered:
+        left, _ = encode_prompt(tokenizer, request.prompt, request.system, request.prefix[: request.unsteered])
+        start = _shared(left, ids)
+    return Encoding(ids, start)
+
+
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids are the same from the first one on."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def encoded_with(tokenizer: Any, request: Request, continuation: str) -> tuple[Encoding, int]:
@@ -156,9 +173,8 @@ def encoded_with(tokenizer: Any, request: Request, continuation: str) -> tuple[E
 
     Where the border falls inside a token, that whole token belongs to the continuation.
     """
-    given = encoded(tokenizer, request).ids
     whole = encoded(tokenizer, replace(request, prefix=request.prefix + continuation))
-    shared = next((i for i, (a, b) in enumerate(zip(given, whole.ids, strict=False)) if a != b), len(given))
+    shared = _shared(encoded(tokenizer, request).ids, whole.ids)
     return whole, len(whole.ids) - min(shared, len(whole.ids) - 1)
 
 

@@ -80,7 +80,8 @@ def score_texts(model: Any, texts: Sequence[Text], batch_rows: int) -> dict[int,
     groups: dict[tuple[Any, ...], list[Text]] = {}
     for text in texts:
         # Interventions hold tensors, which have no hash.
-        groups.setdefault((text.beginning, *map(id, text.request.interventions)), []).append(text)
+        steered = text.request.unsteered, *map(id, text.request.interventions)
+        groups.setdefault((text.beginning, *steered), []).append(text)
     # Longest first: the batch that needs most memory fails at once, not at the end.
     ordered = sorted(groups.values(), key=lambda group: -len(group[0].beginning))
     found: dict[int, tuple[float, ...]] = {}

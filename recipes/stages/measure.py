@@ -314,7 +314,7 @@ def _digest(plan: Plan) -> str:
         [
             [cell.key for cell in plan.cells],
             [[latent, steerer.norms[latent], float(steerer.directions[latent].unit[0])] for latent in latents],
-            [steerer.positions, steerer.off, dict(plan.prefixes), sorted(plan.copies)],
+            [steerer.positions, steerer.off, dict(plan.prefixes), sorted(plan.copies), *["late"] * steerer.late],
             *_parts(steerer, latents),
         ]
     )
