@@ -1,6 +1,7 @@
 """What a recipe will cost: the arithmetic of the plan, the speeds it takes, and what a run says while it runs."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -64,6 +65,20 @@ def test_replies_that_are_learned_from_are_counted_and_judged(tmp_path):
     assert [(batch.kind, batch.requests, batch.tokens) for batch in found.batches] == [("rollouts", 80, 40)]
     assert found.judged == 80
     assert found.trained == 160 * (20 + 40) * 1.5
+
+
+def test_directions_that_are_optimised_are_counted_with_the_arm_that_they_attack(tmp_path):
+    hardened = "{of: tuned, train: {live: {adaptive: true}, args: {max_steps: 1, per_device_train_batch_size: 1}}}"
+    conditions = "eval.conditions=[unsteered, adaptive]"
+    found = works(recipe(tmp_path, f"arms={{tuned: {{}}, hardened: {hardened}}}", "eval.control_trials=64", conditions))
+    compared = [batch for batch in found["trials tuned"].batches if batch.kind == "attack"]
+    tested, trained = math.ceil(199 * 0.3), math.ceil(199 * 0.6)
+    assert [(batch.requests, batch.tokens) for batch in compared] == [(tested * 6 * 2 * 4, 128)]
+    a_direction = 2 * 6 * 2 * 21 * (20 + 32)  # wanted and unwanted, prompts, starts, passes
+    assert found["trials tuned"].trained == tested * a_direction
+    one_row = found["train hardened"].trained - trained * a_direction
+    assert 0 < one_row < 100
+    assert [batch.requests for batch in found["train hardened"].batches] == [trained * 6 * 2 * 4]
 
 
 def test_the_search_for_detectors_is_counted_where_an_arm_takes_them(tmp_path):

@@ -28,6 +28,7 @@ from recipes.noticing.latent_search import HELD_OUT, SEARCHED
 from recipes.resources import Resources
 from recipes.stages.steering_latents import LATENTS, first_of_each
 from recipes.stages.weights import takes_detectors
+from recipes.using.attacks import DRAWS, MOVES, PROMPTS, STARTS, STEPS, TOKENS
 
 KEPT = {"steered": 0.57}
 KEPT_ELSE = 0.95
@@ -79,7 +80,7 @@ class Work:
     Args:
         stages: how the names of its stages begin (see `stage_cache`).
         read: tokens that an arm reads of others' replies.
-        trained: tokens that are trained on, padding left out.
+        trained: tokens that gradients run through, padding left out.
         arm: that is trained here.
         row: tokens of a row it is trained on.
     """
@@ -138,7 +139,7 @@ def workload(resources: Resources, lengths: Lengths) -> list[Work]:
         works.append(Work(f"{name} rows", (f"data/sources/{name}",), (_rows(recipe_of_arm, name, section, lengths),)))
     works.append(_trials(recipe, "base", directions, lengths, seeds))
     for arm in recipe.arms:
-        works += [_training(resources, arm, lengths, seeds)] if arm in recipe.trained_arms else []
+        works += [_training(resources, arm, directions, lengths, seeds)] if arm in recipe.trained_arms else []
         works.append(_trials(recipe, arm, directions, lengths, seeds))
     return [*works, Work("report", ("report",))]
 
@@ -215,7 +216,7 @@ def _rows(recipe: Recipe, name: str, section: SourceSection, lengths: Lengths) -
     return Batch(kind, each * candidates, lengths.reply, each * candidates)
 
 
-def _training(resources: Resources, arm: str, lengths: Lengths, seeds: int) -> Work:
+def _training(resources: Resources, arm: str, directions: int, lengths: Lengths, seeds: int) -> Work:
     recipe = resources.recipe.for_arm(arm)
     args = trainer_arguments(recipe)
     rows, tokens = _training_rows(resources, arm, lengths)
@@ -230,6 +231,9 @@ def _training(resources: Resources, arm: str, lengths: Lengths, seeds: int) -> W
         count, tokens = seeds * steps * step / args.num_iterations, lengths.prompt + most
         batches.append(Batch("rollouts", count, most, count))
     trained = seeds * steps * step * tokens * cost
+    if recipe.train.live and recipe.train.live.adaptive:
+        compared, moved = _attack(recipe, directions * _train_share(recipe), lengths, seeds)
+        batches, trained = [*batches, compared], trained + moved
     return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), tuple(batches), 0, trained, arm, tokens)
 
 
@@ -260,8 +264,16 @@ def _row_tokens(recipe: Recipe, section: SourceSection, lengths: Lengths) -> flo
     return answer + (1 - section.plain) * drift
 
 
+def _attack(recipe: Recipe, directions: float, lengths: Lengths, seeds: int) -> tuple[Batch, float]:
+    """Of directions that are optimised against an arm: the replies by which moves are compared, and tokens that
+    gradients run through."""
+    compared = seeds * math.ceil(directions) * PROMPTS * DRAWS * MOVES
+    passes = seeds * math.ceil(directions) * 2 * PROMPTS * STARTS * (STEPS + 1)
+    return Batch("attack", compared, recipe.sampling.max_new_tokens, compared), passes * (lengths.prompt + TOKENS)
+
+
 def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: int) -> Work:
-    section, batches = recipe.eval, []
+    section, batches, moved = recipe.eval, [], 0.0
     for measured in measured_conditions(section, None if arm == "base" else recipe.arms[arm].conditions):
         if arm == "base" and not measured.condition.for_plain_base:
             continue
@@ -269,10 +281,13 @@ def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: 
         if measured.name == "steered_recalibrated":
             count = seeds * response_count(math.ceil(directions * _test_share(recipe)), recipe.calibration)
             batches.append(Batch("calibrate", count, recipe.calibration.max_new_tokens, count))
+        if measured.name == "adaptive":
+            compared, moved = _attack(recipe, directions * _test_share(recipe), lengths, seeds)
+            batches.append(compared)
     read = seeds * min(MOST_REPLIES, section.trials) * (lengths.prompt + lengths.reply)
     kinds = ("trials", "retention", "calibrate", "merge", "scale", "attack", "beginnings")
     stages = tuple(f"{kind}/{arm}" for kind in kinds)
-    return Work(f"trials {arm}", stages, tuple(batches), read if "unsteered" in section.conditions else 0.0)
+    return Work(f"trials {arm}", stages, tuple(batches), read if "unsteered" in section.conditions else 0.0, moved)
 
 
 def _condition(recipe: Recipe, measured: Measured, lengths: Lengths, seeds: int) -> Batch:
@@ -286,3 +301,7 @@ def _condition(recipe: Recipe, measured: Measured, lengths: Lengths, seeds: int)
 
 def _test_share(recipe: Recipe) -> float:
     return recipe.prompts.splits.test if recipe.prompts else 1.0
+
+
+def _train_share(recipe: Recipe) -> float:
+    return 1 - recipe.prompts.splits.test - recipe.prompts.splits.validation if recipe.prompts else 1.0

@@ -35,6 +35,8 @@ PUSH = 1.2
 """Multiple of the threshold at which the base model wrote these replies."""
 STEPS = 20
 """Of Adam, from each start."""
+STARTS, MOVES = 2, 4
+"""From how many directions the steps are taken, and how many moves, none among them, are compared."""
 DRAWS = 2
 """Replies to each of its prompts by which a direction's candidates are compared."""
 
@@ -219,6 +221,7 @@ def _searched(
         "moved halfway": functional.normalize(units + found["own"].units, dim=1),
         "as it was": units,
     }
+    assert (len(found), len(tried)) == (STARTS, MOVES)
     cells = _cells(experiment, steerer, list(names))
     scores = {name: _scores(arm, _steered_along(steerer, names, each), cells) for name, each in tried.items()}
     moved, searches = [], []
