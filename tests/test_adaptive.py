@@ -102,6 +102,7 @@ def test_rows_are_steered_along_their_moved_directions_as_strongly_as_before(tmp
         ({"moved": 0.0, "as it was": 0.0}, "moved"),
         ({"moved": None, "as it was": 90.0}, "as it was"),
         ({"moved": None, "as it was": None}, "moved"),
+        ({}, "moved"),
     ],
 )
 def test_of_all_candidates_the_one_is_taken_under_which_the_arm_scores_lowest(scores, taken):

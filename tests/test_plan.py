@@ -74,11 +74,10 @@ def test_directions_that_are_optimised_are_counted_with_the_arm_that_they_attack
     compared = [batch for batch in found["trials tuned"].batches if batch.kind == "attack"]
     tested, trained = math.ceil(199 * 0.3), math.ceil(199 * 0.6)
     assert [(batch.requests, batch.tokens) for batch in compared] == [(tested * 6 * 2 * 4, 128)]
-    a_direction = 2 * 6 * 2 * 21 * (20 + 32)  # wanted and unwanted, prompts, starts, passes
-    assert found["trials tuned"].trained == tested * a_direction
+    a_direction = 2 * 6 * 21 * (20 + 32)  # wanted and unwanted, prompts, passes
+    assert found["trials tuned"].trained == tested * 2 * a_direction, "from two starts"
     one_row = found["train hardened"].trained - trained * a_direction
     assert 0 < one_row < 100
-    assert [batch.requests for batch in found["train hardened"].batches] == [trained * 6 * 2 * 4]
 
 
 def test_the_search_for_detectors_is_counted_where_an_arm_takes_them(tmp_path):

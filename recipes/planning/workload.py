@@ -232,8 +232,7 @@ def _training(resources: Resources, arm: str, directions: int, lengths: Lengths,
         batches.append(Batch("rollouts", count, most, count))
     trained = seeds * steps * step * tokens * cost
     if recipe.train.live and recipe.train.live.adaptive:
-        compared, moved = _attack(recipe, directions * _train_share(recipe), lengths, seeds)
-        batches, trained = [*batches, compared], trained + moved
+        trained += _attack(directions * _train_share(recipe), lengths, seeds)
     return Work(f"train {arm}", (f"train/{arm}", f"data/{arm}"), tuple(batches), 0, trained, arm, tokens)
 
 
@@ -264,12 +263,10 @@ def _row_tokens(recipe: Recipe, section: SourceSection, lengths: Lengths) -> flo
     return answer + (1 - section.plain) * drift
 
 
-def _attack(recipe: Recipe, directions: float, lengths: Lengths, seeds: int) -> tuple[Batch, float]:
-    """Of directions that are optimised against an arm: the replies by which moves are compared, and tokens that
-    gradients run through."""
-    compared = seeds * math.ceil(directions) * PROMPTS * DRAWS * MOVES
-    passes = seeds * math.ceil(directions) * 2 * PROMPTS * STARTS * (STEPS + 1)
-    return Batch("attack", compared, recipe.sampling.max_new_tokens, compared), passes * (lengths.prompt + TOKENS)
+def _attack(directions: float, lengths: Lengths, seeds: int) -> float:
+    """Tokens that gradients run through to move directions once."""
+    passes = seeds * math.ceil(directions) * 2 * PROMPTS * (STEPS + 1)
+    return passes * (lengths.prompt + TOKENS)
 
 
 def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: int) -> Work:
@@ -282,8 +279,10 @@ def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: 
             count = seeds * response_count(math.ceil(directions * _test_share(recipe)), recipe.calibration)
             batches.append(Batch("calibrate", count, recipe.calibration.max_new_tokens, count))
         if measured.name == "adaptive":
-            compared, moved = _attack(recipe, directions * _test_share(recipe), lengths, seeds)
-            batches.append(compared)
+            attacked = directions * _test_share(recipe)
+            compared = seeds * math.ceil(attacked) * PROMPTS * DRAWS * MOVES
+            batches.append(Batch("attack", compared, recipe.sampling.max_new_tokens, compared))
+            moved = STARTS * _attack(attacked, lengths, seeds)
     read = seeds * min(MOST_REPLIES, section.trials) * (lengths.prompt + lengths.reply)
     kinds = ("trials", "retention", "calibrate", "merge", "scale", "attack", "beginnings")
     stages = tuple(f"{kind}/{arm}" for kind in kinds)

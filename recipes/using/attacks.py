@@ -36,7 +36,9 @@ PUSH = 1.2
 STEPS = 20
 """Of Adam, from each start."""
 STARTS, MOVES = 2, 4
-"""From how many directions the steps are taken, and how many moves, none among them, are compared."""
+"""Of a test direction: from how many directions steps are taken, and how many moves (none is one) are compared."""
+MOVED = "moved"
+"""What the steps from the direction itself lead to; training takes it uncompared."""
 DRAWS = 2
 """Replies to each of its prompts by which a direction's candidates are compared."""
 
@@ -83,8 +85,8 @@ class Search:
 
     @property
     def taken(self) -> str:
-        """The candidate under which the arm scores lowest; of equal ones the first."""
-        return min(self.scores, key=lambda name: 101.0 if (score := self.scores[name]) is None else score)
+        """The candidate under which the arm scores lowest; of equal ones, and where none was compared, the first."""
+        return min(self.scores, key=lambda name: (self.scores[name] is None, self.scores[name]), default=MOVED)
 
 
 @dataclass(frozen=True)
@@ -204,32 +206,33 @@ def _prompts(experiment: Experiment, label: str | None, latent: int) -> list[Pro
 def _searched(
     experiment: Experiment, attacked: Attacked, steerer: Steerer, names: Mapping[int, str]
 ) -> tuple[list[SteeringVector], list[Search]]:
-    """The moved directions, and what was tried for each."""
+    """The moved directions, and what was tried for each: of those to train on, the first move alone."""
     arm, targets = attacked.open(), _read_targets(experiment, attacked, steerer, list(names))
     assert isinstance(arm.engine, TransformersEngine)
     directions = [steerer.directions[latent] for latent in names]
     units = torch.stack([direction.unit.float() for direction in directions])
     pushes = (direction.add(steerer.norms[latent]) for latent, direction in zip(names, directions, strict=True))
     length = torch.stack([push.vector.float().norm() for push in pushes])
+    layer, compares = directions[0].layer, attacked.split == "test"
+    starts = {"own": units} | ({"tilted": _tilted(units, experiment.recipe.seed)} if compares else {})
     found = {
-        start: optimise(arm.engine.model, directions[0].layer, targets, begun, length, steps=STEPS)
-        for start, begun in (("own", units), ("tilted", _tilted(units, experiment.recipe.seed)))
+        name: optimise(arm.engine.model, layer, targets, begun, length, steps=STEPS) for name, begun in starts.items()
     }
-    tried = {
-        "moved": found["own"].units,
-        "moved from a tilted start": found["tilted"].units,
-        "moved halfway": functional.normalize(units + found["own"].units, dim=1),
-        "as it was": units,
-    }
-    assert (len(found), len(tried)) == (STARTS, MOVES)
-    cells = _cells(experiment, steerer, list(names))
-    scores = {name: _scores(arm, _steered_along(steerer, names, each), cells) for name, each in tried.items()}
+    tried, scores = {MOVED: found["own"].units}, dict[str, dict[int, float]]()
+    if compares:
+        tried |= {
+            "moved from a tilted start": found["tilted"].units,
+            "moved halfway": functional.normalize(units + found["own"].units, dim=1),
+            "as it was": units,
+        }
+        cells = _cells(experiment, steerer, list(names))
+        scores = {name: _scores(arm, _steered_along(steerer, names, each), cells) for name, each in tried.items()}
     moved, searches = [], []
     for number, (latent, direction) in enumerate(zip(names, directions, strict=True)):
         losses = {start: each.losses[:, number].tolist() for start, each in found.items()}
         search = Search(losses, {name: each.get(latent) for name, each in scores.items()})
         unit = tried[search.taken][number]
-        moved.append(SteeringVector(direction.layer, names[latent], unit, direction.length, direction.residual_norm))
+        moved.append(SteeringVector(layer, names[latent], unit, direction.length, direction.residual_norm))
         searches.append(search)
     return moved, searches
 
