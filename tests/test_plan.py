@@ -70,9 +70,9 @@ def test_replies_that_are_learned_from_are_counted_and_judged(tmp_path):
 def test_directions_that_are_optimised_are_counted_with_the_arm_that_they_attack(tmp_path):
     hardened = "{of: tuned, train: {live: {adaptive: true}, args: {max_steps: 1, per_device_train_batch_size: 1}}}"
     conditions = "eval.conditions=[unsteered, adaptive]"
-    found = works(recipe(tmp_path, f"arms={{tuned: {{}}, hardened: {hardened}}}", "eval.control_trials=64", conditions))
+    found = works(recipe(tmp_path, f"arms={{tuned: {{}}, hardened: {hardened}}}", "eval.control_trials=40", conditions))
     compared = [batch for batch in found["trials tuned"].batches if batch.kind == "attack"]
-    tested, trained = math.ceil(199 * 0.3), math.ceil(199 * 0.6)
+    tested, trained = 40, math.ceil(199 * 0.6)  # test directions that no trial runs are left alone
     assert [(batch.requests, batch.tokens) for batch in compared] == [(tested * 6 * 2 * 4, 128)]
     a_direction = 2 * 6 * 21 * (20 + 32)  # wanted and unwanted, prompts, passes
     assert found["trials tuned"].trained == tested * 2 * a_direction, "from two starts"

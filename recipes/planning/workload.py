@@ -279,7 +279,7 @@ def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: 
             count = seeds * response_count(math.ceil(directions * _test_share(recipe)), recipe.calibration)
             batches.append(Batch("calibrate", count, recipe.calibration.max_new_tokens, count))
         if measured.name == "adaptive":
-            attacked = directions * _test_share(recipe)
+            attacked = min(directions * _test_share(recipe), section.control_trials or section.trials)
             compared = seeds * math.ceil(attacked) * PROMPTS * DRAWS * MOVES
             batches.append(Batch("attack", compared, recipe.sampling.max_new_tokens, compared))
             moved = STARTS * _attack(attacked, lengths, seeds)

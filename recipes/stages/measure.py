@@ -101,17 +101,18 @@ class ArmRun:
     def plan(self, measured: Measured) -> Plan:
         """What the arm runs under a condition; its own thresholds are measured first where it is recalibrated."""
         section, cells = self.experiment.recipe.eval, self.cells()
+        # The first cells are spread over latents and prompts as evenly as all of them.
+        run = cells if measured.condition.runs_every_cell else cells[: section.control_trials]
         setting = Setting(
             arm=self.name,
-            # The first cells are spread over latents and prompts as evenly as all of them.
-            cells=cells if measured.condition.runs_every_cell else cells[: section.control_trials],
+            cells=run,
             steerer=self.shared.steerer(self.experiment.recipe.engine.positions),
             seed=self.experiment.recipe.seed,
             response=self._responses(),
             own_thresholds=self._own_thresholds,
             stand_ins=partial(self._stand_ins, cells),
             value=measured.value,
-            adapted=partial(self._adapted, cells),
+            adapted=partial(self._adapted, run),
             cues=partial(cues_of, self.experiment.recipe),
             prompts=self.experiment.resources.prompts().test,
             welcome=section.welcome,
