@@ -216,6 +216,12 @@ def hidden_size(model: Any) -> int:
     return int(bare_model(model).config.get_text_config().hidden_size)
 
 
+def context_length(model: Any) -> int | None:
+    """Most tokens of prompt and reply together; None: the model's configuration does not say."""
+    found = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
 def check_layer(model: Any, layer: int, where: str) -> None:
     """Refuse a layer that the model does not have.
 

@@ -1,8 +1,13 @@
 """Talking to a steered model: the base beside an arm, in the terminal and on the page."""
 
 import json
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
+from io import BytesIO, TextIOWrapper
 from threading import Event, Thread
 
 import pytest
@@ -13,10 +18,11 @@ from test_merge_equals_adapter import base, section  # noqa: F401
 
 from esr_train.adapters import load_adapter
 from esr_train.errors import InputError
-from esr_train.models import load_model
+from esr_train.models import context_length, load_model
 from esr_train.steering.directions import Direction
 from esr_train.steering.engine import Completion, Request, Sampling
 from esr_train.transcript import SaeRef
+from recipes.using import serving
 from recipes.using.chat import Chat, talk
 from recipes.using.serving import PATH, complete, handler, serve
 from recipes.using.switch import LoadedSwitch, Queue
@@ -52,11 +58,11 @@ def test_both_answer_under_the_same_push_which_is_a_multiple_of_the_threshold(op
 
 
 def test_a_direction_is_found_by_label_or_number_and_a_near_one_is_suggested(opened):
-    assert [opened.find(name) for name in ("5", "wool AND yarn ", "bread")] == [5, 5, 3]
+    assert [opened.find(name, "/list") for name in ("5", "wool AND yarn ", "bread")] == [5, 5, 3]
     with pytest.raises(InputError, match="Do you mean Wool and yarn"):
-        opened.find("yarn")
+        opened.find("yarn", "/list")
     with pytest.raises(InputError, match="/list"):
-        opened.find("")
+        opened.find("", "/list")
 
 
 def test_a_conversation_in_the_terminal(opened, capsys):
@@ -96,6 +102,7 @@ def test_the_page_answers_this_machine_and_refuses_what_it_cannot_read(opened):
         ]
         long, deep = json.dumps({"prompt": "a" * 500_000}), "[" * 100_000
         asked = [{"prompt": "a", **each} for each in ({"direction": "gold"}, {"strength": "x"}, {"strength": None})]
+        asked += [{"prompt": "a", "direction": 3, "strength": float(strength)} for strength in ("nan", "inf")]
         for wrong in ("{", {"prompt": " "}, {"prompt": "\ud800"}, *asked, [], long, deep):
             assert ask("POST", "/answer", wrong)[0] == 400
         assert b"longer than 200000 bytes" in ask("POST", PATH, long)[1]
@@ -104,6 +111,9 @@ def test_the_page_answers_this_machine_and_refuses_what_it_cannot_read(opened):
             assert ask("POST", PATH, {}, length=length)[0] == 400
         assert ask("POST", "/answer", {"prompt": "a"}, "text/plain")[0] == 400
         assert ask("GET", "/elsewhere")[0] == 404
+        status, found = ask("POST", PATH, {"messages": [{"role": "user", "content": "dry " * 3000}]})
+        assert status == 400
+        assert b"Shorten the prompt" in found
         status, found = ask("POST", PATH, {"messages": [{"role": "user", "content": "how to dry wood"}]})
         assert status == 200
         assert (
@@ -149,10 +159,24 @@ def test_in_between_the_adapter_is_at_work_with_a_share_of_its_strength_and_only
         ({"stream": True}, "stream: replies come whole"),
         ({"temperature": 1e308}, "temperature: "),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content: this is no text"),
-        ({"steering": {"direction": "gold"}}, "nothing steers towards 'gold'"),
+        ({"steering": {"direction": "gold"}}, "nothing steers towards 'gold'. GET /directions names what there is."),
+        ({"temperature": float("nan")}, "temperature: Input should be a finite number. `temperature` is 0 (greedy)"),
+        ({"steering": {"vector": [float("inf")], "layer": 0}}, "steering.vector.0: Input should be a finite number."),
+        ({"steering": {"direction": "bread", "strength": float("inf")}}, "steering.strength: Input should be a finite"),
+        ({"max_tokens": 0}, "`max_tokens` is 1 or more"),
+        ({"messages": None}, "`messages` is turns, such as [{"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "`role` is system, user or assistant."),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: it is missing. `content` is the turn's text."),
+        ({"steering": {"direction": 1.5}}, "steering.direction: Input should be a valid"),
+        ({"messages": [3]}, "messages.0: Input should be a valid dictionary"),
+        ({"logprobs": 1}, "logprobs: there is no such key. Leave it out; there are messages, model, max_tokens"),
+        ({"max_tokens": 0, "seed": -1}, "(2) seed: "),
         ({"steering": {}}, "either a direction or a vector"),
         ({"steering": {"vector": [1.0], "layer": 0}}, "a vector has "),
-        ({"steering": {"direction": "bread", "towards": 1}}, "steering.towards: "),
+        (
+            {"steering": {"direction": "bread", "towards": 1}},
+            "steering.towards: there is no such key. Leave it out; there are direction, vector, layer, strength.",
+        ),
         ({"stream": True}, "stream: "),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages: a conversation is one user's message"),
     ],
@@ -222,6 +246,62 @@ def test_requests_that_come_meanwhile_are_answered_in_one_batch_if_they_agree():
 def test_a_port_that_cannot_be_is_refused(opened, port):
     with pytest.raises(InputError, match="ports are 0 to 65535"):
         serve(opened, port)
+
+
+def test_what_is_longer_than_the_models_context_is_refused_with_the_three_numbers(opened, capsys):
+    long, most = [{"role": "user", "content": "dry " * 3000}], context_length(opened.switch.model)
+    with pytest.raises(InputError) as error:
+        completed(opened, messages=long)
+    numbers = re.search(r"grow to (\d+) tokens \(a prompt of (\d+), a reply of up to (\d+)\)", str(error.value))
+    total, prompt, reply = map(int, numbers.groups())
+    assert prompt > 3000
+    assert (total, reply) == (prompt + 16, 16)
+    assert f"the model takes {most} here. Shorten the prompt" in str(error.value)
+    lengthy = replace(opened, sampling=replace(SAMPLING, max_new_tokens=most))
+    with pytest.raises(InputError, match=f"a reply of up to {most}"):
+        completed(lengthy)
+    assert completed(lengthy, max_tokens=16) == completed(opened)
+    talk(opened, ["dry " * 3000, "how to dry wood"])
+    said = capsys.readouterr().out
+    assert f"the model takes {most} here" in said
+    assert "tuned (not steered):" in said
+
+
+@pytest.mark.parametrize("strength", ["1e300", "nan", "inf"])
+def test_a_strength_that_nothing_can_be_generated_at_does_not_end_the_conversation(opened, capsys, strength):
+    talk(opened, [f"/at {strength}", "/with bread", "how to dry wood", "/at 1", "how to dry wood"])
+    said = capsys.readouterr().out
+    assert ("is no number" in said) is (strength != "1e300")
+    assert ("finite" in said) is (strength == "1e300")
+    assert "tuned (steered towards bread at 1):" in said
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40])
+def test_a_temperature_too_small_to_divide_by_is_greedy(opened, temperature):
+    for more in ({}, {"top_p": 0.5}):
+        assert completed(opened, temperature=temperature, seed=3, **more) == completed(opened, temperature=0)
+
+
+@pytest.mark.parametrize("typed", [b"", b"/list", b"\xff\xfe dry?\n/list\n"])
+def test_the_end_of_the_input_and_bytes_that_are_no_text_are_no_errors(opened, capsys, monkeypatch, typed):
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(typed), encoding="utf-8"))
+    monkeypatch.setattr(serving, "open_chat", lambda *_: opened)
+    monkeypatch.setattr(serving, "open_resources", lambda *_, **__: nullcontext())
+    serving.chat(None, None, None)
+    said = capsys.readouterr().out
+    assert said.startswith("base and tuned; 2 directions.")
+    assert ("3: bread, 5: Wool and yarn" in said) is bool(typed)
+
+
+def test_ctrl_c_is_a_way_to_leave_a_conversation(opened, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving, "open_chat", lambda *_: opened)
+    monkeypatch.setattr(serving, "open_resources", lambda *_, **__: nullcontext())
+    for name, port in (("talk", None), ("serve", 0)):
+        monkeypatch.setattr(serving, name, interrupt)
+        serving.chat(None, None, port)
 
 
 def test_a_request_may_say_that_it_wants_no_stream(opened):

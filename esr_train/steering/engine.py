@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from esr_train.errors import RunError
+from esr_train.errors import InputError, RunError
 from esr_train.steering.interventions import Intervention, layer_of
 from esr_train.template import chat_template, encode_prompt
 
@@ -166,6 +166,26 @@ def encoded(tokenizer: Any, request: Request) -> Encoding:
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
     """How many ids are the same from the first one on."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def check_length(request: Request, prompt_tokens: int, sampling: Sampling, most: int) -> None:
+    """Refuse a request whose prompt and reply may be longer together than the model takes.
+
+    Args:
+        prompt_tokens: of the rendered prompt and prefix.
+        most: tokens that the model, or what runs it, takes.
+
+    Raises:
+        InputError: with all three numbers.
+    """
+    reply = request.most(sampling)
+    if prompt_tokens + reply > most:
+        raise InputError(
+            f"request {request.id!r} may grow to {prompt_tokens + reply} tokens (a prompt of {prompt_tokens}, a reply "
+            f"of up to {reply}), and the model takes {most} here",
+            None,
+            "Shorten the prompt, or allow a shorter reply: sampling.max_new_tokens, or max_tokens of an HTTP request.",
+        )
 
 
 def encoded_with(tokenizer: Any, request: Request, continuation: str) -> tuple[Encoding, int]:

@@ -16,7 +16,7 @@ rare; in bfloat16 it happens now and then, for greedy decoding just the same.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -44,6 +44,9 @@ _BLOCKS_FROM = 1 << 32
 """Index from which on the blocks' noise is numbered: behind every vocabulary."""
 _ABOVE = math.log(BLOCK) + 0.01
 """How far a block's logsumexp can lie above its largest score; rounding included."""
+
+LEAST_TEMPERATURE = 1e-6
+"""Below it the draw is greedy: logits divided by less leave no room for the noise in float32, and then overflow."""
 
 
 def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
@@ -94,13 +97,15 @@ def next_tokens(
         logits: [rows, vocabulary], of any floating type. Minus infinity is a token that the model rules out; a row's
             largest one must be a number.
         ids: [rows, positions], the tokens that a repetition penalty looks at.
-        sampling: temperature 0 is greedy: seeds and top_p then play no part.
+        sampling: temperature 0, or one below `LEAST_TEMPERATURE`, is greedy: seeds and top_p then play no part.
         seeds: [rows] int64.
         steps: [rows] int64, tokens that each row has drawn before.
 
     Returns:
         [rows] int64; -1 where a row's logits are not finite.
     """
+    if sampling.temperature < LEAST_TEMPERATURE:
+        sampling = replace(sampling, temperature=0.0)
     blocks = _in_blocks(_warped(logits, ids, sampling))
     largest = blocks.amax(-1).float()
     drawn = _Drawn(sampling.temperature, seeds, steps) if sampling.temperature else None

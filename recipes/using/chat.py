@@ -1,5 +1,6 @@
 """Talk to a model while it is steered: the base model beside an arm, in the terminal."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from esr_train.adapters import is_complete, load_adapter
-from esr_train.errors import InputError
+from esr_train.errors import InputError, RunError
 from esr_train.models import load_config
 from esr_train.recipe import Recipe
 from esr_train.restarts import find_cues
@@ -61,8 +62,11 @@ class Chat:
         """What a strength of 1 is."""
         return "in multiples of the base model's threshold" if self.thresholds else "in median residual norms"
 
-    def find(self, name: str) -> int:
+    def find(self, name: str, listing: str) -> int:
         """The number of a direction that is given by its label or its number.
+
+        Args:
+            listing: what lists the directions to the one who asks.
 
         Raises:
             InputError: if there is none.
@@ -74,7 +78,7 @@ class Chat:
         near = [
             each.label for each in self.directions.values() if each.label and wanted and wanted in each.label.lower()
         ]
-        hint = f"Do you mean {', '.join(near[:5])}?" if near else "/list names what there is."
+        hint = f"Do you mean {', '.join(near[:5])}?" if near else f"{listing} names what there is."
         raise InputError(f"nothing steers towards {name.strip()!r}", None, hint)
 
     def answers(self, prompt: str, direction: int | None, strength: float, seed: int = 0) -> list[Answer]:
@@ -158,7 +162,7 @@ def talk(chat: Chat, lines: Iterable[str]) -> None:
                     ", ".join(f"{number}: {each.label or '?'}" for number, each in chat.directions.items()), flush=True
                 )
             elif word in ("/with", "/at", "/off"):
-                direction = chat.find(rest) if word == "/with" else None if word == "/off" else direction
+                direction = chat.find(rest, "/list") if word == "/with" else None if word == "/off" else direction
                 strength = _strength(rest) if word == "/at" else strength
                 print(_state(chat, direction, strength), flush=True)
             elif text.startswith("/"):
@@ -166,15 +170,18 @@ def talk(chat: Chat, lines: Iterable[str]) -> None:
             elif text:
                 for answer in chat.answers(text, direction, strength):
                     print(f"\n{answer.arm} ({_state(chat, direction, strength)}):\n{_shown(answer)}", flush=True)
-        except InputError as error:
+        except (InputError, RunError) as error:
             print(error, flush=True)
 
 
 def _strength(text: str) -> float:
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
-        raise InputError(f"{text!r} is no number", "/at", "Such as /at 1.2.") from None
+        found = math.nan
+    if not math.isfinite(found):
+        raise InputError(f"{text!r} is no number", "/at", "Such as /at 1.2.")
+    return found
 
 
 def _state(chat: Chat, direction: int | None, strength: float) -> str:

@@ -6,14 +6,17 @@ A request names what steers it and how much of the adapter is at work: the switc
 import json
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal
+from io import TextIOWrapper
+from typing import Any, Literal, TextIO
 
 import torch
 from pydantic import Field, ValidationError
 
-from esr_train.errors import InputError, RunError
+from esr_train.errors import InputError, RunError, refuse
 from esr_train.models import check_layer_number
 from esr_train.recipe import AtLeastOne, Count, Fraction, Recipe, Section
 from esr_train.steering.directions import Add
@@ -23,6 +26,7 @@ from recipes.resources import open_resources
 from recipes.using.chat import Chat, open_chat, talk
 
 PATH = "/v1/chat/completions"
+LISTING = "GET /directions"
 LONGEST = 200_000
 """Bytes of a request."""
 ROLES = (["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant"])
@@ -33,41 +37,53 @@ def chat(recipe: Recipe, arm: str | None, port: int | None) -> None:
     """Open a recipe's model and answer until the user leaves, in the terminal or at a port of this machine."""
     with open_resources(recipe, asks=False) as resources:
         opened = open_chat(resources, arm)
-        if port is None:
-            talk(opened, sys.stdin)
-        else:
-            serve(opened, port)
+        with suppress(KeyboardInterrupt):  # the way to leave
+            if port is None:
+                talk(opened, _typed())
+            else:
+                serve(opened, port)
+
+
+def _typed() -> TextIO:
+    """What the user types; bytes that are no text become replacement characters instead of an error."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin
 
 
 class Message(Section):
     """One turn."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "user", "assistant"] = Field(description="system, user or assistant")
+    content: str = Field(description="the turn's text")
 
 
 class SteeringBody(Section):
     """What pushes a request, and no other one."""
 
-    direction: str | int | None = Field(None, description="label or number of a direction of the recipe")
-    vector: list[float] | None = Field(None, description="in place of it: what is added at strength 1, [d_model]")
-    layer: Count | None = Field(None, description="whose output the vector is added to")
-    strength: float = Field(1.0, description="of a direction: see `esr chat`; of a vector: a factor")
+    direction: str | int | None = Field(None, description="label or number of a direction, as GET /directions has it")
+    vector: list[float] | None = Field(None, description="in place of a direction: d_model finite numbers")
+    layer: Count | None = Field(None, description="the number, from 0, of the layer whose output a vector is added to")
+    strength: float = Field(1.0, description="a finite number: of a direction in GET /directions' unit, or a factor")
 
 
 class Body(Section):
     """A request."""
 
-    messages: list[Message]
-    model: str | None = Field(None, description="not looked at: there is one")
-    max_tokens: AtLeastOne | None = Field(None, description="at most as many as the recipe's sampling has")
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: Count = 0
-    stream: bool = False
-    n: Literal[1] = 1
-    steering: SteeringBody | None = None
-    resistance: Fraction = Field(1.0, description="how much of the adapter is at work; 0: the base model")
+    messages: list[Message] = Field(description='turns, such as [{"role": "user", "content": "How do I knit?"}]')
+    model: str | None = Field(None, description="any text: there is one model")
+    max_tokens: AtLeastOne | None = Field(None, description="1 or more; the recipe's sampling.max_new_tokens is most")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 (greedy) to 2; the recipe's if left out")
+    top_p: float | None = Field(None, gt=0, le=1, description="above 0, up to 1; the recipe's if left out")
+    seed: Count = Field(0, description="a whole number from 0 on")
+    stream: bool = Field(False, description="false: replies come whole")
+    n: Literal[1] = Field(1, description="1: one reply a request")
+    steering: SteeringBody | None = Field(None, description="an object with direction or vector, and strength")
+    resistance: Fraction = Field(1.0, description="the adapter's share at work, 0 (the base model) to 1")
+
+
+SECTIONS: Mapping[str, type[Section]] = {"messages": Message, "steering": SteeringBody}
+"""What stands under keys of a request."""
 
 
 def complete(chat: Chat, body: bytes) -> dict[str, Any]:
@@ -105,8 +121,8 @@ def _read(body: bytes) -> Body:
     try:
         asked = Body.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(first["msg"], ".".join(map(str, first["loc"])) or None) from None
+        refuse(_refused(item["type"], item["msg"], item["loc"]) for item in error.errors())
+        raise
     if asked.stream:
         raise InputError("replies come whole", "stream", "Set it to false, or leave it out.")
     for number, message in enumerate(asked.messages):
@@ -115,8 +131,23 @@ def _read(body: bytes) -> Body:
         raise InputError(
             "a conversation is one user's message, perhaps behind a system's and before the beginning of a reply",
             "messages",
+            f"Send roles in one of these orders: {'; '.join(', '.join(roles) for roles in ROLES)}.",
         )
     return asked
+
+
+def _refused(kind: str, said: str, where: tuple[str | int, ...]) -> InputError:
+    """What pydantic says of a key, with what may stand there."""
+    section = SECTIONS.get(str(where[0]), Body) if len(where) > 1 else Body
+    fields = {**Body.model_fields, **section.model_fields}
+    names = [str(part) for part in where]
+    if kind == "extra_forbidden":
+        what, fix = "there is no such key", f"Leave it out; there are {', '.join(section.model_fields)}."
+        return InputError(what, ".".join(names), fix)
+    names = [str(part) for part in where if isinstance(part, int) or part in fields]  # without the types of a union
+    name = next((name for name in reversed(names) if name in fields), "messages")
+    fix = f"`{name}` is {fields[name].description}."
+    return InputError("it is missing" if kind == "missing" else said, ".".join(names) or "the body", fix)
 
 
 def _json(body: bytes) -> Any:
@@ -145,9 +176,9 @@ def _request(chat: Chat, asked: Body) -> Request:
 
 def _push(chat: Chat, steering: SteeringBody) -> Add:
     if (steering.direction is None) is (steering.vector is None):
-        raise InputError("steering names either a direction or a vector", "steering")
+        raise InputError("steering names either a direction or a vector", "steering", "Give one of the two.")
     if steering.direction is not None:
-        number = chat.find(str(steering.direction))
+        number = chat.find(str(steering.direction), LISTING)
         return chat.directions[number].add(steering.strength * chat.thresholds.get(number, 1.0))
     assert steering.vector is not None
     width = chat.switch.width
@@ -265,7 +296,7 @@ class _Asked:
             raise ValueError("there is no question")
         _check_text(value["prompt"], "prompt")
         name = value.get("direction")
-        direction = None if name is None else chat.find(str(name))
+        direction = None if name is None else chat.find(str(name), LISTING)
         try:
             return cls(value["prompt"], direction, float(value.get("strength", 1)), int(value.get("seed", 0)))
         except (TypeError, ValueError, OverflowError):

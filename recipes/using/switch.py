@@ -12,8 +12,8 @@ from peft.helpers import rescale_adapter_scale
 
 from esr_train.adapter_scale import scale_adapter
 from esr_train.errors import InputError, RunError
-from esr_train.models import decoder_layers, hidden_size
-from esr_train.steering.engine import Completion, Engine, Request, Sampling
+from esr_train.models import context_length, decoder_layers, hidden_size
+from esr_train.steering.engine import Completion, Engine, Request, Sampling, check_length, encoded
 from esr_train.steering.transformers_engine import TransformersEngine
 
 SHARES = 100
@@ -46,9 +46,13 @@ class LoadedSwitch:
     def __init__(self, model: Any, tokenizer: Any, batch_rows: int | None = None) -> None:
         self.model, self._engine = model, TransformersEngine(model, tokenizer, batch_rows=batch_rows)
         self.layers, self.width = len(decoder_layers(model)), hidden_size(model)
+        self._tokenizer, self._context = tokenizer, context_length(model)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, resistance: float) -> list[Completion]:
-        """See `Switch`."""
+        """See `Switch`; raises InputError for a request that is longer than the model's context."""
+        if self._context is not None:
+            for request in requests:
+                check_length(request, len(encoded(self._tokenizer, request).ids), sampling, self._context)
         with self.at_work(resistance):
             return self._engine.generate(requests, sampling)
 

@@ -26,6 +26,7 @@ from esr_train.steering.engine import (
     Request,
     Sampling,
     Tally,
+    check_length,
     checked_completion,
     encoded,
     encoded_with,
@@ -153,14 +154,7 @@ class VllmEngine:
         config = self.server.config
         for intervention in row.request.interventions:
             check_intervention(intervention, int(config.num_hidden_layers), int(config.hidden_size))
-        longest = len(row.prompt.ids) + sampling.max_new_tokens
-        if longest > self.server.max_length:
-            raise InputError(
-                f"request {row.request.id!r} may grow to {longest} tokens, more than the {self.server.max_length} "
-                "that vLLM was started for",
-                "sampling.max_new_tokens",
-                "Shorten the prompt or the reply.",
-            )
+        check_length(row.request, len(row.prompt.ids), sampling, self.server.max_length)
 
     def _outputs(self, rows: Sequence[tuple[_Row, Any]], progress: Progress | None) -> dict[str, Any]:
         engine = self.server.llm.llm_engine
