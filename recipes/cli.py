@@ -4,13 +4,13 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esr_train.command import add_command, add_debug, add_recipe, guarded, parse_command, prepare
-from esr_train.errors import InputError
+from esr_train.errors import InputError, refuse
 from esr_train.files import replacing
 from recipes import recipe_file, shipped
 
@@ -170,7 +170,8 @@ def _recipes_parser() -> argparse.ArgumentParser:
     copy = add_command(commands, "copy", _copy, "copy a recipe to edit it")
     copy.add_argument("recipe", help="such as tiny/quickstart")
     copy.add_argument("target", help="file to write (.yaml), or the folder to write it into")
-    copy.add_argument("--name", help="of the copy's run directory; the file's name unless given")
+    what = "of the copy's run directory; the file's, or the recipe's own where the file keeps its name"
+    copy.add_argument("--name", help=what)
     validate = add_command(commands, "validate", _validate, "check recipe files")
     what = "recipes, the shipped ones unless given; behind them key=value, such as model.path=my/model"
     validate.add_argument("files", nargs="*", help=what)
@@ -241,6 +242,9 @@ def _run_of(options: argparse.Namespace) -> "tuple[Recipe, Path | None]":
     from recipes.experiment import read_recipe
 
     folder = options.run if options.run.is_dir() else None
+    if folder and not (folder / "recipe.yaml").is_file():
+        fix = "Name a folder that `esr run` has made, or a recipe."
+        raise InputError("this folder is no run: it holds no recipe.yaml", str(folder), fix)
     return read_recipe(options.run / "recipe.yaml" if folder else options.run, options.overrides), folder
 
 
@@ -340,7 +344,9 @@ def _copy(options: argparse.Namespace) -> None:
     file, path = recipe_file(options.recipe), Path(options.target)
     if path.is_dir() or path.suffix not in (".yaml", ".yml"):
         path = path / file.name
-    name = path.stem if options.name is None else options.name
+    name = options.name
+    if name is None:
+        name = _run_name(file.read_text(encoding="utf-8")) if path.stem == file.stem else path.stem
     if not re.fullmatch(RUN_NAME, name):
         raise InputError(f"{name!r} cannot be a run directory's name", "--name", "Take letters, digits, '.', '_', '-'.")
     if path.exists():
@@ -350,12 +356,16 @@ def _copy(options: argparse.Namespace) -> None:
     print(f"{path}: its runs go to runs/{name}")
 
 
+def _run_name(text: str) -> str:
+    return re.search(r"^name: *(\S+)", text, re.MULTILINE)[1]  # type: ignore[index]
+
+
 def _renamed(file: Path, path: Path, name: str) -> str:
     """A recipe's text with another name, and the commands of its header with another path."""
     text = file.read_text(encoding="utf-8")
     header = text[: re.search(r"^[^#]", text, re.MULTILINE).start()]  # type: ignore[union-attr]
     body = text[len(header) :]
-    before = re.search(r"^name: *(\S+)", body, re.MULTILINE)[1]  # type: ignore[index]
+    before = _run_name(body)
     header = re.sub(r"^#   make .*\n", "", header, flags=re.MULTILINE)
     header = re.sub(rf"\brecipes/\S*{re.escape(file.name)}", str(path), header)
     header = re.sub(rf"\b(name=|runs/){re.escape(before)}\b", rf"\g<1>{name}", header)
@@ -363,28 +373,41 @@ def _renamed(file: Path, path: Path, name: str) -> str:
 
 
 def _validate(options: argparse.Namespace) -> None:
+    overrides = [word for word in options.files if "=" in word]
+    files = [word for word in options.files if "=" not in word] or list(shipped())
+    refuse(mistake for file in files for mistake in _mistakes(file, overrides, options.deep))
+
+
+def _mistakes(file: str, overrides: Sequence[str], deep: bool) -> Iterator[InputError]:
+    """What is wrong with a recipe, printing what is right."""
     from recipes.experiment import read_recipe
 
-    overrides = [word for word in options.files if "=" in word]
-    files = [word for word in options.files if "=" not in word]
-    for file in files or list(shipped()):
+    try:
         recipe = read_recipe(file, overrides)
-        if options.deep:
-            _look_deeper(recipe)
-        print(f"{file}: valid")
+        if deep:
+            _look_deeper(recipe, file)
+        print(f"{file}: valid", flush=True)
+    except InputError as error:
+        yield error
 
 
-def _look_deeper(recipe: "Recipe") -> None:
-    """Print each thing that is looked at, with ok or the mistake."""
+def _look_deeper(recipe: "Recipe", file: str) -> None:
+    """Print each thing that is looked at, with ok or, behind all others and once each, the mistakes."""
     from recipes.planning.preflight import looked, whole
 
-    mistakes = 0
+    mistakes: dict[str, list[str]] = {}
+    looks = 0
     for name, found in looked(recipe, whole(recipe)):
-        is_wrong = isinstance(found, InputError)
-        mistakes += is_wrong
-        print(f"{'MISTAKE' if is_wrong else 'ok':8}{name}{': ' if str(found) else ''}{found}", flush=True)
-    if mistakes:
-        raise InputError(f"{mistakes} mistake{'s' * (mistakes > 1)}, each on its line above", recipe.name)
+        looks += 1
+        if isinstance(found, InputError):
+            mistakes.setdefault(str(found), []).append(name)
+        else:
+            print(f"{'ok':8}{name}{': ' if found else ''}{found}", flush=True)
+    for mistake, names in mistakes.items():
+        print(f"{'MISTAKE':8}{', '.join(names)}: {mistake}", flush=True)
+    if count := len(mistakes):
+        said = f"{count} mistake{'s' * (count > 1)} in {looks} things looked at, each on a line above"
+        raise InputError(said, file)
 
 
 def _explain(options: argparse.Namespace) -> None:

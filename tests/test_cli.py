@@ -80,10 +80,21 @@ def test_the_header_of_a_copy_names_the_copy(esr, tmp_path, name):
     assert yaml.safe_load(text) == {**yaml.safe_load(before), "name": "my-run"}
 
 
-def test_a_copy_into_a_folder_keeps_the_recipes_name(esr, tmp_path):
-    for folder in (tmp_path, tmp_path / "new"):
-        assert esr("recipes", "copy", "gemma-2-9b-it/live", folder)[0] == 0
-        assert yaml.safe_load((folder / "live.yaml").read_text())["name"] == "live"
+def test_copies_of_recipes_with_one_file_name_have_run_directories_of_their_own(esr, tmp_path):
+    for model in ("gemma-2-9b-it", "llama-3.1-8b-instruct"):
+        for target in (tmp_path / model, tmp_path / model / "new" / "live.yaml"):
+            assert esr("recipes", "copy", f"{model}/live", target)[0] == 0
+            file = target if target.suffix == ".yaml" else target / "live.yaml"
+            assert yaml.safe_load(file.read_text())["name"] == f"{model}-live"
+    assert len({yaml.safe_load(path.read_text())["name"] for path in shipped().values()}) == len(shipped())
+
+
+def test_a_folder_that_is_no_run_is_named_as_such(esr, tmp_path):
+    for command in (("monitor", "fit"), ("monitor", "eval"), ("latents", "course")):
+        code, _, err = esr(*command, tmp_path)
+        assert code == 2
+        assert err.startswith(f"error: {tmp_path}: this folder is no run: it holds no recipe.yaml. Name a folder that")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_copys_name_must_be_a_folders(esr, tmp_path):

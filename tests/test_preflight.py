@@ -227,7 +227,21 @@ def test_validate_deep_prints_each_thing_and_what_is_wrong_with_it(tmp_path, cap
     file = tmp_path / "wrong.yaml"
     main(["recipes", "copy", "tiny/quickstart", str(file)])
     file.write_text(file.read_text().replace("learning_rate:", "learnin_rate:"))
+    capsys.readouterr()
     assert main(["recipes", "validate", "--deep", str(file)]) == 2
     said = capsys.readouterr()
-    assert "MISTAKE training of tuned: train.args.learnin_rate: SFTConfig has no field" in said.out
-    assert "1 mistake, each on its line above" in said.err
+    *right, wrong = said.out.splitlines()
+    assert wrong.startswith("MISTAKE training of tuned: train.args.learnin_rate: SFTConfig has no field")
+    assert len(right) > 10
+    assert all(line.startswith("ok      ") for line in right)
+    assert f"{file}: 1 mistake in {len(right) + 1} things looked at" in said.err
+
+
+def test_validate_deep_says_once_that_a_model_is_missing_and_goes_on_to_the_next_recipe(tmp_path, capsys):
+    overrides = ("model.path=nobody/nothing", "arms={tuned: {}}")
+    assert main(["recipes", "validate", "--deep", "tiny/quickstart", "tiny/comparison", *overrides]) == 2
+    said = capsys.readouterr()
+    mistakes = [line for line in said.out.splitlines() if "'nobody/nothing' cannot be loaded" in line]
+    looks = "model, tokenizer and chat template, training of tuned, sae"
+    assert [line.partition(": ")[0] for line in mistakes] == [f"MISTAKE {looks}"] * 2
+    assert all(name in said.err for name in ("tiny/quickstart: ", "tiny/comparison: "))
