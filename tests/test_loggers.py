@@ -71,6 +71,7 @@ def test_wandb_gets_the_figures_of_every_training_in_a_run_of_its_own(world, mon
         section = section_for("wandb", name)
         train(section, "tuned", section.directory)
         assert wandb.run is None
+    wandb.teardown()  # finish() only asks wandb's own process to close a run's file, whose end is then still in memory
     written = [path.read_bytes() for path in Path("wandb").glob("offline-run-*/*.wandb")]
     assert len(written) == 2
     for run in written:
