@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
 from test_given_adapter import SMALL, adapter  # noqa: F401 - a fixture
 
+from esr_train.errors import InputError
 from recipes.cli import main
 from recipes.using.bench import Contender, bench_recipe
 
@@ -40,6 +42,12 @@ def test_vectors_are_made_for_another_model_than_the_recipes(assets, tmp_path):
     own = bench_recipe("resistance", Contender()).vectors
     assert own
     assert own.file == "recipes/smollm2-135m-instruct/vectors.safetensors"
+
+
+@pytest.mark.parametrize(("recipe", "model"), [("resistance", None), ("tiny/evaluation", "somebody/model")])
+def test_a_layer_is_refused_where_no_vectors_are_made(recipe, model):
+    with pytest.raises(InputError, match="--layer: the layer is that of vectors made for another model"):
+        bench_recipe(recipe, Contender(model, layer=1))
 
 
 def test_a_monitor_is_measured_on_the_model_alone_or_with_an_adapter(tmp_path):

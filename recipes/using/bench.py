@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from esr_train.errors import InputError
 from esr_train.files import write_json
 from esr_train.models import load_config
 from esr_train.provenance import hardware, versions
@@ -64,7 +65,11 @@ def bench(file: str, contender: Contender, overrides: Sequence[str] = ()) -> lis
 
 
 def bench_recipe(file: str, contender: Contender, overrides: Sequence[str] = ()) -> Recipe:
-    """The benchmark's recipe with the contender's model and adapter in place of its own arms."""
+    """The benchmark's recipe with the contender's model and adapter in place of its own arms.
+
+    Raises:
+        InputError: for a layer where no vectors are made.
+    """
     words = [*overrides, *([f"model.path={contender.model}"] if contender.model else [])]
     given: dict[str, Any] = {"adapter": contender.adapter} if contender.adapter else {"of": "base"}
     given |= {"monitor": {"file": contender.monitor}} if contender.monitor else {}
@@ -72,7 +77,11 @@ def bench_recipe(file: str, contender: Contender, overrides: Sequence[str] = ())
     recipe = read_recipe(file, [*words, f"arms={json.dumps(arms)}"])
     who = adapter_name(contender.adapter or recipe.model.path) + ("-monitored" if contender.monitor else "")
     recipe = recipe.model_copy(update={"name": f"{recipe.name}-{who}"})
-    if recipe.vectors and contender.model:
+    makes_vectors = recipe.vectors is not None and contender.model is not None
+    if contender.layer is not None and not makes_vectors:
+        what = "the layer is that of vectors made for another model, and none are made here"
+        raise InputError(what, "--layer", "Leave it out, or name --model and a recipe with vectors.")
+    if recipe.vectors and makes_vectors:
         middle = round(DEPTH * load_config(recipe.model).get_text_config().num_hidden_layers)
         layer = middle if contender.layer is None else contender.layer
         # Of the model and the layer alone, so that all adapters of a model share them.
