@@ -1,5 +1,6 @@
 """Monitors in the engines: what sounds is the same while a reply is written and afterwards; what each action does."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from eval.store import TrialStore, read_trials
 from eval.trials import Plan, run_trials
 from recipes.experiment import open_experiment, read_recipe
 from recipes.noticing import monitor_eval
+from recipes.stages.steering_latents import LATENTS
+from tests import trial_maker
 from tests.conftest import ASSETS
 from tests.test_trials import CELLS, JUDGE, STEERER
 
@@ -261,6 +264,19 @@ def test_a_recipe_names_a_monitor_for_an_arm_and_no_other_action():
     assert parse_recipe({**values, "arms": {"guarded": arm}}).arms["guarded"].monitor.action == "restart"
     with pytest.raises(InputError, match=r"arms\.guarded\.monitor\.action"):
         parse_recipe({**values, "arms": {"guarded": {**arm, "monitor": {"file": "f", "action": "shout"}}}})
+
+
+def test_trials_of_a_run_that_stopped_behind_another_choice_of_latents_are_refused(tmp_path):
+    recipe = read_recipe("tiny/quickstart", [f"runs={tmp_path}"])
+    recipe.directory.mkdir()
+    splits = {"train": [], "validation": [], "test": [3]}
+    (recipe.directory / LATENTS).write_text(json.dumps({"residual_norm": 20.0, "splits": splits}))
+    with open_experiment(recipe) as experiment:
+        steered = trial_maker.made()
+        (known,) = monitor_eval.trial_requests(experiment, [replace(steered, cell=replace(steered.cell, latent=3))])
+        assert known.interventions
+        with pytest.raises(InputError, match="a trial was steered by 7, which is not among the latents"):
+            monitor_eval.trial_requests(experiment, [steered])
 
 
 def test_arms_with_an_adapter_are_read_whether_it_was_trained_here_or_given(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from eval.store import Trial, read_trials
 from eval.summary import STEERED
 from recipes.experiment import Experiment, open_experiment
 from recipes.noticing.monitors import FOLDER, PERPLEXITY, Detector, Reads, Values, monitorable, sums, surprises
-from recipes.stages.steering_latents import read_latents
+from recipes.stages.steering_latents import LATENTS, read_latents
 from recipes.stages.weights import adapter_folder
 
 SENTENCES_OF = 128
@@ -121,7 +121,11 @@ def _followed(experiment: Experiment, engine: Monitorable, arm: str, fitted: Fit
 
 
 def trial_requests(experiment: Experiment, trials: Sequence[Trial]) -> list[Request]:
-    """What the trials' responses are read behind: their prompts, under their own steering."""
+    """What the trials' responses are read behind: their prompts, under their own steering.
+
+    Raises:
+        InputError: for a trial steered along none of the run's latents: others were chosen, and the run stopped then.
+    """
     resources = experiment.resources
     splits = read_latents(experiment.directory, resources.source(), resources.labels())
     directions = {direction.latent: direction for split in splits.values() for direction in split}
@@ -131,6 +135,9 @@ def trial_requests(experiment: Experiment, trials: Sequence[Trial]) -> list[Requ
         plain = Request(trial.key, cell.prompt)
         if cell.latent is None or strength is None:
             requests.append(plain)
+        elif cell.latent not in directions:
+            what = f"a trial was steered by {cell.latent}, which is not among the latents that the run has now"
+            raise InputError(what, str(experiment.directory / LATENTS), "Finish the run first: `esr run`.")
         else:
             add = directions[cell.latent].add(raw=strength.raw, positions=positions)
             requests.append(replace(plain, interventions=(add,)))
