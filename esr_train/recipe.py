@@ -460,6 +460,10 @@ class RetentionSection(Section):
     limit: AtLeastOne | None = Field(None, description="documents of each task; null: all")
 
 
+ALL_GOALS = "all"
+"""Stands for all of `eval.goals` together, in results."""
+
+
 class EvalSection(Section):
     """Held-out cells: test latents x test prompts, the same for every arm."""
 
@@ -478,6 +482,9 @@ class EvalSection(Section):
         "Tell me about {label}.",
         description="the prompt of `welcomed` where a direction's {label} is no topic of the prompts",
     )
+    goals: dict[str, str] = Field(
+        {}, description="good steering: name of a goal -> what asks for it in words behind a prompt (`goals`)"
+    )
     retention: RetentionSection | None = None
     restart_phrases: str | None = Field(
         None, description="text file, one a line: how likely they are is measured at sentence ends"
@@ -495,6 +502,14 @@ class EvalSection(Section):
         for condition in {"boost", "random_boost"} & {*self.conditions}:
             if not self.boost:
                 raise ValueError(f"the condition {condition!r} needs multiples in eval.boost")
+        if "goals" in self.conditions and not self.goals:
+            raise ValueError(
+                "the condition 'goals' needs goals in eval.goals, such as {terse: Answer in one sentence.}"
+            )
+        for goal, instruction in self.goals.items():
+            if goal == ALL_GOALS or not goal.strip() or not instruction.strip():
+                what = f"a goal has a name (not {ALL_GOALS!r}) and an instruction"
+                raise ValueError(f"{what}, and eval.goals has {goal!r}: {instruction!r}")
         if "{label}" not in self.welcome:
             raise ValueError("the prompt in eval.welcome leaves out {label}")
         return self

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from esr_train.errors import InputError
 from esr_train.recipe import CONDITION_NAMES, EvalSection
 from esr_train.restarts import attempts, find_cues, sentences
-from eval.cells import Cell, Prompt, derived_seed, unsteered
+from eval.cells import Cell, Prompt, derived_seed, make_cells, unsteered
 from eval.store import Trial
 from eval.trials import Plan, Steerer
 
@@ -28,6 +28,10 @@ PUSHED_ON_TOPIC, UNPUSHED_ON_TOPIC = "steered_continues", "unsteered_continues_u
 """Push on or off, and a given beginning that is off-topic or on-topic, on the same cells."""
 CORRECTION, MATCHED = "steered_continues_correction", "steered_continues_matched"
 """The matched-prefix control."""
+GOALS = "goals"
+GOAL_STRENGTH = 0.5
+"""Multiple of the threshold at which goals steer: at the threshold itself answers are lost, and good steering leaves
+them whole."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Setting:
         adapted: latent -> a direction of equal norm that was optimised against the arm.
         cues: phrases by which a correction begins.
         welcome: a prompt with {label}.
+        goals: steers towards styles and refusals that somebody wants; their labels are their names.
     """
 
     arm: str
@@ -59,6 +64,7 @@ class Setting:
     cues: Callable[[], Sequence[str]] = tuple
     prompts: Sequence[Prompt] = ()
     welcome: str = "{label}"
+    goals: Steerer | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +240,13 @@ def _welcomed(setting: Setting) -> Plan:
     return Plan(tuple(welcomed(setting.cells, setting.prompts, setting.welcome)), setting.steerer)
 
 
+def _towards_goals(setting: Setting) -> Plan:
+    assert setting.goals is not None  # the recipe asked for the condition
+    directions, seed = list(setting.goals.directions.values()), derived_seed(GOALS, setting.seed)
+    cells = make_cells(setting.prompts, directions, len(setting.cells), seed, GOAL_STRENGTH)
+    return Plan(tuple(cells), setting.goals)
+
+
 def _corrects(setting: Setting, *, which: int) -> Plan:
     """From the correction, 0, or from the on-topic text that is as long, 1."""
     return _continued(setting, "unsteered", True, lambda cell, reply: matched(reply, _cue(setting, cell))[which])
@@ -297,6 +310,7 @@ for _condition in (
         for_plain_base=False,
     ),
     Condition("welcomed", "Steered towards what the prompt asks for", _welcomed),
+    Condition(GOALS, "Steered towards a style or a refusal, at half the threshold", _towards_goals),
     Condition(
         "random_direction", "Steered along random directions of equal norm", _along_random_directions, attacks=True
     ),

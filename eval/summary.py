@@ -47,6 +47,7 @@ class Summary:
         resistance: arm -> its own thresholds over the base model's, for arms that were recalibrated.
         retention: arm -> perplexity on the base model's unsteered replies over the base's own.
         tasks: arm -> `task/metric` of lm-evaluation-harness -> `own`, and `minus_base` (see `eval.harness.kept`).
+        goals: arm (or `<arm>-base`) -> goal of good steering, or `all` -> what `eval.obedience` says of it.
         efficacy: attack (a condition) -> the base model's last score under it minus its score when nobody steers.
     """
 
@@ -63,6 +64,7 @@ class Summary:
     retention: Mapping[str, Retention] = field(default_factory=dict)
     tasks: Table[Estimate] = field(default_factory=dict)
     efficacy: Mapping[str, Estimate] = field(default_factory=dict)
+    goals: Table[Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of metrics.json."""

@@ -12,13 +12,14 @@ from data_gen.sources import sources_steer
 from esr_train.errors import InputError
 from esr_train.ranks import ALONE, Ranks, at_once
 from esr_train.recipe import Recipe
-from eval.conditions import measured_conditions
+from eval.conditions import GOALS, measured_conditions
 from recipes.experiment import Experiment, is_finished, open_experiment
 from recipes.noticing.latent_search import find_detectors, known_detectors
 from recipes.planning.plan import Planner, announcing
 from recipes.planning.preflight import Scope, check, whole
 from recipes.resources import open_resources
 from recipes.run_log import say
+from recipes.stages.goal_steering import SHARED, towards_goals
 from recipes.stages.measure import ArmRun, measure
 from recipes.stages.results import spent, write_print_figures, write_reports
 from recipes.stages.rows import Rows, generate_sources, mix_rows
@@ -99,7 +100,9 @@ def prepare(experiment: Experiment, evaluates: bool = True) -> Shared:
     detectors = None
     if evaluates and takes_detectors(recipe):
         detectors = find_detectors(experiment, latents, calibrated if steers else None).of("off_topic")
-    return Shared(latents, calibrated, frequency, detectors, known_detectors(experiment) if evaluates else None)
+    known = known_detectors(experiment) if evaluates else None
+    goals = towards_goals(experiment, latents) if evaluates and GOALS in recipe.eval.conditions else None
+    return Shared(latents, calibrated, frequency, detectors, known, goals)
 
 
 def measure_part(experiment: Experiment, shared: Shared, sources: Sources) -> None:
@@ -143,7 +146,7 @@ def _keep_shared(run: Experiment, part: Experiment) -> None:
     """Keep what the seeds of a run share in a seed's own directory, too."""
     if part.directory == run.directory or not part.ranks.first:
         return
-    for name in (LATENTS, THRESHOLDS, *FUNNELS.values()):
+    for name in (LATENTS, THRESHOLDS, *FUNNELS.values(), *SHARED):
         if (run.directory / name).is_file():
             (part.directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run.directory / name, part.directory / name)

@@ -164,6 +164,42 @@ def vectors_of_replies(
     return _without_twins(vectors)
 
 
+def vectors_of_instructions(
+    model: Any,
+    tokenizer: Any,
+    replies: Mapping[str, Sequence[Reply]],
+    plain: Sequence[Reply],
+    layer: int,
+    residual_norm: float,
+    rows: int = 8,
+) -> list[SteeringVector]:
+    """For each instruction the mean activation over its replies' tokens, minus that over replies without it.
+
+    Args:
+        model: in any wrapper.
+        replies: name of an instruction -> what the model said behind it.
+        plain: what it said without any.
+        layer: whose output is read, from 0.
+        residual_norm: of this layer.
+        rows: replies of one forward pass.
+
+    Raises:
+        InputError: if there is no reply, or no such layer.
+    """
+    said = [reply for group in (plain, *replies.values()) for reply in group if reply.text.strip()]
+    means = dict(zip(said, _reply_means(model, tokenizer, said, layer, rows), strict=True))
+
+    def mean(group: Sequence[Reply]) -> torch.Tensor:
+        if not (found := [means[reply] for reply in group if reply in means]):
+            raise InputError("the model said nothing", "instructions", "Give another one.")
+        return torch.stack(found).mean(dim=0)
+
+    rows_of = {name: mean(group) - mean(plain) for name, group in replies.items()}
+    return [
+        SteeringVector(layer, name, row / row.norm(), float(row.norm()), residual_norm) for name, row in rows_of.items()
+    ]
+
+
 def cosines(vectors: Sequence[SteeringVector]) -> torch.Tensor:
     """How alike vectors are, [vectors, vectors]; minus infinity for each with itself."""
     units = normalize(torch.stack([vector.unit for vector in vectors]), dim=1)

@@ -15,7 +15,7 @@ from eval.report.attack_figures import SUCCESSES, Attack, attacks
 from eval.report.drawing import TEMPLATES, Figure, arm_colours, inline_svg, render, save_figures
 from eval.report.figures import Material, draw_figures
 from eval.report.findings import opening, story
-from eval.report.story import ratios, shown, task_lines, verdict
+from eval.report.story import GOAL_COLUMNS, goal_lines, ratios, shown, task_lines, verdict
 from eval.report.tables import FIRST, save_tables
 from eval.statistics import Estimate
 from eval.store import Trial
@@ -74,6 +74,8 @@ def report_page(heading: str, material: Material, notes: Notes, figures: Sequenc
         shown=shown,
         ratios=ratios(summary),
         tasks=task_lines(summary),
+        goals=goal_lines(summary),
+        goal_columns=GOAL_COLUMNS,
         attacks=_attack_groups(summary),
         attack_metrics=[LAST, *SUCCESSES],
         target=material.target,

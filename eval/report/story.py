@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from eval.conditions import order, title
 from eval.metrics import METRICS, Metric, headline
+from eval.obedience import OBEDIENCE, RESTARTS
 from eval.resistance import Resistance
 from eval.retention import Retention
 from eval.statistics import Estimate
 from eval.store import Trial
-from eval.summary import Summary, estimate
+from eval.summary import LAST, Summary, estimate
 from eval.trials import Observer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+GOOD_STEERING = "Good steering"
+GOAL_COLUMNS = ("obedience", "minus base", "last score", "restarts")
 THIN = "\u202f"  # a narrow space at which no line breaks
 
 
@@ -87,6 +90,8 @@ def tables(summary: Summary, everything: bool = False) -> list[str]:
     if summary.tasks:
         rows = [list(row) for row in task_lines(summary)]
         lines += ["", "Tasks, nobody steering", *_padded([["", "", "own", "minus base"], *rows])]
+    if goals := goal_lines(summary):
+        lines += ["", GOOD_STEERING, *_padded([["", "", *GOAL_COLUMNS], *goals])]
     if summary.efficacy:
         rows = [[name, verdict(summary, name)] for name in sorted(summary.efficacy, key=order)]
         lines += ["", "Attacks on the base model", *_padded(rows)]
@@ -121,6 +126,25 @@ def verdict(summary: Summary, attack: str) -> str:
     if summary.proves_nothing(attack):
         return f"proves nothing: base's last score is not lower than unsteered, {points}"
     return f"moves base's last score by {points}"
+
+
+def goal_lines(summary: Summary) -> list[list[str]]:
+    """Goal, arm, and the numbers of `GOAL_COLUMNS` as texts: how far steering brings about what it is meant to."""
+    arms = [arm for arm in summary.arms if arm in summary.goals]
+    goals = dict.fromkeys(goal for arm in arms for goal in summary.goals[arm])
+    return [
+        [goal, arm, *_good(summary.goals[arm][goal], summary.goals.get(f"{arm}-base", {}).get(goal, {}))]
+        for goal in goals
+        for arm in arms
+        if goal in summary.goals[arm]
+    ]
+
+
+def _good(own: Mapping[str, Estimate], minus_base: Mapping[str, Estimate]) -> list[str]:
+    cells = [(own, OBEDIENCE, False), (minus_base, OBEDIENCE, True), (own, LAST, False), (own, RESTARTS, False)]
+    found = [(each.get(name), name == RESTARTS, signed) for each, name, signed in cells]
+    texts = [(text, each) for each, is_rate, signed in found for text in (shown(each, is_rate, signed),)]
+    return [_ratio(text.value, text.interval, f"n {each.n}") if text and each else "–" for text, each in texts]
 
 
 Cell = tuple[str, str, str]

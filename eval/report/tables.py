@@ -93,8 +93,9 @@ def paper_tables(summary: Summary) -> list[PaperTable]:
 
 
 def save_tables(folder: Path, summary: Summary) -> None:
-    """Write `<name>.csv`, `.md` and `.tex` of every table; ratios, attacks and tasks as CSV where there are any."""
-    made = {"ratios.csv": _ratios(summary), "attacks.csv": _attacks(summary), "tasks.csv": _tasks(summary)}
+    """Write `<name>.csv`, `.md` and `.tex` of every table; ratios, attacks, tasks, goals as CSV where there are any."""
+    made = {"ratios.csv": _ratios(summary), "attacks.csv": _attacks(summary)}
+    made |= {"tasks.csv": _tasks(summary), "goals.csv": _goals(summary)}
     files = {name: text for name, text in made.items() if text}
     for table in paper_tables(summary):
         files |= {
@@ -123,6 +124,20 @@ def _tasks(summary: Summary) -> str:
         for key, found in estimates.items()
     ]
     return "\n".join(["task,arm,of,value,low,high,n", *lines, ""]).replace("None", "") if lines else ""
+
+
+def _goals(summary: Summary) -> str:
+    """What became of steering towards every goal, a line for each number; `<arm>-base`: differences on shared cells."""
+    rows = [
+        (goal, arm, name, found.value, found.low, found.high, found.n)
+        for arm, goals in summary.goals.items()
+        for goal, estimates in goals.items()
+        for name, found in estimates.items()
+    ]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([("goal", "arm", "measure", "value", "low", "high", "n"), *rows])
+    return buffer.getvalue() if rows else ""
 
 
 def _attacks(summary: Summary) -> str:

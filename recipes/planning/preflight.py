@@ -16,7 +16,7 @@ from esr_train.training.settings import wants_deepspeed
 from esr_train.transcript import SaeRef, Span, SpanKind, Transcript
 from eval.arms import prompt_text
 from eval.cells import deal_subjects
-from eval.conditions import CONDITIONS
+from eval.conditions import CONDITIONS, GOALS
 from eval.harness import open_tasks
 from eval.judging.restart_likelihood import read_phrases
 from eval.llm import InspectLlm, Ledger
@@ -34,12 +34,14 @@ KINDS = (
     "frequency",
     "detectors",
     "attack",
+    "goals",
     "data",
     "train",
     "scale",
     "merge",
     "trials",
     "retention",
+    "obedience",
     "report",
 )
 """What names of stages begin with."""
@@ -121,6 +123,8 @@ def _looks(recipe: Recipe, scope: Scope) -> Iterator[Look]:
         yield "restart phrases", partial(_check_phrases, recipe)
         if recipe.eval.retention:
             yield "tasks", partial(_check_tasks, recipe, recipe.eval.retention)
+        if GOALS in recipe.eval.conditions:
+            yield GOALS, partial(_check_goals, recipe)
         for arm in recipe.arms:
             yield f"arm {arm}", partial(_check_arm, recipe, arm)
             yield f"attack on {arm}", partial(_check_attack, recipe, arm)
@@ -262,6 +266,13 @@ def _check_tasks(recipe: Recipe, section: RetentionSection) -> str:
         raise InputError(what, "eval.retention", "Take engine.kind transformers, or leave it out.")
     open_tasks(section, located(section.include) if section.include else None)
     return ", ".join(section.tasks)
+
+
+def _check_goals(recipe: Recipe) -> str:
+    if recipe.engine.kind != "transformers":
+        what = "how far replies obey a goal is read from their log-probabilities, which vLLM does not give here"
+        raise InputError(what, "eval.conditions", f"Take engine.kind transformers, or leave `{GOALS}` out.")
+    return ", ".join(recipe.eval.goals)
 
 
 def _check_arm(recipe: Recipe, arm: str) -> str:

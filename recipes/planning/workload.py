@@ -19,13 +19,14 @@ from esr_train.recipe import Recipe, SourceSection, SteeredSection
 from esr_train.training.settings import RolloutArguments, trainer_arguments
 from esr_train.training.trainer import data_file
 from eval.calibration import response_count
-from eval.conditions import Measured, measured_conditions
+from eval.conditions import GOALS, Measured, measured_conditions
 from eval.judging.judge import JudgeItem
 from eval.judging.rubric import split_question
 from eval.retention import MOST_REPLIES
 from recipes.noticing.latent_search import FOLDER as DETECTORS
 from recipes.noticing.latent_search import HELD_OUT, SEARCHED
 from recipes.resources import Resources
+from recipes.stages.goal_steering import PROMPTS as GOAL_PROMPTS
 from recipes.stages.steering_latents import LATENTS, first_of_each
 from recipes.stages.weights import takes_detectors
 from recipes.using.attacks import DRAWS, MOVES, PROMPTS, STARTS, STEPS, TOKENS
@@ -135,6 +136,7 @@ def workload(resources: Resources, lengths: Lengths) -> list[Work]:
     works = [Work("latents", ("latents", "frequency"), _ratings(recipe, directions))] if directions else []
     works += list(_calibration(recipe, directions))
     works += [_search(resources, directions, lengths)] if takes_detectors(recipe) else []
+    works += [_goals(recipe, lengths)] if GOALS in recipe.eval.conditions else []
     for name, (recipe_of_arm, section) in _sources(recipe).items():
         works.append(Work(f"{name} rows", (f"data/sources/{name}",), (_rows(recipe_of_arm, name, section, lengths),)))
     works.append(_trials(recipe, "base", directions, lengths, seeds))
@@ -184,6 +186,15 @@ def _search(resources: Resources, directions: int, lengths: Lengths) -> Work:
     readings = 3 if directions else 2
     read = readings * replies * (lengths.prompt + lengths.reply)
     return Work(DETECTORS, (DETECTORS,), (Batch(DETECTORS, replies, lengths.reply, 0),), read)
+
+
+def _goals(recipe: Recipe, lengths: Lengths) -> Work:
+    """Own replies with and without each instruction, those to test prompts read with it and without; thresholds."""
+    goals, section = len(recipe.eval.goals), recipe.calibration
+    count = response_count(goals, section)
+    read = 2 * 2 * GOAL_PROMPTS * goals * (lengths.prompt + lengths.reply)
+    own = Batch(GOALS, 2 * GOAL_PROMPTS * (1 + goals), lengths.reply, 0)
+    return Work(GOALS, (GOALS,), (own, Batch("calibrate", count, section.max_new_tokens, count)), read)
 
 
 def _sources(recipe: Recipe) -> dict[str, tuple[Recipe, SourceSection]]:
@@ -284,9 +295,12 @@ def _trials(recipe: Recipe, arm: str, directions: int, lengths: Lengths, seeds: 
             batches.append(Batch("attack", compared, recipe.sampling.max_new_tokens, compared))
             moved = STARTS * _attack(attacked, lengths, seeds)
     read = seeds * min(MOST_REPLIES, section.trials) * (lengths.prompt + lengths.reply)
-    kinds = ("trials", "retention", "calibrate", "merge", "scale", "attack", "beginnings")
+    read = read if "unsteered" in section.conditions else 0.0
+    goals = sum(batch.requests for batch in batches if batch.kind == f"trials/{GOALS}")
+    read += 2 * goals * (lengths.prompt + recipe.sampling.max_new_tokens)
+    kinds = ("trials", "retention", "calibrate", "merge", "scale", "attack", "beginnings", "obedience")
     stages = tuple(f"{kind}/{arm}" for kind in kinds)
-    return Work(f"trials {arm}", stages, tuple(batches), read if "unsteered" in section.conditions else 0.0, moved)
+    return Work(f"trials {arm}", stages, tuple(batches), read, moved)
 
 
 def _condition(recipe: Recipe, measured: Measured, lengths: Lengths, seeds: int) -> Batch:

@@ -27,6 +27,7 @@ from recipes.experiment import Experiment, base_inputs, judge_inputs, read_input
 from recipes.noticing.given_beginnings import read_beginnings
 from recipes.noticing.monitors import cues_of, monitor_inputs, watched
 from recipes.resources import located
+from recipes.stages.goal_steering import read_obedience
 from recipes.stages.stage_cache import Stage
 from recipes.stages.steering_latents import Shared, search_thresholds, threshold_key
 from recipes.stages.weights import Weights, arm_variant, matched
@@ -53,7 +54,10 @@ def measure(experiment: Experiment, arm: str, weights: Weights, shared: Shared) 
     run.ask_tasks()
     if shared.found:
         read_beginnings(experiment, arm, run.arm, plans, shared.found, run.activating())
-    return run.path
+    path = run.path
+    del run  # with the arm's weights: the base model is to read its replies
+    read_obedience(experiment, arm)
+    return path
 
 
 class ArmRun:
@@ -116,6 +120,7 @@ class ArmRun:
             cues=partial(cues_of, self.experiment.recipe),
             prompts=self.experiment.resources.prompts().test,
             welcome=section.welcome,
+            goals=self.shared.goals,
         )
         return measured.condition.plan(setting)
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from data_gen.collect import KEPT, TRIMMED
 from esr_train.files import read_json
+from eval.conditions import GOALS
 from eval.store import Trial
 from recipes.experiment import Experiment
 from recipes.stages.steering_latents import LATENTS
@@ -28,7 +29,7 @@ def held_out(experiment: Experiment, trials: Sequence[Trial], noun: str) -> dict
     """What training never saw."""
     topics = experiment.resources.prompts().topics
     unseen = sorted(topic for topic, split in topics.items() if split == "test")
-    cells = [trial.cell for trial in trials if trial.cell.latent is not None]
+    cells = [trial.cell for trial in trials if trial.cell.latent is not None and trial.condition != GOALS]
     labels = {cell.label for cell in cells if cell.label}
     named = "these topics" if labels <= {*unseen} else _some(labels)
     stand_for = f" that stand for {named}" if labels else ""

@@ -14,24 +14,28 @@ from esr_train.recipe import Recipe
 from esr_train.values import typed
 from eval.beginnings import noticed_store
 from eval.calibration import Threshold, read_thresholds
-from eval.conditions import measured_conditions
+from eval.conditions import GOALS, measured_conditions
 from eval.course import read_token_sums
 from eval.harness import TaskResult, kept
 from eval.judging.agreement import Agreement, Panel, agreement, judge_again, judgement_store
 from eval.judging.judge import Judge
 from eval.judging.model_judge import ModelJudge
+from eval.metrics import pair_key
+from eval.obedience import OBEDIENCE, good_steering, reading_store
 from eval.report.drawing import save_for_print
 from eval.report.figures import Material, draw_figures
 from eval.report.page import Notes, write_report
 from eval.report.story import Bar, progress_bar
 from eval.resistance import resistance, thresholds_paired
 from eval.retention import Reply, reply_store, retention
+from eval.statistics import Estimate
 from eval.store import Trial, read_trials
-from eval.summary import RECALIBRATED, Summary, read_summary, summarise
+from eval.summary import RECALIBRATED, Summary, Table, read_summary, summarise
 from recipes.experiment import Experiment, write_recipe
 from recipes.noticing.given_beginnings import FOLDER as BEGINNINGS
 from recipes.noticing.latent_course import FOLDER as COURSE
 from recipes.noticing.latent_course import TOKENS
+from recipes.stages.goal_steering import left_out, read_scales
 from recipes.stages.measure import RETENTION
 from recipes.stages.report_facts import facts, held_out, losses
 from recipes.stages.stage_cache import Stage
@@ -75,7 +79,7 @@ def _report_stage(experiment: Experiment, parts: Sequence[Experiment]) -> Path:
 
 def _trial_fingerprints(part: Experiment) -> dict[str, str]:
     records = part.cache.records()
-    decide = ("trials/", f"{RETENTION}/", "calibrate/", f"{BEGINNINGS}/")
+    decide = ("trials/", f"{RETENTION}/", "calibrate/", f"{BEGINNINGS}/", f"{OBEDIENCE}/")
     return {name: record["fingerprint"] for name, record in records.items() if name.startswith(decide)}
 
 
@@ -161,7 +165,21 @@ def _summary(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[
             if each and replies["base"]
         },
         tasks={arm: kept(each, results["base"], section.bootstrap, seed) for arm, each in results.items() if each},
+        goals=_goals(experiment, parts, rows),
     )
+
+
+def _goals(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[str, Sequence[Trial]]) -> Table[Estimate]:
+    """How far replies obey goals that they were steered towards, and what else became of them."""
+    section, found = experiment.recipe.eval, read_scales(experiment)
+    trials = {arm: [row for row in own if row.condition == GOALS] for arm, own in rows.items()}
+    obedience = {}
+    for arm, own in trials.items():
+        files = {part.recipe.seed: part.directory / OBEDIENCE / f"{arm}.jsonl" for part in parts}
+        read = {seed: reading_store(file, writes=False).by_key() for seed, file in files.items()}
+        readings = [(row, reading) for row in own if (reading := read[row.seed].get(row.key)) and reading.goal in found]
+        obedience[arm] = {pair_key(row): found[reading.goal].obedience(reading) for row, reading in readings}
+    return good_steering(trials, obedience, section.bootstrap, experiment.recipe.seed)
 
 
 def _task_results(parts: Sequence[Experiment], arm: str) -> list[dict[str, TaskResult]]:
@@ -283,6 +301,7 @@ def _notes(experiment: Experiment, parts: Sequence[Experiment], rows: Mapping[st
         f"{noun}s": latent_facts(experiment.directory, noun),
         "form": [f"{arm}: {form(experiment.recipe, arm)}" for arm in rows],
         "seeds": ", ".join(str(part.recipe.seed) for part in parts),
+        **({"goals left out": lost} if (lost := left_out(experiment)) else {}),
         **({"outdated": lines} if (lines := outdated_lines((experiment, *parts))) else {}),
     }
 

@@ -97,6 +97,7 @@ class Shared:
         frequency: how often each latent of the SAE is active, [n_latents], where something is matched in it.
         detectors: the latents that notice, where an arm edits them.
         found: all that a search in this run has found.
+        goals: steers towards styles and refusals that somebody wants, where that is measured.
     """
 
     latents: Latents
@@ -104,6 +105,7 @@ class Shared:
     frequency: NDArray[np.float64] | None = None
     detectors: DetectorSet | None = None
     found: Detectors | None = None
+    goals: Steerer | None = None
 
     def steerer(self, positions: Positions, split: Split = "test") -> Steerer:
         """Steers with the latents of a split at the base model's thresholds."""
