@@ -135,13 +135,14 @@ def scales(readings: Sequence[Reading]) -> dict[str, Scale]:
     return found
 
 
-Values = Mapping[str, Mapping[Hashable, float]]
+Key = tuple[Hashable, ...]
+Values = Mapping[str, Mapping[Key, float]]
 """Measure -> `pair_key` of a trial -> its value, or difference from the base model's."""
 
 
 def good_steering(
     rows_by_arm: Mapping[str, Sequence[Trial]],
-    obedience_of: Mapping[str, Mapping[Hashable, float]],
+    obedience_of: Mapping[str, Mapping[Key, float]],
     bootstrap: int = statistics.RESAMPLES,
     seed: int = 0,
 ) -> Table[Estimate]:
@@ -172,8 +173,8 @@ def good_steering(
     }
 
 
-def _values(rows: Sequence[Trial], obedience: Mapping[Hashable, float]) -> Values:
-    found: dict[str, dict[Hashable, float]] = {name: {} for name in MEASURES}
+def _values(rows: Sequence[Trial], obedience: Mapping[Key, float]) -> Values:
+    found: dict[str, dict[Key, float]] = {name: {} for name in MEASURES}
     for row in sorted(rows, key=lambda row: repr(pair_key(row))):  # File order is not to change a number.
         key = pair_key(row)
         if key in obedience:

@@ -15,7 +15,7 @@ from esr_train.template import reply_text
 from esr_train.values import typed
 from eval.arms import Arm
 from eval.calibration import Threshold, load_thresholds, read_thresholds, save_thresholds
-from eval.cells import derived_seed
+from eval.cells import Prompt, derived_seed
 from eval.conditions import GOALS
 from eval.obedience import OBEDIENCE, Scale, Written, instructed, read_replies, reading_store, scales
 from eval.store import RowStore, TrialStore
@@ -119,10 +119,10 @@ def _base(experiment: Experiment) -> Scorer:
 def _make_vectors(experiment: Experiment, like: SteeringVector) -> str:
     """Replies, readings of those to test prompts, and vectors; the fingerprint of all of them."""
     recipe, pools = experiment.recipe, experiment.resources.prompts()
-    prompts: dict[Literal["train", "test"], list[str]] = {"train": [], "test": []}
-    for split, pool in (("train", pools.train), ("test", pools.test)):
-        drawn = Random(derived_seed(GOALS, recipe.seed, split)).sample(pool, min(PROMPTS, len(pool)))
-        prompts[split] = [prompt.text for prompt in drawn]
+    prompts: dict[Literal["train", "test"], list[str]] = {
+        "train": _drawn(pools.train, derived_seed(GOALS, recipe.seed, "train")),
+        "test": _drawn(pools.test, derived_seed(GOALS, recipe.seed, "test")),
+    }
     inputs = {
         "base": base_inputs(experiment),
         "goals": recipe.eval.goals,
@@ -141,6 +141,10 @@ def _make_vectors(experiment: Experiment, like: SteeringVector) -> str:
 
     modules = ("recipes.stages.goal_steering", "eval.obedience", "esr_train.steering.vector_making")
     return experiment.cache.do(Stage(GOALS, inputs, (REPLIES, READINGS, VECTORS), modules), work)
+
+
+def _drawn(pool: Sequence[Prompt], seed: int) -> list[str]:
+    return [prompt.text for prompt in Random(seed).sample(pool, min(PROMPTS, len(pool)))]
 
 
 def _write_replies(experiment: Experiment, prompts: Mapping[Literal["train", "test"], Sequence[str]]) -> list[Reply]:
