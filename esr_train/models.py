@@ -25,6 +25,8 @@ from esr_train.recipe import ModelSection
 from esr_train.template import bos_id, padding_token, stop_ids, use_template
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_OF_A_REASON = 200
+"""Characters that are quoted of what a library says."""
 
 
 def models_folder() -> Path:
@@ -271,9 +273,11 @@ def _loading(section: ModelSection) -> Iterator[None]:
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
+        reason = " ".join(str(error).split())
+        if len(reason) > MOST_OF_A_REASON:  # whole sentences, if there is one
+            reason = reason[:MOST_OF_A_REASON].rpartition(". ")[0] or reason[:MOST_OF_A_REASON]
         raise InputError(
-            f"{section.path!r} cannot be loaded ({reason})",
+            f"{section.path!r} cannot be loaded ({reason.rstrip('.')})",
             "model.path",
             "Name a local folder or a hub id; for a gated model accept its licence and run `hf auth login`.",
         ) from error

@@ -13,6 +13,7 @@ from esr_train.models import (
     bare_model,
     decoder_layers,
     hidden_size,
+    load_config,
     load_model,
     load_tokenizer,
 )
@@ -180,3 +181,9 @@ def test_nf4_quantises_the_linear_layers(folders):
     model = load_model(section(folders["llama"]), quantization="nf4")
     assert isinstance(decoder_layers(model)[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
     assert decoder_layers(model)[0].mlp.up_proj.weight.quant_state.quant_type == "nf4"
+
+
+def test_a_model_that_is_not_here_is_refused_in_whole_sentences():
+    with pytest.raises(InputError) as error:
+        load_config(ModelSection(path="nobody/nothing"))
+    assert "cached files). Name a local folder or a hub id" in str(error.value)
