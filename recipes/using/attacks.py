@@ -276,10 +276,8 @@ def _cells(experiment: Experiment, steerer: Steerer, latents: Sequence[int]) -> 
 
 def _scores(arm: Arm, steerer: Steerer, cells: Sequence[Cell]) -> dict[int, float]:
     """Latent -> mean last score of the arm's own replies to its cells, where any could be scored."""
-    run, found = (
-        ConditionRun(arm, "adaptive", Plan(tuple(cells), steerer), Readings()),
-        defaultdict[int, list[float]](list),
-    )
+    run = ConditionRun(arm, "adaptive", Plan(tuple(cells), steerer), Readings())
+    found = defaultdict[int, list[float]](list)
     for trial in run.trials([(cell.key, cell) for cell in cells], Observer()):
         if trial.attempts and (score := trial.attempts[-1].score) is not None and trial.cell.latent is not None:
             found[trial.cell.latent].append(score)
