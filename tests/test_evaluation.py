@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 TOPICS, TRIALS, CONTROLS = 12, 10, 6
 FULL = {"steered": TRIALS, "unsteered": TRIALS}
 SWEEP = ("boost_x0.5", "boost_x1.5")
-ATTACKS = ("three_layers", "adaptive")  # the others are conditions of one line: see test_conditions
+ATTACKS = ("mid_answer", "three_layers", "adaptive")  # the others are conditions of one line: see test_conditions
 BEGUN = (*SQUARE, CORRECTION, MATCHED)
 OTHERS = (*ATTACKS, "random_direction", "random_latents", *BEGUN, "switched_off")
 EVERY = FULL | dict.fromkeys((*SWEEP, *OTHERS), CONTROLS)
@@ -164,10 +164,12 @@ def test_an_adapter_that_is_switched_off_leaves_the_base_model_token_for_token(f
 
 def test_every_arm_is_attacked_along_directions_of_its_own_within_the_base_s_thresholds(finished):
     found = {arm: load_file(finished / "attacks" / f"{arm}.safetensors") for arm in ("base", "tuned")}
-    losses = {arm: read_json(finished / "attacks" / f"{arm}.json") for arm in found}
-    assert found["base"].keys() == found["tuned"].keys() == losses["base"].keys() == losses["tuned"].keys()
+    searches = {arm: read_json(finished / "attacks" / f"{arm}.json") for arm in found}
+    assert found["base"].keys() == found["tuned"].keys() == searches["base"].keys() == searches["tuned"].keys()
     assert any(not torch.equal(each, found["tuned"][latent]) for latent, each in found["base"].items())
-    assert all(min(curve) < curve[0] for arm in losses.values() for curve in arm.values())
+    for search in (each for arm in searches.values() for each in arm.values()):
+        assert all(min(curve) < curve[0] for curve in search["losses"].values())
+        assert search["scores"][search["taken"]] == min(search["scores"].values())
     for row in read_trials(finished / "trials" / "tuned.jsonl"):
         if row.condition == "adaptive":
             assert row.cell.label

@@ -187,7 +187,7 @@ def test_metrics_json_has_the_documented_shape() -> None:
     rows["tuned"] += [trial(99, latent=None, strength=None, condition="unsteered", arm="tuned")]
     metrics = summarise(rows, bootstrap=200).to_json()
     beside = ["within", "two_way", "sign_flip", "tests", "attempts", "not_degenerate", "resistance", "retention"]
-    assert list(metrics) == ["schema", "arms", "paired", *beside, "tasks", "efficacy"]
+    assert list(metrics) == ["schema", "arms", "paired", *beside, "tasks", "efficacy", "goals"]
     assert metrics["schema"] == 1
     assert {arm: set(found) for arm, found in metrics["arms"].items()} == {
         "base": {"steered"},
