@@ -223,7 +223,7 @@ def trial_key(arm: str, condition: str, cell: Cell) -> str:
 
 def cell_request(cell: Cell, key: str, steerer: Steerer, variant: Variant = PLAIN, prefix: str = "") -> Request:
     """A cell as an arm runs it: steered, with the arm's own words and interventions, going on from `prefix`."""
-    request = replace(steerer.request(cell, key), prefix=prefix, unsteered=len(prefix) * steerer.late)
+    request = replace(steerer.request(cell, key), prefix=prefix, unsteered=len(prefix) if steerer.late else 0)
     return variant.apply(request, cell.label)
 
 

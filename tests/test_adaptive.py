@@ -12,7 +12,7 @@ from esr_train.steering.directions import Add
 from esr_train.steering.hook import steering
 from esr_train.transcript import VectorRef, read_transcripts
 from recipes.cli import main
-from recipes.using.attacks import MovedDirections, Search
+from recipes.using.attacks import MOVES, STARTS, MovedDirections, Search
 from tests.small_run import new_run
 
 PROMPT, REPLY = (1, 20, 30, 40), (50, 51, 52, 53, 54, 55)
@@ -127,6 +127,7 @@ def test_an_arm_is_trained_on_along_directions_that_were_optimised_against_anoth
     assert not set(curves["tuned"]) & set(curves["tuned-train"])
     for name, search in curves["tuned"].items():
         assert {start: len(losses) for start, losses in search["losses"].items()} == {"own": 4, "tilted": 4}
+        assert (len(search["losses"]), len(search["scores"])) == (STARTS, MOVES), "what the plan counts"
         assert search["losses"]["own"][0] != search["losses"]["tilted"][0], name
         assert search["scores"][search["taken"]] == min(search["scores"].values())
     assert main(["data", "generate", *words[1:], "--arm", "hardened"]) == 2

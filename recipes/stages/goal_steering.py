@@ -187,6 +187,7 @@ def _vectors(
     experiment: Experiment, replies: Sequence[Reply], goals: Sequence[str], like: SteeringVector
 ) -> list[SteeringVector]:
     tokenizer, instructions = experiment.resources.tokenizer(), experiment.recipe.eval.goals
+    assert like.residual_norm is not None  # strengths of a recipe's directions are in this unit
 
     def said(goal: str | None) -> list[vector_making.Reply]:
         own = [each for each in replies if each.split == "train" and each.goal == goal]
@@ -202,7 +203,7 @@ def _vectors(
         {goal: said(goal) for goal in goals},
         said(None),
         like.layer,
-        like.residual_norm or 0.0,
+        like.residual_norm,
         experiment.recipe.engine.chunk(),
     )
 

@@ -316,11 +316,12 @@ def _digest(plan: Plan) -> str:
     """A hash of what a plan runs: cells, strengths, beginnings, and whether it steers."""
     steerer = plan.steerer
     latents = sorted({cell.latent for cell in plan.cells if cell.latent is not None})
+    late = ["late"] if steerer.late else []  # nothing where it is not: trials of other conditions stay as they are
     return digest(
         [
             [cell.key for cell in plan.cells],
             [[latent, steerer.norms[latent], float(steerer.directions[latent].unit[0])] for latent in latents],
-            [steerer.positions, steerer.off, dict(plan.prefixes), sorted(plan.copies), *["late"] * steerer.late],
+            [steerer.positions, steerer.off, dict(plan.prefixes), sorted(plan.copies), *late],
             *_parts(steerer, latents),
         ]
     )
